@@ -1,0 +1,52 @@
+"""The backends: each computes the same attention.
+
+A backend is a module with
+
+    supports(problem) -> None | str              None, or why it cannot compute this problem
+    forward(problem, operands) -> (out, lse)     both [B, H, S_q, ...], sinks included
+    backward(problem, operands, out, lse, dout, dlse, needs) -> Gradients
+
+and imports neither another backend nor anything above it.
+"""
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MODULES = {"triton": "tilewise.backends.triton", "tiled": "tilewise.backends.tiled", "reference": "tilewise.reference"}
+AUTO = ("triton", "tiled")          # the order in which backend="auto" asks
+
+
+class Needs(NamedTuple):
+    """Which gradients are wanted beside those of q, k and v, which are always computed."""
+    bias: bool
+    sinks: bool
+
+
+class Gradients(NamedTuple):
+    """Gradients in the shape and dtype of what they belong to; None where not needed."""
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    bias: Tensor | None
+    sinks: Tensor | None
+
+
+def load(name: str) -> ModuleType:
+    """The module of a backend, imported when first asked for."""
+    if name not in MODULES:
+        raise ValueError(f"backend: expected \"auto\" or one of {', '.join(MODULES)}, got {name!r}")
+    return importlib.import_module(MODULES[name])
+
+
+def over_leading(function: Callable, info, in_dims: Sequence[int | None], *inputs) -> tuple[tuple, tuple]:
+    """A vmap rule: one call per entry of the mapped dimension, results stacked. None stays None."""
+    results = [function(*(x if dim is None else x.select(dim, i) for x, dim in zip(inputs, in_dims, strict=True)))
+               for i in range(info.batch_size)]
+    stacked = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*results, strict=True))
+    return stacked, tuple(None if x is None else 0 for x in stacked)

@@ -1,0 +1,1 @@
+"""The arithmetic of one tile, as Triton device functions: shared by every GPU backend, written once."""

@@ -1,0 +1,30 @@
+"""Functions of score and mask graphs that Triton's language lacks."""
+import triton
+import triton.language as tl
+
+TWO_LOG2E = tl.constexpr(2.8853900817779268)
+
+
+@triton.jit
+def tanh(x):
+    """tanh to fp32 rounding: its series near 0, where the quotient of exponentials cancels."""
+    a = tl.abs(x)
+    e = tl.exp2(-a * TWO_LOG2E)
+    large = (1.0 - e) / (1.0 + e)
+    y = a * a
+    series = a * (1.0 + y * (-0.33333333 + y * (0.13333333 + y * (-0.05396825 + y * (0.021869488 - y * 0.0088632355)))))
+    magnitude = tl.where(a < 0.3, series, large)
+    return tl.where(x < 0, -magnitude, magnitude)
+
+
+@triton.jit
+def floor_divide(a, b):
+    """a // b rounded down, as in Python and torch; Triton's // rounds towards zero."""
+    quotient = a // b
+    return tl.where((quotient * b != a) & ((a < 0) != (b < 0)), quotient - 1, quotient)
+
+
+@triton.jit
+def floor_remainder(a, b):
+    """a % b with the sign of b, as in Python and torch."""
+    return a - floor_divide(a, b) * b

@@ -1,0 +1,94 @@
+"""Which tiles a block of rows visits, and which elements of a tile count.
+
+A row block's visible columns lie in one or two intervals (`masks.Band`). In tiles, each interval is
+    [start, full_start) partial    [full_start, full_end) full    [full_end, end) partial
+and a kernel walks all full tiles first, without a mask, then all partial ones with it. Rows and columns are queries and
+keys, or keys and queries where a kernel walks along the queries.
+"""
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tile_range(lo, hi, inner_lo, inner_hi, live, n, BLOCK: tl.constexpr):
+    """The tiles of `n` columns that a block of rows visits, from each row's interval. live: rows that exist."""
+    shown = live & (lo <= hi)
+    first = tl.maximum(tl.min(tl.where(shown, lo, n)), 0)
+    last = tl.minimum(tl.max(tl.where(shown, hi, -1)), n - 1)
+    start = first // BLOCK
+    end = tl.maximum((last + BLOCK) // BLOCK, start)
+    inner_first = tl.maximum(tl.max(tl.where(live, inner_lo, 0)), 0)
+    inner_last = tl.maximum(tl.minimum(tl.min(tl.where(live, inner_hi, n)), n - 1), -1)
+    full_start = tl.minimum(tl.maximum((inner_first + BLOCK - 1) // BLOCK, start), end)
+    full_end = tl.maximum(tl.minimum((inner_last + 1) // BLOCK, end), full_start)
+    return start, full_start, full_end, end
+
+
+@triton.jit
+def after(start, full_start, full_end, end, previous_end):
+    """A range without the tiles before previous_end."""
+    start = tl.maximum(start, previous_end)
+    end = tl.maximum(end, start)
+    full_start = tl.minimum(tl.maximum(full_start, start), end)
+    full_end = tl.minimum(tl.maximum(full_end, full_start), end)
+    return start, full_start, full_end, end
+
+
+@triton.jit
+def tile_ranges(INTERVALS: tl.constexpr, BANDS: tl.constexpr, b, h, rows, live, nq, nk, n, program, BLOCK: tl.constexpr):
+    """Two disjoint ranges of tiles, as eight numbers, for a block of rows; INTERVALS: the emitted `keys` or `queries`."""
+    if BANDS == 0:
+        tiles = (n + BLOCK - 1) // BLOCK
+        return 0, 0, n // BLOCK, tiles, tiles, tiles, tiles, tiles
+    else:
+        bands = INTERVALS(b, h, rows, nq, nk, program[0], program[1], program[2])
+        s0, f0, g0, e0 = tile_range(bands[0], bands[1], bands[2], bands[3], live, n, BLOCK)
+        if BANDS == 1:
+            return s0, f0, g0, e0, e0, e0, e0, e0
+        else:
+            s1, f1, g1, e1 = tile_range(bands[4], bands[5], bands[6], bands[7], live, n, BLOCK)
+            swap = s1 < s0
+            a0, a1, a2, a3 = tl.where(swap, s1, s0), tl.where(swap, f1, f0), tl.where(swap, g1, g0), tl.where(swap, e1, e0)
+            c0, c1, c2, c3 = tl.where(swap, s0, s1), tl.where(swap, f0, f1), tl.where(swap, g0, g1), tl.where(swap, e0, e1)
+            c0, c1, c2, c3 = after(c0, c1, c2, c3, a3)
+            return a0, a1, a2, a3, c0, c1, c2, c3
+
+
+@triton.jit
+def full_count(r):
+    return r[2] - r[1] + r[6] - r[5]
+
+
+@triton.jit
+def full_tile(r, t):
+    """The t-th full tile of the ranges r."""
+    first = r[2] - r[1]
+    return tl.where(t < first, r[1] + t, r[5] + t - first)
+
+
+@triton.jit
+def partial_count(r):
+    return r[1] - r[0] + r[3] - r[2] + r[5] - r[4] + r[7] - r[6]
+
+
+@triton.jit
+def partial_tile(r, t):
+    """The t-th partial tile of the ranges r."""
+    c0 = r[1] - r[0]
+    c1 = c0 + r[3] - r[2]
+    c2 = c1 + r[5] - r[4]
+    first = tl.where(t < c0, r[0] + t, r[2] + t - c0)
+    second = tl.where(t < c2, r[4] + t - c1, r[6] + t - c2)
+    return tl.where(t < c1, first, second)
+
+
+@triton.jit
+def all_count(r):
+    return r[3] - r[0] + r[7] - r[4]
+
+
+@triton.jit
+def any_tile(r, t):
+    """The t-th tile of the ranges r in ascending order, full or partial."""
+    first = r[3] - r[0]
+    return tl.where(t < first, r[0] + t, r[4] + t - first)

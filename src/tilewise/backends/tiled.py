@@ -1,0 +1,374 @@
+"""The papers' algorithms in torch operations: exact attention on any device, in linear memory, differentiable to any order.
+
+Forward: FlashAttention-2 (Dao 2023, algorithm 1), tile by tile with the online softmax, over all sequences and heads at
+once. Backward (algorithm 2), forward-mode derivative and every further derivative are sums over tiles (`BlockSum`) whose
+own derivatives are again such sums: nothing of size N² is kept at any order.
+
+Products and sums are fp32 (fp64 for fp64).
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilewise import rng
+from tilewise.backends import Gradients, Needs, over_leading
+from tilewise.problem import Operands, Problem
+from tilewise.state import AttentionState, sink_gradient
+from tilewise.trace.bounds import EMPTY, FULL, tile_classes
+from tilewise.trace.graph import evaluate, leaves, slot_values
+
+NAME = "tiled"
+TILE_ELEMENTS = 1 << 20                 # scores held at a time, over all sequences and heads
+LONGEST_TILE, SHORTEST_TILE = 512, 32
+
+
+def supports(problem: Problem) -> str | None:
+    """None: every problem that passes the input checks, on any device."""
+    return None
+
+
+class Tile(NamedTuple):
+    rows: slice
+    cols: slice
+    masked: bool
+
+
+@dataclass(frozen=True)
+class Walk:
+    """A problem with its operands' small parts, ready to be walked tile by tile."""
+    problem: Problem
+    values: dict[str, Any]              # of the program's leaves, except s, q and k
+    rng: Tensor | None
+    tiles: tuple[tuple[Tile, ...], ...] # per block of queries
+
+    @property
+    def flat(self) -> tuple[Tile, ...]:
+        return tuple(tile for row in self.tiles for tile in row)
+
+    def scores(self, tile: Tile, q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
+        """Finished scores [B, H, rows, cols] of a tile; q comes multiplied by scale."""
+        problem, graphs = self.problem, self.problem.graphs
+        s = product(q, k.mT, problem.group)
+        if graphs.score is None and bias is None and not tile.masked:
+            return s
+        values = self.values | self.indices(tile)
+        if graphs.score is not None:
+            s = evaluate(graphs.score, values | {"s": s})
+        if bias is not None:
+            s = s + bias
+        if tile.masked and graphs.mask is not None:
+            s = torch.where(torch.as_tensor(evaluate(graphs.mask, values), device=s.device), s, -torch.inf)
+        return s
+
+    def indices(self, tile: Tile) -> dict[str, Tensor]:
+        device = self.problem.device
+        return dict(q=torch.arange(tile.rows.start, tile.rows.stop, device=device)[:, None],
+                    k=torch.arange(tile.cols.start, tile.cols.stop, device=device))
+
+    def dropped(self, tile: Tile, p: Tensor) -> Tensor:
+        """p after dropout."""
+        if not self.problem.dropout:
+            return p
+        index = self.indices(tile)
+        kept = rng.keep(self.rng, self.problem.dropout, self.values["b"], self.values["h"], self.problem.heads, index["q"],
+                        index["k"])
+        return torch.where(kept, p, 0.0) * rng.rescale(self.problem.dropout)
+
+
+def walk(problem: Problem, x: Operands) -> Walk:
+    device = problem.device
+    values = slot_values(problem.program, x.captured, x.ints, x.floats) | dict(
+        b=torch.arange(problem.batch, device=device)[:, None, None, None],
+        h=torch.arange(problem.heads, device=device)[:, None, None], nq=problem.seqlen_q, nk=problem.seqlen_k)
+    return Walk(problem, values, x.rng, tuple(_visited(problem, values)))
+
+
+def tile_sizes(problem: Problem) -> tuple[int, int]:
+    """(queries, keys) per tile: near TILE_ELEMENTS over all sequences and heads. batch_invariant: the same always."""
+    if problem.batch_invariant:
+        return 64, 128
+    side = (TILE_ELEMENTS / max(1, problem.batch * problem.heads)) ** 0.5
+    cols = min(LONGEST_TILE, max(SHORTEST_TILE, 1 << int(side).bit_length() - 1))
+    return min(LONGEST_TILE, max(SHORTEST_TILE, cols)), cols
+
+
+def _visited(problem: Problem, values: dict[str, Any]) -> Iterator[tuple[Tile, ...]]:
+    """The tiles that are not EMPTY for some sequence and head, per block of queries, keys ascending."""
+    tile_q, tile_k = tile_sizes(problem)
+    bands = problem.graphs.keys
+    undecided = False
+    if problem.device.type != "cpu":  # reading the device's values would wait for it: go by what the host knows
+        undecided = any(leaf[0] == "t" or leaf in "bh" for node in bands for leaf in leaves(node))
+        values = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+    classes = tile_classes(() if undecided else bands, values, problem.seqlen_q, problem.seqlen_k, tile_q, tile_k)
+    certain = classes.amin((0, 1)).tolist() if classes.numel() else []
+    visible = classes.amax((0, 1)).tolist() if classes.numel() else []
+    for i in range(-(-problem.seqlen_q // tile_q)):
+        rows = slice(i * tile_q, min((i + 1) * tile_q, problem.seqlen_q))
+        yield tuple(Tile(rows, slice(j * tile_k, min((j + 1) * tile_k, problem.seqlen_k)),
+                         undecided or problem.batch_invariant or certain[i][j] != FULL)
+                    for j in range(-(-problem.seqlen_k // tile_k)) if visible[i][j] != EMPTY)
+
+
+def product(a: Tensor, b: Tensor, group: int) -> Tensor:
+    """a [B, H, M, K] @ b [B, H_kv, K, N] -> [B, H, M, N]: the heads of a group share one factor and one product."""
+    if group == 1:
+        return a @ b
+    batch, heads, rows, inner = a.shape
+    folded = a.reshape(batch, heads // group, group * rows, inner) @ b
+    return folded.reshape(batch, heads, rows, b.shape[-1])
+
+
+def product_over_rows(a: Tensor, b: Tensor, group: int) -> Tensor:
+    """Sum over a group's heads and rows of a^T b: a [B, H, M, N], b [B, H, M, K] -> [B, H_kv, N, K]."""
+    if group == 1:
+        return a.mT @ b
+    batch, heads, rows, _ = a.shape
+    fold = (batch, heads // group, group * rows)
+    return a.reshape(*fold, a.shape[-1]).mT @ b.reshape(*fold, b.shape[-1])
+
+
+def probabilities(s: Tensor, lse: Tensor) -> Tensor:
+    """exp(s - lse), 0 for rows without keys."""
+    return torch.exp(s - torch.where(lse == -torch.inf, torch.inf, lse)[..., None])
+
+
+# ---- sums over tiles ------------------------------------------------------------------------------------------------
+
+ROWS, COLS, BOTH = "rows", "cols", "both"   # how a tensor is cut: dimension 2 by rows, by cols, or 2 and 3 by both
+
+
+def cut(x: Tensor, axes: str, tile: Tile) -> Tensor:
+    """The part of x that belongs to a tile; dimensions of size 1 are shared by all tiles."""
+    if axes == BOTH:
+        x = x[:, :, tile.rows] if x.shape[2] > 1 else x
+        return x[..., tile.cols] if x.shape[3] > 1 else x
+    return x[:, :, tile.rows if axes == ROWS else tile.cols]
+
+
+@dataclass(frozen=True)
+class Sum:
+    """outputs[cut] += function(tile, *inputs[cut]) over tiles; the function is differentiable, of wide dtype."""
+    function: Callable[..., tuple[Tensor, ...]]
+    tiles: tuple[Tile, ...]
+    inputs: tuple[str, ...]             # how each input is cut
+    outputs: tuple[str, ...]
+    shapes: tuple[torch.Size, ...]      # of the outputs
+
+    def vjp(self, shapes: Sequence[torch.Size]) -> Sum:
+        """Inputs and gradients of the outputs -> gradients of the inputs."""
+        n = len(self.inputs)
+
+        def function(tile: Tile, *pieces: Tensor) -> tuple[Tensor, ...]:
+            _, pull = torch.func.vjp(lambda *x: self.function(tile, *x), *pieces[:n])
+            return pull(tuple(pieces[n:]))
+
+        return Sum(function, self.tiles, self.inputs + self.outputs, self.inputs, tuple(shapes))
+
+    def jvp(self) -> Sum:
+        """Inputs and their tangents -> tangents of the outputs, as the transpose of the vjp, which is linear.
+
+        (Forward mode proper would not nest inside a caller's forward mode.)
+        """
+        n = len(self.inputs)
+
+        def function(tile: Tile, *pieces: Tensor) -> tuple[Tensor, ...]:
+            outputs, pull = torch.func.vjp(lambda *x: self.function(tile, *x), *pieces[:n])
+            _, push = torch.func.vjp(lambda *u: pull(u), *map(torch.zeros_like, outputs))
+            return push(tuple(pieces[n:]))
+
+        return Sum(function, self.tiles, self.inputs + self.inputs, self.outputs, self.shapes)
+
+
+class BlockSum(torch.autograd.Function):
+    """A `Sum` as a differentiable function; its derivatives are again BlockSums."""
+
+    @staticmethod
+    def forward(terms: Sum, *inputs: Tensor) -> tuple[Tensor, ...]:
+        outputs = [inputs[0].new_zeros(shape) for shape in terms.shapes]
+        for tile in terms.tiles:
+            parts = terms.function(tile, *(cut(x, axes, tile) for x, axes in zip(inputs, terms.inputs, strict=True)))
+            for out, axes, part in zip(outputs, terms.outputs, parts, strict=True):
+                cut(out, axes, tile).add_(part)
+        return tuple(outputs)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.terms = inputs[0]
+        ctx.save_for_backward(*inputs[1:])
+        ctx.save_for_forward(*inputs[1:])
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        inputs = ctx.saved_tensors
+        return None, *BlockSum.apply(ctx.terms.vjp([x.shape for x in inputs]), *inputs, *gradients)
+
+    @staticmethod
+    def jvp(ctx, _, *tangents):
+        inputs = ctx.saved_tensors
+        tangents = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=True)]
+        return BlockSum.apply(ctx.terms.jvp(), *inputs, *tangents)
+
+    @staticmethod
+    def vmap(info, in_dims, terms, *inputs):
+        return over_leading(BlockSum.apply, info, in_dims, terms, *inputs)
+
+
+# ---- forward --------------------------------------------------------------------------------------------------------
+
+def forward_tiles(w: Walk, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """out in q's dtype and lse (without sink), by the online softmax."""
+    problem = w.problem
+    wide = torch.promote_types(problem.dtype, torch.float32)
+    q, k, v = q.to(wide) * problem.scale, k.to(wide), v.to(wide)
+    out = problem.empty(problem.heads, problem.seqlen_q, problem.head_dim_v)
+    lse = problem.empty_lse()
+    tile_q = tile_sizes(problem)[0]
+    for i, row in enumerate(w.tiles):
+        rows = slice(i * tile_q, min((i + 1) * tile_q, problem.seqlen_q))
+        q_i = q[:, :, rows]
+        m_i = q_i.new_full((*q_i.shape[:3], 1), -torch.inf)
+        l_i = q_i.new_zeros(m_i.shape)
+        acc = q_i.new_zeros((*q_i.shape[:3], v.shape[3]))
+        for tile in row:
+            s = w.scores(tile, q_i, k[:, :, tile.cols], None if bias is None else cut(bias, BOTH, tile))
+            m_new = torch.maximum(m_i, s.amax(-1, keepdim=True))
+            pivot = torch.where(m_new == -torch.inf, 0.0, m_new)
+            p = s.sub_(pivot).exp_()
+            alpha = torch.exp(m_i - pivot)
+            l_i.mul_(alpha).add_(p.sum(-1, keepdim=True))
+            acc.mul_(alpha).add_(product(w.dropped(tile, p), v[:, :, tile.cols], problem.group))
+            m_i = m_new
+        empty = l_i == 0
+        out[:, :, rows] = acc / torch.where(empty, 1.0, l_i)
+        lse[:, :, rows] = torch.where(empty, -torch.inf, m_i + torch.log(l_i))[..., 0]
+    return out, lse
+
+
+def backward_terms(w: Walk, inputs: Sequence[Tensor], bias_gradient: bool) -> Sum:
+    """The sum over tiles (dout, delta, lse, q, k, v[, bias]) -> (dq, dk, dv[, dbias]). inputs: q, k, v[, bias]."""
+    group, scale = w.problem.group, w.problem.scale
+
+    def function(tile: Tile, dout, delta, lse, q, k, v, bias=None):
+        q = q * scale
+        s, chain = _scores_with_chain(w, tile, q, k, bias)
+        p = probabilities(s, lse)
+        dv = product_over_rows(w.dropped(tile, p), dout, group)
+        dp = w.dropped(tile, product(dout, v.mT, group))
+        ds = p * (dp - delta[..., None])
+        if tile.masked:
+            ds = torch.where(s == -torch.inf, 0.0, ds)
+        ds_raw = chain(ds)
+        gradients = (product(ds_raw, k, group) * scale, product_over_rows(ds_raw, q, group), dv)
+        return (*gradients, ds.sum_to_size(bias.shape)) if bias_gradient else gradients
+
+    cuts = (ROWS, COLS, COLS, BOTH)
+    outputs = 4 if bias_gradient else 3
+    return Sum(function, w.flat, (ROWS, ROWS, ROWS, *cuts[:len(inputs)]), cuts[:outputs],
+               tuple(x.shape for x in inputs[:outputs]))
+
+
+def _scores_with_chain(w: Walk, tile: Tile, q: Tensor, k: Tensor, bias: Tensor | None):
+    """Finished scores, and the function from their gradient to that of scale * q.k."""
+    gradient = w.problem.graphs.score_gradient
+    s = w.scores(tile, q, k, bias)
+    if gradient is None:
+        return s, lambda ds: ds
+    raw = product(q, k.mT, w.problem.group)
+    return s, lambda ds: ds * evaluate(gradient, w.values | w.indices(tile) | {"s": raw})
+
+
+def tangent_terms(w: Walk, shapes: Sequence[torch.Size], with_bias: bool) -> Sum:
+    """The sum over tiles (q, k, v, lse[, bias] and tangents of q, k, v[, bias]) -> (sum of p s' v + p v', sum of p s')."""
+    n = 5 if with_bias else 4
+    group, scale = w.problem.group, w.problem.scale
+
+    def function(tile: Tile, *x: Tensor):
+        q, k, v, lse = x[:4]
+        dq, dk, dv = x[n:n + 3]
+        bias, dbias = (x[4], x[n + 3]) if with_bias else (None, 0.0)
+        s, chain = _scores_with_chain(w, tile, q * scale, k, bias)
+        ds = chain(product(dq * scale, k.mT, group) + product(q * scale, dk.mT, group)) + dbias
+        p = probabilities(s, lse)
+        weighted = torch.where(s == -torch.inf, 0.0, p * ds)
+        values = product(w.dropped(tile, weighted), v, group) + product(w.dropped(tile, p), dv, group)
+        return values, weighted.sum(-1)
+
+    bias = (BOTH,) if with_bias else ()
+    cuts = (ROWS, COLS, COLS, ROWS, *bias, ROWS, COLS, COLS, *bias)
+    return Sum(function, w.flat, cuts, (ROWS, ROWS), tuple(shapes))
+
+
+class Tiled(torch.autograd.Function):
+    """(q, k, v, bias) -> (out, lse) without sink; every derivative is a BlockSum."""
+
+    @staticmethod
+    def forward(w: Walk, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None):
+        return forward_tiles(w, q, k, v, bias)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.walk = inputs[0]
+        ctx.has_bias = inputs[4] is not None
+        tensors = (*(x for x in inputs[1:] if x is not None), *output)
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        *inputs, out, lse = ctx.saved_tensors
+        gradients, _ = gradients_of(ctx.walk, inputs, out, lse, dout, dlse, ctx.has_bias and ctx.needs_input_grad[4])
+        return (None, *gradients, *([None] * (4 - len(gradients))))
+
+    @staticmethod
+    def jvp(ctx, _, *tangents):
+        *inputs, out, lse = ctx.saved_tensors
+        tangents = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=False)]
+        x = [t.to(lse.dtype) for t in (*inputs[:3], lse, *inputs[3:], *tangents)]
+        terms = tangent_terms(ctx.walk, (out.shape, lse.shape), ctx.has_bias)
+        values, lse_tangent = BlockSum.apply(terms, *x)
+        return (values - lse_tangent[..., None] * out.to(lse.dtype)).to(out.dtype), lse_tangent
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return over_leading(Tiled.apply, info, in_dims, *inputs)
+
+
+def gradients_of(w: Walk, inputs: Sequence[Tensor], out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+                 bias_gradient: bool) -> tuple[list[Tensor], Tensor]:
+    """Gradients of the inputs q, k, v[, bias], and delta = rowsum(dO * O) - dlse; differentiable."""
+    delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+    if dlse is not None:
+        delta = delta - dlse
+    terms = backward_terms(w, inputs, bias_gradient)
+    gradients = BlockSum.apply(terms, dout.to(lse.dtype), delta, lse, *(x.to(lse.dtype) for x in inputs))
+    return [g.to(x.dtype) for g, x in zip(gradients, inputs, strict=False)], delta
+
+
+# ---- the backend ----------------------------------------------------------------------------------------------------
+
+def attention(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
+    """out and lse, sinks included, as a differentiable function of the operands: any order, forward and reverse."""
+    state = AttentionState(*Tiled.apply(walk(problem, x), x.q, x.k, x.v, x.bias))
+    if x.sinks is not None:
+        state = state.with_sink(x.sinks)
+    return state.out, state.lse
+
+
+def forward(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return attention(problem, x)
+
+
+def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+             needs: Needs) -> Gradients:
+    with torch.no_grad():
+        inputs = [x.q, x.k, x.v] + ([] if x.bias is None else [x.bias])
+        gradients, delta = gradients_of(walk(problem, x), inputs, out, lse, dout, dlse, needs.bias)
+        dq, dk, dv, dbias, *_ = [*gradients, None]
+        return Gradients(dq, dk, dv, dbias, sink_gradient(x.sinks, lse, delta) if needs.sinks else None)

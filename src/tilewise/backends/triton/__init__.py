@@ -1,0 +1,57 @@
+"""Portable GPU kernels in Triton: FlashAttention-2 for NVIDIA GPUs from sm_80 and AMD's gfx942.
+
+Kernels: `forward.py`, `backward.py`; tile sizes: `configs.py`; how they are called: `launch.py`, `entry.py`.
+"""
+from __future__ import annotations
+
+import functools
+import importlib.util
+
+import torch
+
+from tilewise.problem import Problem
+
+
+@functools.cache
+def missing() -> str | None:
+    """Why Triton cannot be used at all; None: it can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    import triton
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return None if version >= (3, 6) else f"triton {triton.__version__} is older than 3.6"
+
+
+def supports(problem: Problem) -> str | None:
+    """None, or why these kernels cannot compute the problem."""
+    if missing() is not None:
+        return missing()
+    if problem.dtype == torch.float64:
+        return "fp64 inputs (its kernels take fp16, bf16 and fp32)"
+    if problem.device.type == "cuda":
+        return None if torch.version.hip or torch.cuda.get_device_capability(problem.device) >= (8, 0) else (
+            "this GPU is older than sm_80")
+    return None if interpreting() else f"inputs are on {problem.device.type}; Triton kernels run on GPUs"
+
+
+def volunteers(problem: Problem) -> str | None:
+    """As `supports`, for backend="auto": the interpreter is for tests."""
+    if problem.device.type != "cuda":
+        return missing() or f"inputs are on {problem.device.type}; Triton kernels run on GPUs"
+    return supports(problem)
+
+
+def interpreting() -> bool:
+    """Whether Triton runs kernels in its interpreter, on the CPU."""
+    import triton
+    return triton.knobs.runtime.interpret
+
+
+def forward(problem, operands):
+    from tilewise.backends.triton import launch
+    return launch.forward(problem, operands)
+
+
+def backward(problem, operands, out, lse, dout, dlse, needs):
+    from tilewise.backends.triton import launch
+    return launch.backward(problem, operands, out, lse, dout, dlse, needs)

@@ -1,0 +1,185 @@
+"""FlashAttention-2, backward (Dao 2023, algorithm 2), deterministic by construction: no atomic adds.
+
+    preprocess        delta = rowsum(dO * O) - dlse                                  per block of queries
+    key_gradients     dK, dV, summed over the heads of a group                       per block of keys
+    query_gradients   dQ                                                             per block of queries
+    bias_gradient     dbias where bias broadcasts over sequences or heads            per tile of bias
+
+Probabilities are recomputed from q, k and lse. The paper adds dQ atomically from the key loop; a second kernel costs two
+more products and always gives the same bits. Legend as in `forward.py`; LSE, DELTA [B, H, S_q] fp32 contiguous.
+"""
+import triton
+import triton.language as tl
+
+from tilewise.backends.gpu_math import masking, philox, scoring, softmax
+from tilewise.backends.triton.tiles import load_rows, place, store_rows
+
+@triton.jit
+def preprocess(OUT, DO, DLSE, DELTA, out_strides, do_strides, heads, nq, HAS_DLSE: tl.constexpr, DV: tl.constexpr,
+               BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
+    b, h, _, first_row = place(tl.program_id(0), tl.cdiv(nq, BLOCK_M), heads, 1, BLOCK_M, False)
+    out = load_rows(OUT, out_strides, b, h, first_row, nq, BLOCK_M, DV, BLOCK_DV).to(tl.float32)
+    do = load_rows(DO, do_strides, b, h, first_row, nq, BLOCK_M, DV, BLOCK_DV).to(tl.float32)
+    delta = tl.sum(out * do, 1)                                                # [BLOCK_M]
+    rows = first_row + tl.arange(0, BLOCK_M)
+    offsets = (b * heads + h).to(tl.int64) * nq + rows
+    if HAS_DLSE:
+        delta -= tl.load(DLSE + offsets, mask=rows < nq, other=0.0)
+    tl.store(DELTA + offsets, delta, mask=rows < nq)
+
+
+@triton.jit
+def load_statistics(LSE, DELTA, b, h, heads, rows, nq):
+    """lse in base 2 and delta of a block of queries [BLOCK_M]; beyond the sequence +inf and 0, so that p is 0 there."""
+    offsets = (b * heads + h).to(tl.int64) * nq + rows
+    lse = softmax.lse_base_2(tl.load(LSE + offsets, mask=rows < nq, other=float("inf")))
+    return lse, tl.load(DELTA + offsets, mask=rows < nq, other=0.0)
+
+
+@triton.jit
+def tile_gradients(s, dp, lse, delta, scale, b, h, heads, rows, cols, first_row, first_col, nq, nk, BIAS, bias_strides,
+                   RNG, dropout, program, SCORE: tl.constexpr, SCORE_GRADIENT: tl.constexpr, MASK: tl.constexpr,
+                   BIAS_COLS: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, MASKED: tl.constexpr,
+                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """(kept p, d loss / d finished score, d loss / d (scale * q.k)) of a tile, from s = q.k and dp = dO.v.
+
+    [BLOCK_M, BLOCK_N], or [BLOCK_N, BLOCK_M] if TRANSPOSED; lse, delta, rows and cols broadcast to it.
+    """
+    finished = scoring.finish(s, scale, b, h, rows, cols, nq, nk, BIAS, bias_strides, program, SCORE, MASK, BIAS_COLS, RAW,
+                              MASKED)
+    p = tl.exp2(finished * (softmax.LOG2E * (scale if RAW else 1.0)) - lse)
+    kept = p
+    if DROPOUT:
+        keep = philox.keep(RNG, dropout, b, h, heads, first_row, first_col, BLOCK_M, BLOCK_N, TRANSPOSED)
+        kept = tl.where(keep, p, 0.0)
+        dp = tl.where(keep, dp * (65536.0 / (65536 - dropout)), 0.0)
+    ds = p * (dp - delta)
+    if MASKED:
+        ds = tl.where(p == 0.0, 0.0, ds)                                       # 0 also where dp is not finite
+    return kept, ds, scoring.score_gradient(ds, s, scale, b, h, rows, cols, nq, nk, program, SCORE_GRADIENT)
+
+
+@triton.jit
+def key_gradients(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DK, DV_, DBIAS, q_strides, k_strides, v_strides, bias_strides,
+                  do_strides, dk_strides, dv_strides, scale, heads, group, nq, nk, dropout, captured, ints, floats,
+                  SCORE: tl.constexpr, SCORE_GRADIENT: tl.constexpr, MASK: tl.constexpr, QUERIES: tl.constexpr,
+                  BANDS: tl.constexpr, BIAS_COLS: tl.constexpr, DBIAS_MODE: tl.constexpr, DROPOUT: tl.constexpr,
+                  RAW: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
+                  BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
+    b, h_kv, _, first_col = place(tl.program_id(0), tl.cdiv(nk, BLOCK_N), heads // group, 1, BLOCK_N, False)
+    program = (captured, ints, floats)
+    cols = first_col + tl.arange(0, BLOCK_N)
+    k = load_rows(K, k_strides, b, h_kv, first_col, nk, BLOCK_N, D, BLOCK_D)   # [BLOCK_N, BLOCK_D]
+    v = load_rows(V, v_strides, b, h_kv, first_col, nk, BLOCK_N, DV, BLOCK_DV) # [BLOCK_N, BLOCK_DV]
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for member in range(0, group):
+        h = h_kv * group + member
+        column_sum = tl.zeros([BLOCK_N], tl.float32)
+        r = masking.tile_ranges(QUERIES, BANDS, b, h, cols, cols < nk, nq, nk, nq, program, BLOCK_M)
+        for MASKED in tl.static_range(2):
+            for t in range(0, masking.partial_count(r) if MASKED else masking.full_count(r)):
+                first_row = (masking.partial_tile(r, t) if MASKED else masking.full_tile(r, t)) * BLOCK_M
+                rows = first_row + tl.arange(0, BLOCK_M)
+                q = load_rows(Q, q_strides, b, h, first_row, nq, BLOCK_M, D, BLOCK_D, MASKED)
+                s = tl.dot(k, tl.trans(q), input_precision=PRECISION)          # [BLOCK_N, BLOCK_M]
+                do = load_rows(DO, do_strides, b, h, first_row, nq, BLOCK_M, DV, BLOCK_DV, MASKED)
+                dp = tl.dot(v, tl.trans(do), input_precision=PRECISION)        # [BLOCK_N, BLOCK_M]
+                lse, delta = load_statistics(LSE, DELTA, b, h, heads, rows, nq)
+                p, ds, ds_raw = tile_gradients(
+                    s, dp, lse[None, :], delta[None, :], scale, b, h, heads, rows[None, :], cols[:, None], first_row,
+                    first_col, nq, nk, BIAS, bias_strides, RNG, dropout, program, SCORE, SCORE_GRADIENT, MASK, BIAS_COLS,
+                    DROPOUT, RAW, MASKED, BLOCK_M, BLOCK_N, True)
+                dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
+                dk = tl.dot(ds_raw.to(q.dtype), q, dk, input_precision=PRECISION)
+                if DBIAS_MODE == "over_rows":
+                    column_sum += tl.sum(ds, 1)
+        if DBIAS_MODE == "over_rows":
+            tl.store(DBIAS + (b * heads + h).to(tl.int64) * nk + cols, column_sum, mask=cols < nk)
+    if DROPOUT:
+        dv *= 65536.0 / (65536 - dropout)
+    store_rows(DK, dk_strides, b, h_kv, first_col, nk, dk * scale, BLOCK_N, D, BLOCK_D)
+    store_rows(DV_, dv_strides, b, h_kv, first_col, nk, dv, BLOCK_N, DV, BLOCK_DV)
+
+
+@triton.jit
+def query_gradients(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DQ, DBIAS, q_strides, k_strides, v_strides, bias_strides,
+                    do_strides, dq_strides, dbias_strides, scale, heads, group, nq, nk, dropout, captured, ints, floats,
+                    SCORE: tl.constexpr, SCORE_GRADIENT: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr,
+                    BANDS: tl.constexpr, BIAS_COLS: tl.constexpr, DBIAS_MODE: tl.constexpr, DROPOUT: tl.constexpr,
+                    RAW: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
+                    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
+    b, h, h_kv, first_row = place(tl.program_id(0), tl.cdiv(nq, BLOCK_M), heads, group, BLOCK_M, True)
+    program = (captured, ints, floats)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    q = load_rows(Q, q_strides, b, h, first_row, nq, BLOCK_M, D, BLOCK_D)      # [BLOCK_M, BLOCK_D]
+    do = load_rows(DO, do_strides, b, h, first_row, nq, BLOCK_M, DV, BLOCK_DV) # [BLOCK_M, BLOCK_DV]
+    lse, delta = load_statistics(LSE, DELTA, b, h, heads, rows, nq)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    r = masking.tile_ranges(KEYS, BANDS, b, h, rows, rows < nq, nq, nk, nk, program, BLOCK_N)
+    for MASKED in tl.static_range(2):
+        for t in range(0, masking.partial_count(r) if MASKED else masking.full_count(r)):
+            first_col = (masking.partial_tile(r, t) if MASKED else masking.full_tile(r, t)) * BLOCK_N
+            cols = first_col + tl.arange(0, BLOCK_N)
+            k = load_rows(K, k_strides, b, h_kv, first_col, nk, BLOCK_N, D, BLOCK_D, MASKED)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)              # [BLOCK_M, BLOCK_N]
+            v = load_rows(V, v_strides, b, h_kv, first_col, nk, BLOCK_N, DV, BLOCK_DV, MASKED)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)            # [BLOCK_M, BLOCK_N]
+            _, ds, ds_raw = tile_gradients(
+                s, dp, lse[:, None], delta[:, None], scale, b, h, heads, rows[:, None], cols[None, :], first_row, first_col,
+                nq, nk, BIAS, bias_strides, RNG, dropout, program, SCORE, SCORE_GRADIENT, MASK, BIAS_COLS, DROPOUT, RAW,
+                MASKED, BLOCK_M, BLOCK_N, False)
+            dq = tl.dot(ds_raw.to(k.dtype), k, dq, input_precision=PRECISION)
+            if DBIAS_MODE == "direct":
+                store_tile(DBIAS, dbias_strides, b, h, rows, cols, nq, nk, ds)
+            if DBIAS_MODE == "over_cols":
+                row_sum += tl.sum(ds, 1)
+    if DBIAS_MODE == "over_cols":
+        tl.store(DBIAS + (b * heads + h).to(tl.int64) * nq + rows, row_sum, mask=rows < nq)
+    store_rows(DQ, dq_strides, b, h, first_row, nq, dq * scale, BLOCK_M, D, BLOCK_D)
+
+
+@triton.jit
+def store_tile(X, strides, b, h, rows, cols, nq, nk, x):
+    """Stores a tile of a matrix per sequence and head; strides: (batch, head, row), columns contiguous."""
+    base = b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1]
+    pointers = X + base + rows[:, None].to(tl.int64) * strides[2] + cols[None, :]
+    tl.store(pointers, x.to(X.dtype.element_ty), mask=(rows[:, None] < nq) & (cols[None, :] < nk))
+
+
+@triton.jit
+def bias_gradient(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DBIAS, q_strides, k_strides, v_strides, bias_strides, do_strides,
+                  dbias_strides, scale, heads, group, nq, nk, dropout, sum_batch, sum_heads, captured, ints, floats,
+                  SCORE: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr, BANDS: tl.constexpr,
+                  BIAS_COLS: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr,
+                  D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                  BLOCK_DV: tl.constexpr):
+    """One tile of dbias, summed in fixed order over the sum_batch sequences and sum_heads heads that share it."""
+    tiles_n = tl.cdiv(nk, BLOCK_N)
+    pid = tl.program_id(0)
+    first_col = pid % tiles_n * BLOCK_N
+    bias_b, bias_h, _, first_row = place(pid // tiles_n, tl.cdiv(nq, BLOCK_M), heads // sum_heads, 1, BLOCK_M, True)
+    program = (captured, ints, floats)
+    rows = first_row + tl.arange(0, BLOCK_M)
+    cols = first_col + tl.arange(0, BLOCK_N)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    for index in range(0, sum_batch * sum_heads):
+        b = bias_b * sum_batch + index // sum_heads
+        h = bias_h * sum_heads + index % sum_heads
+        r = masking.tile_ranges(KEYS, BANDS, b, h, rows, rows < nq, nq, nk, nk, program, BLOCK_N)
+        tile = first_col // BLOCK_N
+        if ((tile >= r[0]) & (tile < r[3])) | ((tile >= r[4]) & (tile < r[7])):
+            q = load_rows(Q, q_strides, b, h, first_row, nq, BLOCK_M, D, BLOCK_D)
+            k = load_rows(K, k_strides, b, h // group, first_col, nk, BLOCK_N, D, BLOCK_D)
+            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            do = load_rows(DO, do_strides, b, h, first_row, nq, BLOCK_M, DV, BLOCK_DV)
+            v = load_rows(V, v_strides, b, h // group, first_col, nk, BLOCK_N, DV, BLOCK_DV)
+            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            lse, delta = load_statistics(LSE, DELTA, b, h, heads, rows, nq)
+            _, ds, _ = tile_gradients(
+                s, dp, lse[:, None], delta[:, None], scale, b, h, heads, rows[:, None], cols[None, :], first_row, first_col,
+                nq, nk, BIAS, bias_strides, RNG, dropout, program, SCORE, None, MASK, BIAS_COLS, DROPOUT, RAW, True,
+                BLOCK_M, BLOCK_N, False)
+            total += ds
+    store_tile(DBIAS, dbias_strides, bias_b, bias_h, rows, cols, nq, nk, total)

@@ -1,0 +1,153 @@
+"""From a problem to kernel launches: what is allocated, what each kernel is told, on which grid."""
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tilewise.backends import Gradients, Needs
+from tilewise.backends.triton import backward as bwd
+from tilewise.backends.triton.configs import Config, choose
+from tilewise.backends.triton.entry import entry, flatten
+from tilewise.backends.triton.forward import forward as forward_kernel
+from tilewise.problem import Operands, Problem
+from tilewise.state import sink_gradient
+
+
+def forward(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
+    out = problem.empty(problem.heads, problem.seqlen_q, problem.head_dim_v)
+    lse = problem.empty_lse()
+    config = choose("forward", problem)
+    run(forward_kernel, problem, config, blocks(problem.seqlen_q, config.BLOCK_M) * problem.batch * problem.heads,
+        arguments(problem, x) | dict(
+            OUT=out, LSE=lse, SINKS=x.sinks, out_strides=strides(out), HAS_SINKS=problem.has_sinks,
+            BANDS=len(problem.graphs.keys) // 4, ASCENDING=int(problem.batch_invariant)))
+    return out, lse
+
+
+def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+             needs: Needs) -> Gradients:
+    if dout.stride(3) != 1:  # such as the expanded gradient of a sum
+        dout = dout.contiguous()
+    delta = _preprocess(problem, out, dout, dlse)
+    dq = problem.empty(problem.heads, problem.seqlen_q, problem.head_dim)
+    dk = problem.empty(problem.kv_heads, problem.seqlen_k, problem.head_dim)
+    dv = problem.empty(problem.kv_heads, problem.seqlen_k, problem.head_dim_v)
+    mode = bias_mode(problem, needs)
+    dbias = _allocate_dbias(problem, x, mode)
+    common = arguments(problem, x) | dict(DO=dout, LSE=lse, DELTA=delta, do_strides=strides(dout), DBIAS=dbias,
+                                          dbias_strides=strides(dbias) if dbias is not None else (0, 0, 0))
+    row_bands, col_bands = len(problem.graphs.keys) // 4, len(problem.graphs.queries) // 4
+
+    config = choose("key_gradients", problem)
+    run(bwd.key_gradients, problem, config, blocks(problem.seqlen_k, config.BLOCK_N) * problem.batch * problem.kv_heads,
+        common | dict(DK=dk, DV_=dv, dk_strides=strides(dk), dv_strides=strides(dv), BANDS=col_bands,
+                      DBIAS_MODE=mode if mode == "over_rows" else None))
+    config = choose("query_gradients", problem)
+    run(bwd.query_gradients, problem, config, blocks(problem.seqlen_q, config.BLOCK_M) * problem.batch * problem.heads,
+        common | dict(DQ=dq, dq_strides=strides(dq), BANDS=row_bands,
+                      DBIAS_MODE=mode if mode in ("direct", "over_cols") else None))
+    if mode == "summed":
+        config = choose("bias_gradient", problem)
+        sum_batch, sum_heads = problem.batch // x.bias.shape[0], problem.heads // x.bias.shape[1]
+        tiles = blocks(problem.seqlen_q, config.BLOCK_M) * blocks(problem.seqlen_k, config.BLOCK_N)
+        run(bwd.bias_gradient, problem, config, tiles * x.bias.shape[0] * x.bias.shape[1],
+            common | dict(BANDS=row_bands, sum_batch=sum_batch, sum_heads=sum_heads))
+    dsinks = sink_gradient(x.sinks, lse, delta) if needs.sinks else None
+    return Gradients(dq, dk, dv, _reduce_dbias(problem, x, mode, dbias), dsinks)
+
+
+def _preprocess(problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
+    delta = problem.empty_lse()
+    config = choose("preprocess", problem)
+    run(bwd.preprocess, problem, config, blocks(problem.seqlen_q, config.BLOCK_M) * problem.batch * problem.heads, dict(
+        OUT=out, DO=dout, DLSE=None if dlse is None else dlse.contiguous(), DELTA=delta, out_strides=strides(out),
+        do_strides=strides(dout), heads=problem.heads, nq=problem.seqlen_q, HAS_DLSE=dlse is not None))
+    return delta
+
+
+def bias_mode(problem: Problem, needs: Needs) -> str | None:
+    """How dbias is computed; None: not needed.
+
+    direct     bias has all four dimensions: the dQ kernel stores each tile
+    over_rows  bias is the same for all queries: column sums in the dK, dV kernel
+    over_cols  bias is the same for all keys: row sums in the dQ kernel
+    summed     bias is shared by sequences or heads: a kernel of its own adds them up
+    """
+    if not needs.bias or problem.bias_shape is None:
+        return None
+    batch, heads, rows, cols = problem.bias_shape
+    if rows == 1:
+        return "over_rows"
+    if cols == 1:
+        return "over_cols"
+    return "direct" if (batch, heads) == (problem.batch, problem.heads) else "summed"
+
+
+def _allocate_dbias(problem: Problem, x: Operands, mode: str | None) -> Tensor | None:
+    device = problem.device
+    if mode == "over_rows":
+        return torch.empty((problem.batch, problem.heads, 1, problem.seqlen_k), dtype=torch.float32, device=device)
+    if mode == "over_cols":
+        return torch.empty((problem.batch, problem.heads, problem.seqlen_q, 1), dtype=torch.float32, device=device)
+    if mode == "direct":  # tiles that no query sees are never stored
+        return torch.zeros(x.bias.shape, dtype=x.bias.dtype, device=device)
+    return torch.empty(x.bias.shape, dtype=x.bias.dtype, device=device) if mode == "summed" else None
+
+
+def _reduce_dbias(problem: Problem, x: Operands, mode: str | None, dbias: Tensor | None) -> Tensor | None:
+    return None if dbias is None else dbias.sum_to_size(x.bias.shape).to(x.bias.dtype)
+
+
+def arguments(problem: Problem, x: Operands) -> dict[str, Any]:
+    """What all attention kernels are told about a problem."""
+    raw = problem.graphs.score is None and x.bias is None and problem.scale > 0
+    return dict(
+        Q=x.q, K=x.k, V=x.v, BIAS=x.bias, RNG=x.rng, q_strides=strides(x.q), k_strides=strides(x.k),
+        v_strides=strides(x.v), bias_strides=bias_strides(x.bias), scale=problem.scale, heads=problem.heads,
+        group=problem.group, nq=problem.seqlen_q, nk=problem.seqlen_k, dropout=problem.dropout,
+        captured=tuple(x.captured), ints=tuple(x.ints), floats=tuple(x.floats),
+        BIAS_COLS=bias_cols(x.bias), DROPOUT=problem.dropout > 0, RAW=raw)
+
+
+def strides(x: Tensor) -> tuple[int, int, int]:
+    """(batch, head, row) strides; 0 where a dimension has one entry, whose stride means nothing."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+
+
+def bias_strides(bias: Tensor | None) -> tuple[int, int, int, int]:
+    if bias is None:
+        return 0, 0, 0, 0
+    return tuple(0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))
+
+
+def bias_cols(bias: Tensor | None) -> int | str | None:
+    """The column stride where a kernel can be compiled for it, "any" otherwise, None without bias."""
+    stride = bias_strides(bias)[3]
+    return None if bias is None else stride if stride in (0, 1) else "any"
+
+
+def blocks(n: int, block: int) -> int:
+    return -(-n // block)
+
+
+def run(kernel: Any, problem: Problem, config: Config, programs: int, values: Mapping[str, Any]) -> None:
+    """Launches `kernel` on a grid of `programs`; `values`: its arguments by name, except the sizes of problem and config."""
+    if programs == 0:
+        return
+    flat = flatten(kernel, problem.program, {**values, **constants(problem, config)})
+    entry(kernel, problem.program)[(programs,)](**flat, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def constants(problem: Problem, config: Config) -> dict[str, Any]:
+    return dict(D=problem.head_dim, DV=problem.head_dim_v, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
+                BLOCK_D=padded(problem.head_dim), BLOCK_DV=padded(problem.head_dim_v), PRECISION=problem.precision)
+
+
+@functools.cache
+def padded(dim: int) -> int:
+    """A head dim rounded up to a power of two, as tiles must be; at least 16, as tensor cores want."""
+    return max(16, 1 << (dim - 1).bit_length())

@@ -1,0 +1,120 @@
+"""The demo's report: one HTML file that needs nothing else, for screens, phones and paper."""
+
+from __future__ import annotations
+
+import base64
+from html import escape
+from pathlib import Path
+from string import Template
+
+from tilewise.demo.plots import loss_plot, memory_plot, time_plot
+from tilewise.demo.results import STANDARD, TILEWISE, Results
+from tilewise.train import bits_per_byte
+
+TEMPLATE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
+
+
+def write(results: Results, folder: Path) -> Path:
+    """Writes index.html and results.json into `folder`; returns the page's path."""
+    page = folder / "index.html"
+    page.write_text(render(results), encoding="utf-8")
+    (folder / "results.json").write_text(results.to_json(), encoding="utf-8")
+    return page
+
+
+def render(results: Results) -> str:
+    """The page as text."""
+    settings, headline = results.settings, results.headline()
+    recipe, model = settings.recipe, settings.model
+    return TEMPLATE.substitute(
+        device=escape(results.machine["GPU"] if settings.device != "cpu" else results.machine["CPU"]),
+        cards="".join(card(number, words) for number, words in headline_words(results)),
+        loss=picture(loss_plot(results), "Loss of both trainings at each step, one curve on the other"),
+        time=picture(time_plot(results), "Time of a forward and backward pass against context length"),
+        memory=picture(memory_plot(results), "Peak memory against context length, with the limit"),
+        steps=recipe.steps, difference=f"{headline.loss_difference:.1e}",
+        model=f"{results.parameters / 1e6:.2f} million parameters, {model.layers} layers of {model.heads} heads, "
+              f"context {recipe.context}, batch {recipe.batch}, seed {recipe.seed}",
+        text=escape(results.text), final=final_losses(results),
+        layer=f"batch {settings.batch}, {settings.heads} heads of {settings.head_dim}, {settings.dtype}, causal",
+        limit=size(settings.limit), ending=escape(ending(results)), rows=table_rows(results),
+        prompt=escape(results.prompt), sample=escape(results.sample), plan=escape(results.plan),
+        machine="".join(f"<dt>{escape(k)}</dt><dd>{escape(v)}</dd>" for k, v in results.machine.items()),
+        seconds=f"{results.seconds:.0f}",
+    )
+
+
+def headline_words(results: Results) -> list[tuple[str, str]]:
+    """The page's first numbers, each with what it means."""
+    headline = results.headline()
+    at = f"at {headline.length:,} tokens, the longest standard attention could do"
+    return [
+        (f"{ratio(headline.longest / headline.length)} longer", f"context under the same memory limit: "
+         f"{headline.longest:,} tokens against {headline.length:,}"),
+        (f"{ratio(headline.memory)} less memory", at),
+        (f"{ratio(headline.speedup)} the speed", f"forward and backward, {at}"),
+        ("same loss", f"at every training step to within {headline.loss_difference:.1e} nats per byte"),
+    ]
+
+
+def ending(results: Results) -> str:
+    """Why each line stops where it stops."""
+    refused = results.refused(STANDARD)
+    words = f"Standard attention ran out of memory at {refused:,} tokens. " if refused else ""
+    refused = results.refused(TILEWISE)
+    return words + (f"Tilewise ran out of memory at {refused:,} tokens." if refused else
+                    "Tilewise did not run out of memory: the demo ends where its time does.")
+
+
+def table_rows(results: Results) -> str:
+    """One table row for each length."""
+    standard, tilewise = results.measured(STANDARD), results.measured(TILEWISE)
+    lines = []
+    for length in sorted({row.length for row in results.rows}):
+        a, b = standard.get(length), tilewise.get(length)
+        gone = "out of memory" if length == results.refused(STANDARD) else "–"
+        cells = [f"{length:,}", duration(a.seconds) if a else gone, duration(b.seconds) if b else "–",
+                 ratio(a.seconds / b.seconds) if a and b else "", size(a.bytes) if a else gone,
+                 size(b.bytes) if b else "–", ratio(a.bytes / max(1, b.bytes)) if a and b else ""]
+        lines.append("<tr><th scope=row>" + cells[0] + "".join(f"<td>{cell}" for cell in cells[1:]))
+    return "\n".join(lines)
+
+
+def final_losses(results: Results) -> str:
+    """Both last validation losses, in bits per byte."""
+    a, b = results.standard[-1].val_loss, results.tilewise[-1].val_loss
+    assert a is not None
+    assert b is not None
+    return f"{bits_per_byte(a):.4f} bits per byte with standard attention, {bits_per_byte(b):.4f} with Tilewise"
+
+
+def card(number: str, words: str) -> str:
+    """One headline number."""
+    return f"<li><strong>{escape(number)}</strong> {escape(words)}</li>\n"
+
+
+def picture(svg: str, words: str) -> str:
+    """An SVG as an image of its own, so that no name inside it meets another picture's."""
+    data = base64.b64encode(svg.encode()).decode()
+    return f'<img alt="{escape(words)}" src="data:image/svg+xml;base64,{data}">'
+
+
+def ratio(value: float) -> str:
+    """1.234 -> 1.2×, 45.6 -> 46×."""
+    return f"{value:.1f}×" if value < 10 else f"{value:.0f}×"
+
+
+def duration(seconds: float) -> str:
+    """Seconds with a unit that suits them."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if seconds >= scale:
+            return f"{seconds / scale:.3g} {unit}"
+    return f"{seconds * 1e6:.0f} µs"
+
+
+def size(count: float) -> str:
+    """Bytes with a unit that suits them."""
+    for unit, power in (("GiB", 30), ("MiB", 20)):
+        if count >= 2**power:
+            return f"{count / 2**power:.3g} {unit}"
+    return f"{count / 2**10:.3g} KiB"

@@ -1,0 +1,317 @@
+"""Masks: which keys each query sees, as small values that combine with & | ~.
+
+A `Mask` is a graph over the indices of one score (`trace/graph.py`), the same for every backend, and beside it what
+makes it cheap: for each query the interval of keys it may see (`keys`), for each key the interval of queries that may
+see it (`queries`). Tiles outside the intervals are skipped, tiles inside run without the mask; nothing of size N² is
+ever built.
+
+p = i + n - S_q is the position of query i among the n keys of its own sequence: masks are aligned bottom-right.
+
+    causal()                 j <= p
+    window(left, right)      p - left <= j <= p + right
+    prefix(lengths)          j < lengths[b]
+    key_lengths(lengths)     j < lengths[b]: padding at the end, which does not move p
+    chunked(size)            j // size == p // size
+    documents(ids)           same document id, ids >= 0
+    full()                   every key
+"""
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilewise.trace.bounds import tile_classes
+from tilewise.trace.graph import (
+    Captured,
+    Expr,
+    Node,
+    equal,
+    evaluate,
+    load,
+    lower,
+    maximum,
+    minimum,
+    parse,
+    slot_values,
+    var,
+    where,
+    wrap,
+)
+
+B, H, Q, K, NQ, NK = (var(name) for name in ("b", "h", "q", "k", "nq", "nk"))
+ZERO, ONE = wrap(0), wrap(1)
+SHIFT = NK - NQ
+P = Q + SHIFT
+LONGEST = 2**30  # no sequence is longer; sums of two stay inside 32 bits
+LAST_KEY, LAST_QUERY = NK - ONE, NQ - ONE
+
+
+class Band(NamedTuple):
+    """An interval of keys for each query, or of queries for each key; lo > hi when empty.
+
+    Outside [lo, hi] nothing is visible. Inside [inner_lo, inner_hi] everything is.
+    """
+    lo: Expr
+    hi: Expr
+    inner_lo: Expr
+    inner_hi: Expr
+
+    @property
+    def exact(self) -> bool:
+        return self.inner_lo is self.lo and self.inner_hi is self.hi
+
+
+def exact(lo: Expr, hi: Expr) -> Band:
+    return Band(lo, hi, lo, hi)
+
+
+def undecided(last: Expr) -> Band:
+    """Anything may be visible, nothing certainly is."""
+    return Band(ZERO, last, last, ZERO - ONE)
+
+
+class Mask:
+    """A boolean for every (sequence, head, query, key); True: the query sees the key.
+
+    element   the graph of one element
+    keys      one or two bands over q: the keys visible to a query lie in their union
+    queries   likewise over k: the queries that see a key
+
+    Combine masks with `&`, `|` and `~`.
+    """
+
+    __slots__ = ("element", "keys", "name", "queries")
+
+    def __init__(self, name: str, element: Expr, keys: tuple[Band, ...], queries: tuple[Band, ...]):
+        self.name, self.element, self.keys, self.queries = name, element, keys, queries
+
+    def __and__(self, other: Mask) -> Mask:
+        other = _checked(other, "&")
+        return Mask(f"{self.name} & {other.name}", self.element & other.element,
+                    _intersect(self.keys, other.keys, LAST_KEY), _intersect(self.queries, other.queries, LAST_QUERY))
+
+    def __or__(self, other: Mask) -> Mask:
+        other = _checked(other, "|")
+        return Mask(f"({self.name} | {other.name})", self.element | other.element,
+                    _at_most_two(self.keys + other.keys, LAST_KEY),
+                    _at_most_two(self.queries + other.queries, LAST_QUERY))
+
+    def __invert__(self) -> Mask:
+        return Mask(f"~({self.name})", ~self.element, _complement(self.keys, LAST_KEY),
+                    _complement(self.queries, LAST_QUERY))
+
+    def __bool__(self):
+        raise TypeError("a mask has no truth value: combine masks with & | ~ instead of and, or, not")
+
+    def __repr__(self) -> str:
+        return self.name
+
+    def _named(self, name: str) -> Mask:
+        return Mask(name, self.element, self.keys, self.queries)
+
+    def dense(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int, device="cpu") -> Tensor:
+        """The mask as a boolean tensor [batch, heads, seqlen_q, seqlen_k]: the definition, of size N²."""
+        (node,), values = _lowered([self.element], batch, heads, seqlen_q, seqlen_k, device)
+        values |= dict(q=torch.arange(seqlen_q, device=device)[:, None], k=torch.arange(seqlen_k, device=device))
+        value = torch.as_tensor(evaluate(node, values), device=device)
+        return value.expand(batch, heads, seqlen_q, seqlen_k)
+
+    def classify(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int, tile_q: int, tile_k: int,
+                 device="cpu") -> Tensor:
+        """EMPTY (0), PARTIAL (1) or FULL (2) for every tile: uint8 [batch, heads, tiles_q, tiles_k], from the bands.
+
+        A tile said EMPTY shows no score, one said FULL shows all of its scores; PARTIAL promises nothing. O(N + tiles).
+        """
+        bands, values = _lowered([x for band in self.keys for x in band], batch, heads, seqlen_q, seqlen_k, device)
+        classes = tile_classes(bands, values, seqlen_q, seqlen_k, tile_q, tile_k, device)
+        return classes.expand(batch, heads, *classes.shape[2:])
+
+    def draw(self, seqlen_q: int = 16, seqlen_k: int | None = None, *, batch: int = 1, head: int = 0) -> str:
+        """The mask of one sequence and head as text, a row per query: `■` visible, `·` hidden."""
+        seqlen_k = seqlen_q if seqlen_k is None else seqlen_k
+        rows = self.dense(batch, head + 1, seqlen_q, seqlen_k)[batch - 1, head].tolist()
+        return "\n".join(" ".join("■" if visible else "·" for visible in row) for row in rows)
+
+    def save_png(self, path, seqlen_q: int = 64, seqlen_k: int | None = None, *, tile: int = 16, batch: int = 1,
+                 head: int = 0) -> None:
+        """Draws the mask and the classes of its tiles as a PNG file. Needs matplotlib."""
+        from tilewise.draw import save_mask_png
+        save_mask_png(self, path, seqlen_q, seqlen_q if seqlen_k is None else seqlen_k, tile, batch, head)
+
+
+def _lowered(exprs: list[Expr], batch: int, heads: int, nq: int, nk: int, device) -> tuple[tuple[Node, ...], dict]:
+    """The graphs parsed, and the values of all their leaves but q and k."""
+    program = lower([exprs])
+    values = slot_values(program.text, program.captured, program.ints, program.floats)
+    (nodes,) = parse(program.text)
+    return nodes, values | dict(b=torch.arange(batch, device=device)[:, None, None, None],
+                                h=torch.arange(heads, device=device)[:, None, None], nq=nq, nk=nk)
+
+
+def _checked(mask, operation: str) -> Mask:
+    if not isinstance(mask, Mask):
+        raise TypeError(f"{operation}: expected a mask on both sides, got {type(mask).__name__}")
+    return mask
+
+
+def _intersect(a: tuple[Band, ...], b: tuple[Band, ...], last: Expr) -> tuple[Band, ...]:
+    bands = []
+    for x in a:
+        for y in b:
+            lo, hi = maximum(x.lo, y.lo), minimum(x.hi, y.hi)
+            if x.exact and y.exact:
+                bands.append(exact(lo, hi))
+            else:
+                bands.append(Band(lo, hi, maximum(x.inner_lo, y.inner_lo), minimum(x.inner_hi, y.inner_hi)))
+    return _at_most_two(tuple(bands), last)
+
+
+def _at_most_two(bands: tuple[Band, ...], last: Expr) -> tuple[Band, ...]:
+    """Kernels walk at most two intervals: further ones are joined to the last, which then decides nothing."""
+    while len(bands) > 2:
+        *bands, x, y = bands
+        joined = undecided(last)._replace(lo=minimum(x.lo, y.lo), hi=maximum(x.hi, y.hi))
+        bands = (*bands, joined)
+    return tuple(bands)
+
+
+def _complement(bands: tuple[Band, ...], last: Expr) -> tuple[Band, ...]:
+    if len(bands) == 1 and bands[0].exact:
+        return exact(ZERO, bands[0].lo - ONE), exact(bands[0].hi + ONE, last)
+    return (undecided(last),)
+
+
+# ---- constructors ---------------------------------------------------------------------------------------------------
+
+def full() -> Mask:
+    """Every query sees every key."""
+    return Mask("full()", equal(ZERO, ZERO), (exact(ZERO, LAST_KEY),), (exact(ZERO, LAST_QUERY),))
+
+
+def causal() -> Mask:
+    """j <= p: a query sees itself and what came before, aligned bottom-right when S_q != S_k."""
+    return Mask("causal()", K <= P, (exact(ZERO, P),), (exact(K - SHIFT, LAST_QUERY),))
+
+
+def window(left: int | None, right: int | None) -> Mask:
+    """p - left <= j <= p + right: neighbours on each side; the query's own position is always included.
+
+    left, right: number of neighbours, at least 0; None: unbounded.
+    """
+    for name, bound in (("left", left), ("right", right)):
+        if bound is not None and (isinstance(bound, bool) or not hasattr(bound, "__index__") or bound < 0):
+            raise ValueError(f"window: {name}: expected a number of neighbours >= 0 or None, got {bound!r}")
+    left, right = (None if bound is None else min(bound, LONGEST) for bound in (left, right))
+    if left is None and right is None:
+        return full()._named("window(None, None)")
+    l, r = wrap(left), wrap(right)
+    lo = ZERO if left is None else P - l
+    hi = LAST_KEY if right is None else P + r
+    first = ZERO if right is None else K - r - SHIFT
+    last = LAST_QUERY if left is None else K + l - SHIFT
+    element = K <= hi if left is None else K >= lo if right is None else (K >= lo) & (K <= hi)
+    return Mask(f"window({left}, {right})", element, (exact(lo, hi),), (exact(first, last),))
+
+
+def key_lengths(lengths: Tensor) -> Mask:
+    """j < lengths[b]: sequence b has lengths[b] keys, the rest is padding. Does not move p.
+
+    lengths: integer tensor [B], each in 0..S_k.
+    """
+    return _first_keys("key_lengths", lengths)
+
+
+def prefix(lengths: Tensor) -> Mask:
+    """j < lengths[b]: every query sees the first lengths[b] keys. Prefix-LM is `causal() | prefix(lengths)`.
+
+    lengths: integer tensor [B].
+    """
+    return _first_keys("prefix", lengths)
+
+
+def _first_keys(name: str, lengths: Tensor) -> Mask:
+    _check_index_tensor(f"{name}: lengths", lengths, (1,))
+    n = load(Captured(lengths, f"{name}: lengths", limit="nk"), B)
+    return Mask(f"{name}(...)", K < n, (exact(ZERO, n - ONE),), (exact(where(K < n, ZERO, NQ), LAST_QUERY),))
+
+
+def chunked(size: int) -> Mask:
+    """j // size == p // size: attention inside consecutive chunks of `size` positions."""
+    if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
+        raise ValueError(f"chunked: size: expected an integer >= 1, got {size!r}")
+    c = wrap(size)
+    first_key = P // c * c
+    first_query = K // c * c - SHIFT
+    return Mask(f"chunked({size})", equal(K // c, P // c), (exact(first_key, first_key + (c - ONE)),),
+                (exact(first_query, first_query + (c - ONE)),))
+
+
+def documents(ids_q: Tensor, ids_k: Tensor | None = None) -> Mask:
+    """Tokens see each other inside the same document: equal ids, and ids >= 0 (negative: padding, sees nothing).
+
+    ids_q: integer tensor [S_q] or [B, S_q]; ids_k: likewise for the keys, required when S_q != S_k.
+    Costs O(S) memory. Ids need not be sorted; documents in one piece each make the cheapest tiles.
+    """
+    _check_index_tensor("documents: ids_q", ids_q, (1, 2))
+    if ids_k is None:
+        ids_k = ids_q
+    _check_index_tensor("documents: ids_k", ids_k, (1, 2))
+    if ids_k.dim() != ids_q.dim():
+        raise ValueError(f"documents: ids_k: expected as many dimensions as ids_q ({ids_q.dim()}), got {ids_k.dim()}")
+    ids_q, ids_k = ids_q.clone(), ids_k.clone()  # a mask is a value: the tables below hold for these ids
+
+    def row(name: str, tensor: Tensor, index: Expr) -> Expr:
+        captured = Captured(tensor, f"documents: {name}")
+        return load(captured, index) if tensor.dim() == 1 else load(captured, B, index)
+
+    id_q, id_k = row("ids_q", ids_q, Q), row("ids_k", ids_k, K)
+    keys = Band(*(row("ids_q", t, Q) for t in _document_intervals(ids_q, ids_k)))
+    queries = Band(*(row("ids_k", t, K) for t in _document_intervals(ids_k, ids_q)))
+    return Mask("documents(...)", equal(id_q, id_k) & (id_q >= ZERO), (keys,), (queries,))
+
+
+def from_tensor(visible: Tensor) -> Mask:
+    """A boolean tensor of up to four dimensions, broadcastable to [B, H, S_q, S_k]; True: visible."""
+    if visible.dtype != torch.bool or visible.dim() > 4:
+        raise TypeError(f"mask: expected a boolean tensor broadcastable to [B, H, S_q, S_k], got {visible.dtype} "
+                        f"{list(visible.shape)}")
+    kept = [(axis, index) for axis, index in zip(range(-visible.dim(), 0), (B, H, Q, K)[4 - visible.dim():], strict=True)
+            if visible.shape[axis] != 1]
+    squeezed = visible[tuple(slice(None) if size != 1 else 0 for size in visible.shape)]
+    element = load(Captured(squeezed, "mask"), *(index for _, index in kept))
+    return Mask("tensor(...)", element, (undecided(LAST_KEY),), (undecided(LAST_QUERY),))
+
+
+def _check_index_tensor(name: str, tensor, dims: tuple[int, ...]) -> None:
+    if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() not in dims:
+        got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{name}: expected an int32 or int64 tensor of {' or '.join(map(str, dims))} dimensions, got {got}")
+
+
+def _document_intervals(ids: Tensor, other: Tensor) -> list[Tensor]:
+    """For every token of `ids`: first and last token of its document in `other`, and the bounds of a run of it.
+
+    Returns lo, hi, inner_lo, inner_hi, int32, each of ids' shape; lo > hi where there is none. Data-dependent but
+    without a synchronisation: sorting and searching only.
+    """
+    n = other.shape[-1]
+    if n == 0 or ids.shape[-1] == 0:
+        lo = torch.zeros(ids.shape, dtype=torch.int32, device=ids.device)
+        return [lo, lo - 1, lo, lo - 1]
+    positions = torch.arange(n, device=other.device).expand(other.shape)
+    ordered, order = other.sort(dim=-1, stable=True)
+    wanted = ids.contiguous()
+    first = torch.searchsorted(ordered.contiguous(), wanted)
+    last = torch.searchsorted(ordered.contiguous(), wanted, right=True) - 1
+    found = (last >= first) & (ids >= 0)
+    lo = order.gather(-1, first.clamp(0, n - 1))
+    hi = order.gather(-1, last.clamp(0, n - 1))
+    # the last token of the run that each position belongs to: the position before the next change of id
+    change = torch.ones_like(other, dtype=torch.bool)
+    change[..., :-1] = other[..., 1:] != other[..., :-1]
+    ends = torch.where(change, positions, n - 1).flip(-1).cummin(-1).values.flip(-1)
+    run_end = ends.gather(-1, lo)
+    none = torch.where(found, lo, n), torch.where(found, hi, -1), torch.where(found, lo, n), torch.where(found, run_end, -1)
+    return [t.to(torch.int32) for t in none]

@@ -1,0 +1,156 @@
+"""Where backends meet autograd, torch.compile and torch.func.
+
+One operation, wired twice. While torch.compile or torch.export traces, it is the opaque custom op `tilewise::attention`
+with a registered backward. Otherwise it is an `autograd.Function` that torch.func can transform; `tiled` and `reference`
+are then differentiable themselves, to any order.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from tilewise import backends
+from tilewise.backends import Gradients, Needs, over_leading
+from tilewise.plan import choose
+from tilewise.problem import Operands, Problem, Settings, describe
+
+
+def attention(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a problem on a backend, "auto" or a name; differentiable."""
+    if torch.compiler.is_compiling():
+        return torch.ops.tilewise.attention(*x, *problem.settings, backend)
+    module = backends.load(choose(problem, backend))
+    if hasattr(module, "attention"):
+        return module.attention(problem, x)
+    return Native.apply(module, problem, x[6:], *x[:6])
+
+
+class Native(torch.autograd.Function):
+    """A backend with a forward and a backward of its own. Differentiable once, in reverse."""
+
+    @staticmethod
+    def forward(module: ModuleType, problem: Problem, slots: Sequence, *tensors: Tensor | None):
+        return module.forward(problem, Operands(*tensors, *slots))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.module, ctx.problem, ctx.slots, *tensors = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        *tensors, out, lse = ctx.saved_tensors
+        dout = torch.zeros_like(out) if dout is None else dout
+        needs = Needs(bias=ctx.needs_input_grad[6], sinks=ctx.needs_input_grad[7])
+        gradients = NativeBackward.apply(ctx.module, ctx.problem, ctx.slots, needs, out, lse, dout, dlse, *tensors)
+        return (None, None, None, *gradients, None)
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(once(ctx.module))
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return over_leading(Native.apply, info, _flat_dims(in_dims), *inputs)
+
+
+class NativeBackward(torch.autograd.Function):
+    """The backward of `Native`; its own derivative says what to do instead."""
+
+    @staticmethod
+    def forward(module: ModuleType, problem: Problem, slots: Sequence, needs: Needs, out: Tensor, lse: Tensor, dout: Tensor,
+                dlse: Tensor | None, *tensors: Tensor | None):
+        return tuple(module.backward(problem, Operands(*tensors, *slots), out, lse, dout, dlse, needs))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.module = inputs[0]
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        raise NotImplementedError(once(ctx.module))
+
+    @staticmethod
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(once(ctx.module))
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        return over_leading(NativeBackward.apply, info, _flat_dims(in_dims), *inputs)
+
+
+def once(module: ModuleType) -> str:
+    name = module.__name__.rpartition(".")[2]
+    return (f"backend {name!r} has first derivatives in reverse mode only: "
+            'use backend="tiled" for forward mode and higher orders')
+
+
+def _flat_dims(in_dims: Sequence) -> list[int | None]:
+    """vmap's in_dims, one per argument; Python objects among the arguments have none."""
+    return [dim if isinstance(dim, int) else None for dim in in_dims]
+
+
+# ---- while tracing --------------------------------------------------------------------------------------------------
+
+@torch.library.custom_op("tilewise::attention", mutates_args=())
+def attention_op(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, rng: Tensor | None,
+                 captured: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], scale: float, dropout: int,
+                 program: str, layout: str, precision: str, deterministic: bool, batch_invariant: bool,
+                 backend: str) -> tuple[Tensor, Tensor]:
+    x = Operands(q, k, v, bias, sinks, rng, captured, ints, floats)
+    problem = describe(x, Settings(scale, dropout, program, layout, precision, deterministic, batch_invariant))
+    return backends.load(choose(problem, backend)).forward(problem, x)
+
+
+@attention_op.register_fake
+def _(q, k, v, bias, sinks, rng, captured, ints, floats, *settings_and_backend):
+    x = Operands(q, k, v, bias, sinks, rng, captured, ints, floats)
+    problem = describe(x, Settings(*settings_and_backend[:-1]))
+    return problem.empty(problem.heads, problem.seqlen_q, problem.head_dim_v), problem.empty_lse()
+
+
+@torch.library.custom_op("tilewise::attention_backward", mutates_args=())
+def attention_backward_op(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, needs_bias: bool, needs_sinks: bool,
+                          q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, rng: Tensor | None,
+                          captured: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], scale: float,
+                          dropout: int, program: str, layout: str, precision: str, deterministic: bool,
+                          batch_invariant: bool, backend: str) -> list[Tensor]:
+    """[dq, dk, dv], then dbias and dsinks where needed."""
+    x = Operands(q, k, v, bias, sinks, rng, captured, ints, floats)
+    problem = describe(x, Settings(scale, dropout, program, layout, precision, deterministic, batch_invariant))
+    module = backends.load(choose(problem, backend))
+    gradients: Gradients = module.backward(problem, x, out, lse, dout, dlse, Needs(needs_bias, needs_sinks))
+    return [g for g in gradients if g is not None]
+
+
+@attention_backward_op.register_fake
+def _(dout, dlse, out, lse, needs_bias, needs_sinks, q, k, v, bias, sinks, rng, captured, ints, floats, *settings_and_backend):
+    problem = describe(Operands(q, k, v, bias, sinks, rng, captured, ints, floats), Settings(*settings_and_backend[:-1]))
+    gradients = [problem.empty(problem.heads, problem.seqlen_q, problem.head_dim),
+                 problem.empty(problem.kv_heads, problem.seqlen_k, problem.head_dim),
+                 problem.empty(problem.kv_heads, problem.seqlen_k, problem.head_dim_v)]
+    return gradients + [torch.empty_like(t, memory_format=torch.contiguous_format)
+                        for t, needed in ((bias, needs_bias), (sinks, needs_sinks)) if needed]
+
+
+def _save(ctx, inputs, output):
+    tensors, ctx.captured = inputs[:6], len(inputs[6])
+    ctx.save_for_backward(*tensors, *inputs[6], *output)
+    ctx.rest = inputs[7:]
+
+
+def _backward(ctx, dout, dlse):
+    saved = ctx.saved_tensors
+    tensors, captured, (out, lse) = saved[:6], saved[6:6 + ctx.captured], saved[6 + ctx.captured:]
+    needs = ctx.needs_input_grad[3:5]
+    found = iter(torch.ops.tilewise.attention_backward(dout, dlse, out, lse, *needs, *tensors, list(captured), *ctx.rest))
+    dq, dk, dv = next(found), next(found), next(found)
+    dbias, dsinks = (next(found) if needed else None for needed in needs)
+    return dq, dk, dv, dbias, dsinks, None, [None] * ctx.captured, *([None] * len(ctx.rest))
+
+
+attention_op.register_autograd(_backward, setup_context=_save)

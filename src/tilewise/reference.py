@@ -1,0 +1,85 @@
+"""Standard attention, dense: the specification of what every backend computes, and the baseline they are measured against.
+
+    s = scale * q k^T -> score function -> + bias -> mask -> p = softmax(s, sink in the denominator) -> dropout -> p v
+
+Scores and probabilities are whole N x N matrices in the inputs' dtype, the softmax is computed in fp32 (fp64 for fp64),
+as in any implementation by matrices. Gradients of any order come from autograd.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tilewise import rng
+from tilewise.backends import Gradients, Needs
+from tilewise.problem import Operands, Problem
+from tilewise.state import AttentionState
+from tilewise.trace.graph import evaluate, slot_values
+
+NAME = "reference"
+
+
+def supports(problem: Problem) -> str | None:
+    """None: every problem that passes the input checks, on any device."""
+    return None
+
+
+def attention(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
+    """out [B, H, S_q, D_v] in q's dtype and lse [B, H, S_q] in fp32 (fp64 for fp64)."""
+    wide = torch.promote_types(problem.dtype, torch.float32)
+    k, v = (t.repeat_interleave(problem.group, dim=1) for t in (x.k, x.v))
+    s = (x.q @ k.mT) * problem.scale
+    leaves = index_leaves(problem, x)
+    if problem.graphs.score is not None:
+        s = evaluate(problem.graphs.score, leaves | {"s": s}).to(problem.dtype)
+    if x.bias is not None:
+        s = (s + x.bias).to(problem.dtype)
+    if problem.graphs.mask is not None:
+        s = torch.where(torch.as_tensor(evaluate(problem.graphs.mask, leaves), device=s.device), s, -torch.inf)
+    p, lse = softmax(s.to(wide))
+    if problem.dropout:
+        kept = rng.keep(x.rng, problem.dropout, leaves["b"], leaves["h"], problem.heads, leaves["q"], leaves["k"])
+        p = torch.where(kept, p, 0.0) * rng.rescale(problem.dropout)
+    state = AttentionState(p.to(problem.dtype) @ v, lse)
+    if x.sinks is not None:
+        state = state.with_sink(x.sinks)
+    return state.out, state.lse
+
+
+def forward(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return attention(problem, x)
+
+
+def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+             needs: Needs) -> Gradients:
+    """By autograd, over a second forward pass."""
+    wanted = [True, True, True, needs.bias, needs.sinks]
+    inputs = [t.detach().requires_grad_(want) if t is not None else None
+              for t, want in zip(x[:5], wanted, strict=True)]
+    with torch.enable_grad():
+        outputs = attention(problem, Operands(*inputs, *x[5:]))
+    wrt = [t for t, want in zip(inputs, wanted, strict=True) if want]
+    found = iter(torch.autograd.grad(outputs, wrt, (dout, torch.zeros_like(lse) if dlse is None else dlse)))
+    return Gradients(*(next(found) if want else None for want in wanted))
+
+
+def softmax(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Row-wise softmax and its log-sum-exp; a row of -inf gives zeros and -inf, with gradient zero."""
+    if s.shape[-1] == 0:
+        return s, torch.full(s.shape[:-1], -torch.inf, dtype=s.dtype, device=s.device)
+    empty = (s == -torch.inf).all(-1, keepdim=True)
+    safe = torch.where(empty, 0.0, s)
+    lse = torch.logsumexp(safe, -1, keepdim=True)
+    p = torch.where(empty, 0.0, torch.exp(safe - lse))
+    return p, torch.where(empty, -torch.inf, lse)[..., 0]
+
+
+def index_leaves(problem: Problem, x: Operands) -> dict:
+    """Values of a program's leaves over the whole score matrix."""
+    def index(size: int, axis: int) -> Tensor:
+        return torch.arange(size, device=problem.device).reshape([-1 if a == axis else 1 for a in range(4)])
+
+    return slot_values(problem.program, x.captured, x.ints, x.floats) | dict(
+        b=index(problem.batch, 0), h=index(problem.heads, 1), q=index(problem.seqlen_q, 2), k=index(problem.seqlen_k, 3),
+        nq=problem.seqlen_q, nk=problem.seqlen_k)

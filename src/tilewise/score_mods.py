@@ -1,0 +1,67 @@
+"""Score functions: what becomes of a score before the softmax.
+
+A `ScoreMod` is a graph over the score s and its indices (`trace/graph.py`); its derivative follows from the graph.
+Several are applied in the order given.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from tilewise.masks import P
+from tilewise.trace.graph import Captured, Expr, load, substitute, tanh, var, wrap
+
+S, B, H, K = var("s"), var("b"), var("h"), var("k")
+
+
+class ScoreMod:
+    """A function of one score: `expr` is a graph in which the leaf s stands for scale * q.k."""
+
+    __slots__ = ("expr", "name")
+
+    def __init__(self, name: str, expr: Expr):
+        self.name, self.expr = name, expr
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+def softcap(cap: float) -> ScoreMod:
+    """cap * tanh(s / cap): keeps every score inside (-cap, cap)."""
+    if isinstance(cap, bool) or not isinstance(cap, (int, float)) or not math.isfinite(cap) or cap <= 0:
+        raise ValueError(f"softcap: cap: expected a finite number > 0, got {cap!r}")
+    c = wrap(float(cap))
+    return ScoreMod(f"softcap({cap:g})", c * tanh(S / c))
+
+
+def alibi(slopes: Tensor) -> ScoreMod:
+    """s - slope * |p - j|, p = i + S_k - S_q (Press et al. 2022): a penalty that grows with distance.
+
+    slopes: floating tensor [H] or [B, H], without gradient.
+    """
+    if not isinstance(slopes, Tensor) or not slopes.dtype.is_floating_point or slopes.dim() not in (1, 2):
+        got = f"{slopes.dtype} {list(slopes.shape)}" if isinstance(slopes, Tensor) else type(slopes).__name__
+        raise TypeError(f"alibi: slopes: expected a floating tensor [H] or [B, H], got {got}")
+    if slopes.requires_grad:
+        raise ValueError("alibi: slopes: expected a tensor without requires_grad: slopes are constants; pass a learned "
+                         "penalty as bias, which has a gradient")
+    captured = Captured(slopes, "alibi: slopes")
+    slope = load(captured, H) if slopes.dim() == 1 else load(captured, B, H)
+    return ScoreMod("alibi(...)", S - slope * abs(P - K))
+
+
+def compose(mods: ScoreMod | Sequence[ScoreMod] | None) -> ScoreMod | None:
+    """One score function for a sequence of them, applied in order."""
+    if mods is None or isinstance(mods, ScoreMod):
+        return mods
+    if not isinstance(mods, (list, tuple)) or not all(isinstance(m, ScoreMod) for m in mods):
+        raise TypeError(f"score_mod: expected None, a score function such as tw.softcap(30.0), or a sequence of them, "
+                        f"got {mods!r}")
+    if not mods:
+        return None
+    result = mods[0]
+    for mod in mods[1:]:
+        result = ScoreMod(f"{result.name}, {mod.name}", substitute(mod.expr, result.expr))
+    return result
