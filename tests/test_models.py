@@ -11,6 +11,15 @@ from tilewise.models import GPT, GPTConfig, rotate
 CONFIG = GPTConfig(vocab=256, context=32, layers=2, heads=2, width=32)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Work this small only waits for its threads, and long where others use the machine too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def attend(q, k, v):
     """Dense causal attention, the last query on the last key."""
     scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5

@@ -14,6 +14,15 @@ from tilewise.train.text import list_files
 RECIPE = Recipe(steps=12, batch=4, context=16, lr=1e-2, warmup=3, val_every=5, val_batches=2)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Work this small only waits for its threads, and long where others use the machine too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def attend(q, k, v):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
@@ -129,6 +138,12 @@ def test_training_learns_and_validates_when_due():
     assert points[0].loss == pytest.approx(math.log(256), abs=0.2)
     assert points[-1].val_loss < 2.0
     assert all(point.seconds > 0 for point in points)
+
+
+def test_autocast_trains_about_the_same():
+    exact, rounded = run(steps=30), run(steps=30, bf16=True)
+    differences = [abs(a.loss - b.loss) for a, b in zip(exact, rounded, strict=True)]
+    assert 0 < max(differences) < 0.1
 
 
 def test_bits_per_byte_of_a_uniform_guess_is_eight():

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from tilewise import ops
 from tilewise.masks import Mask
+from tilewise.plan import Plan, plan
 from tilewise.problem import make
 from tilewise.rng import Rng
 from tilewise.score_mods import ScoreMod
@@ -68,6 +69,17 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ma
     if layout == "bshd":
         out = out.transpose(1, 2)
     return (out, lse) if return_lse else out
+
+
+def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", layout: str = "bshd", **options) -> Plan:
+    """What `attention` with the same arguments would do: a `Plan`, to print or to read.
+
+    It names the backend and why not the ones before it, tile sizes and how many tiles the mask leaves, FLOPs, bytes from and
+    to memory, and memory beside inputs and outputs. Nothing is computed. Options and errors are those of `attention`.
+    """
+    options.pop("return_lse", None)
+    problem, operands = make(*autocast(q, k, v), layout=layout, **options)
+    return plan(problem, operands, backend)
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -79,6 +80,8 @@ def demo(
 
     Examples: `tilewise demo`, `tilewise demo --text ~/notes --steps 300`, `tilewise demo --quick`
     """
+    # Threads that wait by spinning lose whole time slices to whatever else runs here: 20 times slower was measured.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # read when torch is loaded, here and in the demo's workers
     from tilewise.demo import page, run
 
     with plain_errors(OSError, ValueError, ImportError):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-BACKENDS = ("hopper", "triton", "cpu", "tiled", "reference")
+from tilewise.backends import MODULES
 
 
 class Check(NamedTuple):
@@ -47,7 +47,7 @@ def machine() -> dict[str, str]:
 def check_backends() -> list[Check]:
     """Every backend on every kind of device here, tried once each."""
     devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    return [check_backend(backend, device) for device in devices for backend in BACKENDS]
+    return [check_backend(backend, device) for device in devices for backend in MODULES]
 
 
 def check_backend(backend: str, device: str) -> Check:

@@ -12,7 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from tilewise import backends
+from tilewise import backends, reference
 from tilewise.backends import Gradients, Needs, over_leading
 from tilewise.plan import choose
 from tilewise.problem import Operands, Problem, Settings, describe
@@ -20,6 +20,8 @@ from tilewise.problem import Operands, Problem, Settings, describe
 
 def attention(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse) of a problem on a backend, "auto" or a name; differentiable."""
+    if backend == "reference":
+        return reference.attention(problem, x)  # plain torch: autograd and every compiler read it
     if torch.compiler.is_compiling():
         return torch.ops.tilewise.attention(*x, *problem.settings, backend)
     module = backends.load(choose(problem, backend))
@@ -103,7 +105,14 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Te
                  backend: str) -> tuple[Tensor, Tensor]:
     x = Operands(q, k, v, bias, sinks, rng, captured, ints, floats)
     problem = describe(x, Settings(scale, dropout, program, layout, precision, deterministic, batch_invariant))
-    return backends.load(choose(problem, backend)).forward(problem, x)
+    out, lse = backends.load(choose(problem, backend)).forward(problem, x)
+    return arranged(problem, out), lse
+
+
+def arranged(problem: Problem, x: Tensor) -> Tensor:
+    """x [B, H, S, D] with the memory order that the problem's layout promises; itself where it has it."""
+    promised = problem.empty(*x.shape[1:], dtype=x.dtype)
+    return x if x.stride() == promised.stride() else promised.copy_(x)
 
 
 @attention_op.register_fake
@@ -124,7 +133,8 @@ def attention_backward_op(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, 
     problem = describe(x, Settings(scale, dropout, program, layout, precision, deterministic, batch_invariant))
     module = backends.load(choose(problem, backend))
     gradients: Gradients = module.backward(problem, x, out, lse, dout, dlse, Needs(needs_bias, needs_sinks))
-    return [g for g in gradients if g is not None]
+    return ([arranged(problem, g) for g in gradients[:3]]
+            + [g.contiguous() for g in gradients[3:] if g is not None])
 
 
 @attention_backward_op.register_fake
@@ -150,7 +160,8 @@ def _backward(ctx, dout, dlse):
     found = iter(torch.ops.tilewise.attention_backward(dout, dlse, out, lse, *needs, *tensors, list(captured), *ctx.rest))
     dq, dk, dv = next(found), next(found), next(found)
     dbias, dsinks = (next(found) if needed else None for needed in needs)
-    return dq, dk, dv, dbias, dsinks, None, [None] * ctx.captured, *([None] * len(ctx.rest))
+    nothing = [[] if isinstance(value, (list, tuple)) and not value else None for value in ctx.rest]  # as torch pairs them
+    return dq, dk, dv, dbias, dsinks, None, [None] * ctx.captured, *nothing
 
 
 attention_op.register_autograd(_backward, setup_context=_save)

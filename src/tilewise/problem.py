@@ -34,9 +34,13 @@ class Graphs(NamedTuple):
 
     @staticmethod
     def of(text: str) -> Graphs:
-        score, gradient, mask, keys, queries = parse(text)
-        first = lambda group: group[0] if group else None  # noqa: E731
-        return Graphs(first(score), first(gradient), first(mask), keys, queries)
+        score, gradient, mask, keys, queries = _groups(text)
+        return Graphs(score[0] if score else None, gradient[0] if gradient else None, mask[0] if mask else None, keys, queries)
+
+
+@torch.compiler.assume_constant_result
+def _groups(text: str) -> tuple[tuple[Node, ...], ...]:
+    return parse(text)
 
 
 class Operands(NamedTuple):
@@ -126,7 +130,7 @@ def make(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Mask | 
                     q.device)
     settings = Settings(
         scale=_check_scale(scale, q.shape[3]), dropout=_check_dropout(dropout_p), program=program.text, layout=layout,
-        precision=PRECISIONS[torch.get_float32_matmul_precision()],
+        precision=_precision(),
         deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic),
         batch_invariant=bool(batch_invariant))
     operands = Operands(q, k, v, bias, sinks, _rng_tensor(rng, settings.dropout, q.device), program.captured,
@@ -139,6 +143,11 @@ def describe(x: Operands, settings: Settings) -> Problem:
     batch, heads, seqlen_q, head_dim = x.q.shape
     return Problem(batch, heads, x.k.shape[1], seqlen_q, x.k.shape[2], head_dim, x.v.shape[3], x.q.dtype, x.q.device,
                    bias_shape=None if x.bias is None else tuple(x.bias.shape), has_sinks=x.sinks is not None, settings=settings)
+
+
+@torch.compiler.assume_constant_result
+def _precision() -> str:
+    return PRECISIONS[torch.get_float32_matmul_precision()]
 
 
 def _program(mask: Mask | None, score: ScoreMod | None) -> Program:

@@ -11,17 +11,25 @@ import torch
 from torch import Tensor
 
 from tilewise import rng
-from tilewise.backends import Gradients, Needs
 from tilewise.problem import Operands, Problem
 from tilewise.state import AttentionState
 from tilewise.trace.graph import evaluate, slot_values
-
-NAME = "reference"
 
 
 def supports(problem: Problem) -> str | None:
     """None: every problem that passes the input checks, on any device."""
     return None
+
+
+def tile_sizes(problem: Problem) -> tuple[int, int]:
+    """One tile: the whole matrix."""
+    return max(1, problem.seqlen_q), max(1, problem.seqlen_k)
+
+
+def workspace(problem: Problem) -> tuple[int, int]:
+    """Bytes of the matrices of scores and probabilities, and of their gradients."""
+    matrix = problem.batch * problem.heads * problem.seqlen_q * problem.seqlen_k * torch.finfo(problem.dtype).bits // 8
+    return 2 * matrix, 4 * matrix
 
 
 def attention(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
@@ -44,24 +52,6 @@ def attention(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
     if x.sinks is not None:
         state = state.with_sink(x.sinks)
     return state.out, state.lse
-
-
-def forward(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        return attention(problem, x)
-
-
-def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
-             needs: Needs) -> Gradients:
-    """By autograd, over a second forward pass."""
-    wanted = [True, True, True, needs.bias, needs.sinks]
-    inputs = [t.detach().requires_grad_(want) if t is not None else None
-              for t, want in zip(x[:5], wanted, strict=True)]
-    with torch.enable_grad():
-        outputs = attention(problem, Operands(*inputs, *x[5:]))
-    wrt = [t for t, want in zip(inputs, wanted, strict=True) if want]
-    found = iter(torch.autograd.grad(outputs, wrt, (dout, torch.zeros_like(lse) if dlse is None else dlse)))
-    return Gradients(*(next(found) if want else None for want in wanted))
 
 
 def softmax(s: Tensor) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,9 @@
 A backend is a module with
 
     supports(problem) -> None | str              None, or why it cannot compute this problem
+    volunteers(problem) -> None | str            the same for backend="auto"
+    tile_sizes(problem) -> (queries, keys)       per tile, forward
+    workspace(problem) -> (bytes, bytes)         beside inputs, outputs and gradients, forward and backward
     forward(problem, operands) -> (out, lse)     both [B, H, S_q, ...], sinks included
     backward(problem, operands, out, lse, dout, dlse, needs) -> Gradients
 

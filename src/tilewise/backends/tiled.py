@@ -22,7 +22,6 @@ from tilewise.state import AttentionState, sink_gradient
 from tilewise.trace.bounds import EMPTY, FULL, tile_classes
 from tilewise.trace.graph import evaluate, leaves, slot_values
 
-NAME = "tiled"
 TILE_ELEMENTS = 1 << 20                 # scores held at a time, over all sequences and heads
 LONGEST_TILE, SHORTEST_TILE = 512, 32
 
@@ -30,6 +29,20 @@ LONGEST_TILE, SHORTEST_TILE = 512, 32
 def supports(problem: Problem) -> str | None:
     """None: every problem that passes the input checks, on any device."""
     return None
+
+
+volunteers = supports
+
+
+def workspace(problem: Problem) -> tuple[int, int]:
+    """Bytes, forward and backward: lse, wide copies of inputs and gradients, and the tiles in flight."""
+    wide = 8 if problem.dtype == torch.float64 else 4
+    queries = problem.batch * problem.heads * problem.seqlen_q
+    keys = problem.batch * problem.kv_heads * problem.seqlen_k
+    inputs = queries * problem.head_dim + keys * (problem.head_dim + problem.head_dim_v)
+    tile_q, tile_k = tile_sizes(problem)
+    tile = problem.batch * problem.heads * min(tile_q, problem.seqlen_q) * min(tile_k, problem.seqlen_k)
+    return wide * (queries + inputs + 3 * tile), wide * (2 * queries + 2 * inputs + queries * problem.head_dim_v + 6 * tile)
 
 
 class Tile(NamedTuple):

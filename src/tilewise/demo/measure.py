@@ -27,8 +27,8 @@ from tilewise.api import attention
 class Case:
     """Causal self-attention of [batch, length, heads, head_dim] for each of `lengths`, in one process.
 
-    `limit` is in bytes, beyond what the process holds before the first measurement. A first pass longer than
-    `patience` seconds is the measurement; a shorter one is a warm-up.
+    `limit` is in bytes, beyond what the process holds before the first measurement. No pass begins when those before
+    took `patience` seconds.
     """
 
     backend: str
@@ -39,11 +39,11 @@ class Case:
     dtype: str
     device: str
     limit: int
-    patience: float = 2.0
+    patience: float = 5.0
 
     def duration(self, seconds: float) -> float:
         """About how long the measurement of a pass of so many seconds takes."""
-        return seconds if seconds > self.patience else 6 * seconds + 0.3
+        return min(6 * seconds + 0.3, self.patience + seconds)
 
 
 @dataclass(frozen=True)
@@ -109,17 +109,15 @@ def run_length(case: Case, length: int) -> Row:
 
 
 def time_calls(step: Callable[[], None], device: torch.device, patience: float) -> float:
-    """Median seconds of calls after a warm-up, at least 5 and 0.3 s of them; or of a first call beyond `patience`."""
+    """Median seconds of a call after a warm-up: at least 5 calls and 0.3 s, but none begun after `patience` seconds."""
     times: list[float] = []
-    while len(times) < 6 or (sum(times[1:]) < 0.3 and len(times) < 100):
+    while sum(times) < patience and (len(times) < 6 or sum(times[1:]) < 0.3):
         began = time.perf_counter()
         step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - began)
-        if times[0] > patience:
-            return times[0]
-    return statistics.median(times[1:])
+    return statistics.median(times[1:] or times)
 
 
 def set_limit(case: Case) -> None:

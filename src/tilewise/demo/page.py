@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import statistics
 from html import escape
 from pathlib import Path
 from string import Template
@@ -32,10 +33,11 @@ def render(results: Results) -> str:
         loss=picture(loss_plot(results), "Loss of both trainings at each step, one curve on the other"),
         time=picture(time_plot(results), "Time of a forward and backward pass against context length"),
         memory=picture(memory_plot(results), "Peak memory against context length, with the limit"),
-        steps=recipe.steps, difference=f"{headline.loss_difference:.1e}",
+        steps=recipe.steps, difference=f"{headline.loss_difference:.2g}",
         model=f"{results.parameters / 1e6:.2f} million parameters, {model.layers} layers of {model.heads} heads, "
               f"context {recipe.context}, batch {recipe.batch}, seed {recipe.seed}",
-        text=escape(results.text), final=final_losses(results),
+        text=escape(results.text), final=final_losses(results), step_times=step_times(results),
+        seen=f"{recipe.steps * recipe.batch * recipe.context:,}",
         layer=f"batch {settings.batch}, {settings.heads} heads of {settings.head_dim}, {settings.dtype}, causal",
         limit=size(settings.limit), ending=escape(ending(results)), rows=table_rows(results),
         prompt=escape(results.prompt), sample=escape(results.sample), plan=escape(results.plan),
@@ -53,7 +55,8 @@ def headline_words(results: Results) -> list[tuple[str, str]]:
          f"{headline.longest:,} tokens against {headline.length:,}"),
         (f"{ratio(headline.memory)} less memory", at),
         (f"{ratio(headline.speedup)} the speed", f"forward and backward, {at}"),
-        ("same loss", f"at every training step to within {headline.loss_difference:.1e} nats per byte"),
+        (f"{headline.loss_difference:.2g} apart", f"at most, in nats per byte, are the two loss curves over "
+         f"{len(results.standard)} training steps"),
     ]
 
 
@@ -86,6 +89,12 @@ def final_losses(results: Results) -> str:
     assert a is not None
     assert b is not None
     return f"{bits_per_byte(a):.4f} bits per byte with standard attention, {bits_per_byte(b):.4f} with Tilewise"
+
+
+def step_times(results: Results) -> str:
+    """Both median times of a training step of the whole model."""
+    a, b = (statistics.median(point.seconds for point in run) for run in (results.standard, results.tilewise))
+    return f"{duration(a)} with standard attention, {duration(b)} with Tilewise (median)"
 
 
 def card(number: str, words: str) -> str:

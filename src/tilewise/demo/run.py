@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import sys
 import tempfile
 import time
@@ -114,6 +115,7 @@ def measure_both(settings: Settings, progress: Progress) -> Iterator[Row]:
     each: list[tuple[int, ...]] = [(length,) for length in settings.lengths]
     groups = each if settings.device == "cpu" else [settings.lengths]
     total, done, end = len(both) * len(settings.lengths), 0, time.perf_counter() + settings.seconds
+    pace = dict.fromkeys(both, math.inf)        # best seconds for one query and key
     stopped: set[str] = set()
     for lengths, backend in itertools.product(groups, both):
         if backend in stopped:
@@ -124,7 +126,9 @@ def measure_both(settings: Settings, progress: Progress) -> Iterator[Row]:
             done += 1
             progress("Measuring", done, total, f"{backend}, {row.length:,} tokens")
             yield row
-            following = 4 * row.seconds     # twice the length
+            if not row.refused:
+                pace[backend] = min(pace[backend], row.seconds / row.length**2)
+            following = pace[backend] * (2 * row.length) ** 2
             if row.refused or case.duration(following) > end - time.perf_counter():
                 stopped.add(backend)
                 break

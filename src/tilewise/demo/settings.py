@@ -83,7 +83,7 @@ def for_test(device: str) -> Settings:
         model=GPTConfig(context=64, layers=2, heads=2, width=32),
         recipe=Recipe(steps=20, batch=4, context=64, val_every=10, val_batches=1),
         batch=1, heads=2, head_dim=16, lengths=(512, 2048, 4096),
-        limit=64 << 20, seconds=10.0, sample=40,
+        limit=64 << 20, seconds=60.0, sample=40,
     )
 
 

@@ -153,9 +153,10 @@ class _Slots:
         if expr.op == "load":
             tensor = expr.args[0].value.tensor
             self.loads.append(expr)
-            text = "(load " + self.tensor(tensor)
+            slot = self.tensor(tensor)
+            text = "(load " + slot
             for axis, index in enumerate(expr.args[1:]):
-                text += f" {self.text(index)} {self.integer((id(tensor), axis), 'n', tensor.stride(axis))}"
+                text += f" {self.text(index)} {self.integer((slot, axis), 'n', tensor.stride(axis))}"
             return text + ")"
         return "(" + expr.op + " " + " ".join([self.text(a) for a in expr.args]) + ")"
 
@@ -166,11 +167,13 @@ class _Slots:
         return self.names[key]
 
     def tensor(self, tensor: Tensor) -> str:
-        if id(tensor) not in self.names:
+        slot = 0
+        while slot < len(self.captured) and self.captured[slot] is not tensor:
+            slot += 1
+        if slot == len(self.captured):
             self.captured.append(tensor)
-            kind = "b" if tensor.dtype == torch.bool else "f" if tensor.dtype.is_floating_point else "i"
-            self.names[id(tensor)] = f"t{kind}{len(self.captured) - 1}"
-        return self.names[id(tensor)]
+        kind = "b" if tensor.dtype == torch.bool else "f" if tensor.dtype.is_floating_point else "i"
+        return f"t{kind}{slot}"
 
 
 @functools.lru_cache(maxsize=1024)

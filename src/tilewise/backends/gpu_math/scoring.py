@@ -46,5 +46,6 @@ def score_gradient(ds, s, scale, b, h, rows, cols, nq, nk, program, SCORE_GRADIE
     """d loss / d (scale * q.k) from d loss / d score, `s` being the raw product."""
     if SCORE_GRADIENT is None:
         return ds
-    return ds * SCORE_GRADIENT(s * scale, b, h, tl.minimum(rows, nq - 1), tl.minimum(cols, nk - 1), nq, nk,
-                               program[0], program[1], program[2])
+    else:
+        return ds * SCORE_GRADIENT(s * scale, b, h, tl.minimum(rows, nq - 1), tl.minimum(cols, nk - 1), nq, nk,
+                                   program[0], program[1], program[2])

@@ -1,6 +1,6 @@
 """Portable GPU kernels in Triton: FlashAttention-2 for NVIDIA GPUs from sm_80 and AMD's gfx942.
 
-Kernels: `forward.py`, `backward.py`; tile sizes: `configs.py`; how they are called: `launch.py`, `entry.py`.
+Kernels: `forward_kernel.py`, `backward_kernels.py`; tile sizes: `configs.py`; how they are called: `launch.py`, `entry.py`.
 """
 from __future__ import annotations
 
@@ -45,6 +45,19 @@ def interpreting() -> bool:
     """Whether Triton runs kernels in its interpreter, on the CPU."""
     import triton
     return triton.knobs.runtime.interpret
+
+
+def tile_sizes(problem: Problem) -> tuple[int, int]:
+    """(queries, keys) per tile of the forward kernel."""
+    from tilewise.backends.triton.configs import architecture, choose
+    config = choose("forward", problem, architecture(problem.device))
+    return config.BLOCK_M, config.BLOCK_N
+
+
+def workspace(problem: Problem) -> tuple[int, int]:
+    """Bytes, forward and backward: lse; lse and delta."""
+    statistics = 4 * problem.batch * problem.heads * problem.seqlen_q
+    return statistics, 2 * statistics
 
 
 def forward(problem, operands):

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+
 
 class Config(NamedTuple):
     BLOCK_M: int
@@ -17,9 +19,20 @@ class Config(NamedTuple):
 
 
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+HEAD_DIMS = (32, 64, 128, 256, 512)
 
 INTERPRETER = Config(32, 32, 4, 1)
 
 
-def choose(kernel: str, problem) -> Config:
+def widths(arch: str):
+    """(dtype, precision of fp32 products) of the kernels shipped for an architecture."""
+    precisions = ("ieee", "tf32") if arch == "gfx942" else ("ieee", "tf32x3", "tf32")
+    return [(torch.bfloat16, "ieee"), *((torch.float32, p) for p in precisions)]
+
+
+def architecture(device) -> str:
+    return "interpreter"
+
+
+def choose(kernel: str, problem, arch) -> Config:
     return INTERPRETER

@@ -2,71 +2,81 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tilewise.backends import Gradients, Needs
-from tilewise.backends.triton import backward as bwd
-from tilewise.backends.triton.configs import Config, choose
+from tilewise.backends.triton import backward_kernels as bwd
+from tilewise.backends.triton.configs import Config, architecture, choose
 from tilewise.backends.triton.entry import entry, flatten
-from tilewise.backends.triton.forward import forward as forward_kernel
+from tilewise.backends.triton.forward_kernel import forward as forward_kernel
 from tilewise.problem import Operands, Problem
 from tilewise.state import sink_gradient
 
 
-def forward(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
+Run = Callable[[Any, Problem, Callable[[Config], int], Mapping[str, Any]], None]
+
+
+def run(kernel: Any, problem: Problem, programs: Callable[[Config], int], values: Mapping[str, Any]) -> None:
+    """Launches `kernel` in the configuration chosen for this device on a grid of programs(configuration).
+
+    values: the kernel's arguments by name, except the sizes that problem and configuration give.
+    """
+    config = choose(kernel.fn.__name__, problem, architecture(problem.device))
+    grid = programs(config)
+    if grid:
+        flat = flatten(kernel, problem.program, {**values, **constants(problem, config)})
+        entry(kernel, problem.program)[(grid,)](**flat, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def forward(problem: Problem, x: Operands, run: Run = run) -> tuple[Tensor, Tensor]:
     out = problem.empty(problem.heads, problem.seqlen_q, problem.head_dim_v)
     lse = problem.empty_lse()
-    config = choose("forward", problem)
-    run(forward_kernel, problem, config, blocks(problem.seqlen_q, config.BLOCK_M) * problem.batch * problem.heads,
-        arguments(problem, x) | dict(
-            OUT=out, LSE=lse, SINKS=x.sinks, out_strides=strides(out), HAS_SINKS=problem.has_sinks,
-            BANDS=len(problem.graphs.keys) // 4, ASCENDING=int(problem.batch_invariant)))
+    run(forward_kernel, problem, per_query_block(problem), arguments(problem, x) | dict(
+        OUT=out, LSE=lse, SINKS=x.sinks, out_strides=strides(out), HAS_SINKS=problem.has_sinks,
+        BANDS=len(problem.graphs.keys) // 4, ASCENDING=int(problem.batch_invariant)))
     return out, lse
 
 
 def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
-             needs: Needs) -> Gradients:
-    if dout.stride(3) != 1:  # such as the expanded gradient of a sum
+             needs: Needs, run: Run = run) -> Gradients:
+    if dout.stride(3) != 1 and dout.shape[3] > 1:  # such as the expanded gradient of a sum
         dout = dout.contiguous()
-    delta = _preprocess(problem, out, dout, dlse)
+    delta = problem.empty_lse()
+    run(bwd.preprocess, problem, per_query_block(problem), dict(
+        OUT=out, DO=dout, DLSE=None if dlse is None else dlse.contiguous(), DELTA=delta, out_strides=strides(out),
+        do_strides=strides(dout), heads=problem.heads, nq=problem.seqlen_q, HAS_DLSE=dlse is not None))
     dq = problem.empty(problem.heads, problem.seqlen_q, problem.head_dim)
     dk = problem.empty(problem.kv_heads, problem.seqlen_k, problem.head_dim)
     dv = problem.empty(problem.kv_heads, problem.seqlen_k, problem.head_dim_v)
     mode = bias_mode(problem, needs)
     dbias = _allocate_dbias(problem, x, mode)
     common = arguments(problem, x) | dict(DO=dout, LSE=lse, DELTA=delta, do_strides=strides(dout), DBIAS=dbias,
-                                          dbias_strides=strides(dbias) if dbias is not None else (0, 0, 0))
+                                          dbias_strides=(0, 0, 0) if dbias is None else strides(dbias))
     row_bands, col_bands = len(problem.graphs.keys) // 4, len(problem.graphs.queries) // 4
-
-    config = choose("key_gradients", problem)
-    run(bwd.key_gradients, problem, config, blocks(problem.seqlen_k, config.BLOCK_N) * problem.batch * problem.kv_heads,
-        common | dict(DK=dk, DV_=dv, dk_strides=strides(dk), dv_strides=strides(dv), BANDS=col_bands,
-                      DBIAS_MODE=mode if mode == "over_rows" else None))
-    config = choose("query_gradients", problem)
-    run(bwd.query_gradients, problem, config, blocks(problem.seqlen_q, config.BLOCK_M) * problem.batch * problem.heads,
-        common | dict(DQ=dq, dq_strides=strides(dq), BANDS=row_bands,
-                      DBIAS_MODE=mode if mode in ("direct", "over_cols") else None))
+    run(bwd.key_gradients, problem, per_key_block(problem), common | dict(
+        DK=dk, DV_=dv, dk_strides=strides(dk), dv_strides=strides(dv), BANDS=col_bands,
+        DBIAS_MODE=mode if mode == "over_rows" else None))
+    run(bwd.query_gradients, problem, per_query_block(problem), common | dict(
+        DQ=dq, dq_strides=strides(dq), BANDS=row_bands, DBIAS_MODE=mode if mode in ("direct", "over_cols") else None))
     if mode == "summed":
-        config = choose("bias_gradient", problem)
-        sum_batch, sum_heads = problem.batch // x.bias.shape[0], problem.heads // x.bias.shape[1]
-        tiles = blocks(problem.seqlen_q, config.BLOCK_M) * blocks(problem.seqlen_k, config.BLOCK_N)
-        run(bwd.bias_gradient, problem, config, tiles * x.bias.shape[0] * x.bias.shape[1],
-            common | dict(BANDS=row_bands, sum_batch=sum_batch, sum_heads=sum_heads))
-    dsinks = sink_gradient(x.sinks, lse, delta) if needs.sinks else None
-    return Gradients(dq, dk, dv, _reduce_dbias(problem, x, mode, dbias), dsinks)
+        batch, heads = x.bias.shape[:2]
+        run(bwd.bias_gradient, problem,
+            lambda c: batch * heads * blocks(problem.seqlen_q, c.BLOCK_M) * blocks(problem.seqlen_k, c.BLOCK_N),
+            common | dict(BANDS=row_bands, sum_batch=problem.batch // batch, sum_heads=problem.heads // heads))
+    dbias = None if dbias is None else dbias.sum_to_size(x.bias.shape).to(x.bias.dtype)
+    return Gradients(dq, dk, dv, dbias, sink_gradient(x.sinks, lse, delta) if needs.sinks else None)
 
 
-def _preprocess(problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None) -> Tensor:
-    delta = problem.empty_lse()
-    config = choose("preprocess", problem)
-    run(bwd.preprocess, problem, config, blocks(problem.seqlen_q, config.BLOCK_M) * problem.batch * problem.heads, dict(
-        OUT=out, DO=dout, DLSE=None if dlse is None else dlse.contiguous(), DELTA=delta, out_strides=strides(out),
-        do_strides=strides(dout), heads=problem.heads, nq=problem.seqlen_q, HAS_DLSE=dlse is not None))
-    return delta
+def per_query_block(problem: Problem) -> Callable[[Config], int]:
+    return lambda c: blocks(problem.seqlen_q, c.BLOCK_M) * problem.batch * problem.heads
+
+
+def per_key_block(problem: Problem) -> Callable[[Config], int]:
+    return lambda c: blocks(problem.seqlen_k, c.BLOCK_N) * problem.batch * problem.kv_heads
 
 
 def bias_mode(problem: Problem, needs: Needs) -> str | None:
@@ -96,10 +106,6 @@ def _allocate_dbias(problem: Problem, x: Operands, mode: str | None) -> Tensor |
     if mode == "direct":  # tiles that no query sees are never stored
         return torch.zeros(x.bias.shape, dtype=x.bias.dtype, device=device)
     return torch.empty(x.bias.shape, dtype=x.bias.dtype, device=device) if mode == "summed" else None
-
-
-def _reduce_dbias(problem: Problem, x: Operands, mode: str | None, dbias: Tensor | None) -> Tensor | None:
-    return None if dbias is None else dbias.sum_to_size(x.bias.shape).to(x.bias.dtype)
 
 
 def arguments(problem: Problem, x: Operands) -> dict[str, Any]:
@@ -132,14 +138,6 @@ def bias_cols(bias: Tensor | None) -> int | str | None:
 
 def blocks(n: int, block: int) -> int:
     return -(-n // block)
-
-
-def run(kernel: Any, problem: Problem, config: Config, programs: int, values: Mapping[str, Any]) -> None:
-    """Launches `kernel` on a grid of `programs`; `values`: its arguments by name, except the sizes of problem and config."""
-    if programs == 0:
-        return
-    flat = flatten(kernel, problem.program, {**values, **constants(problem, config)})
-    entry(kernel, problem.program)[(programs,)](**flat, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def constants(problem: Problem, config: Config) -> dict[str, Any]:

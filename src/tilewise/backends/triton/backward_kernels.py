@@ -6,7 +6,7 @@
     bias_gradient     dbias where bias broadcasts over sequences or heads            per tile of bias
 
 Probabilities are recomputed from q, k and lse. The paper adds dQ atomically from the key loop; a second kernel costs two
-more products and always gives the same bits. Legend as in `forward.py`; LSE, DELTA [B, H, S_q] fp32 contiguous.
+more products and always gives the same bits. Legend as in `forward_kernel.py`; LSE, DELTA [B, H, S_q] fp32 contiguous.
 """
 import triton
 import triton.language as tl

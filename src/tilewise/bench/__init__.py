@@ -1,0 +1,1 @@
+"""Cases, tolerance and timing, shared by tests and benchmarks."""

@@ -1,0 +1,175 @@
+"""The table of attention cases: what the contract suite runs on every backend, and what benchmarks time."""
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tilewise as tw
+
+Options = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call of `tw.attention`.
+
+    options: keyword arguments from a `Maker`, which draws tensors from a seeded generator on the right device.
+    """
+    name: str
+    batch: int = 2
+    seqlen_q: int = 70
+    seqlen_k: int = 70
+    heads: int = 2
+    kv_heads: int = 2
+    head_dim: int = 32
+    head_dim_v: int | None = None
+    options: Callable[[Maker], Options] = field(default=lambda make: {})
+    layout: str = "bshd"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Draws a case's tensors."""
+    case: Case
+    device: torch.device
+    generator: torch.Generator
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator).to(self.device)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.generator).to(self.device)
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """int32, both ends included."""
+        return torch.randint(low, high + 1, shape, generator=self.generator, dtype=torch.int32).to(self.device)
+
+    def values(self, values: list) -> Tensor:
+        return torch.tensor(values, device=self.device)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A case with its tensors: q, k, v in the case's layout, and tw.attention's other arguments."""
+    case: Case
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    options: Options
+
+    @property
+    def differentiable(self) -> dict[str, Tensor]:
+        """The tensors that have gradients, by name."""
+        named = {"q": self.q, "k": self.k, "v": self.v}
+        return named | {name: self.options[name] for name in ("bias", "sinks") if name in self.options}
+
+    def run(self, tensors: dict[str, Tensor], backend: str) -> tuple[Tensor, Tensor]:
+        """(out, lse) with the differentiable tensors replaced by `tensors`."""
+        options = self.options | {name: tensors[name] for name in ("bias", "sinks") if name in tensors}
+        return tw.attention(tensors["q"], tensors["k"], tensors["v"], **options, layout=self.case.layout, return_lse=True,
+                            backend=backend)
+
+
+def draw(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Call:
+    """Seeded inputs for a case. q, k and v are views into larger buffers of NaN: what is read beyond them shows."""
+    make = Maker(case, torch.device(device), torch.Generator().manual_seed(seed))
+    dim_v = case.head_dim if case.head_dim_v is None else case.head_dim_v
+
+    def inside_nan(seqlen: int, heads: int, dim: int) -> Tensor:
+        axes = (seqlen, heads) if case.layout == "bshd" else (heads, seqlen)
+        aligned = 8 if dim % 8 == 0 else 1
+        buffer = torch.full((case.batch, axes[0] + 1, axes[1] + 1, dim + aligned), torch.nan, dtype=dtype, device=device)
+        view = buffer[:, :axes[0], :axes[1], :dim]
+        return view.copy_(make.normal(*view.shape))
+
+    q = inside_nan(case.seqlen_q, case.heads, case.head_dim)
+    k = inside_nan(case.seqlen_k, case.kv_heads, case.head_dim)
+    v = inside_nan(case.seqlen_k, case.kv_heads, dim_v)
+    options = case.options(make)
+    if "bias" in options:
+        options["bias"] = options["bias"].to(dtype)
+    return Call(case, q, k, v, options)
+
+
+DOCUMENTS = [[0] * 20 + [1] * 33 + [2] * 17, [3] * 5 + [-1] * 10 + [0] * 55]
+SHUFFLED = [[(i * 7) % 5 - 1 for i in range(70)], [(i // 9) % 3 for i in range(70)]]
+
+
+def with_neg_inf(bias: Tensor) -> Tensor:
+    return torch.where(bias > 1.0, -torch.inf, bias)
+
+
+CASES = (
+    Case("full"),
+    Case("full ragged", seqlen_q=33, seqlen_k=97),
+    Case("causal", options=lambda m: dict(causal=True)),
+    Case("causal more keys", seqlen_q=40, seqlen_k=90, options=lambda m: dict(causal=True)),
+    Case("causal more queries", seqlen_q=90, seqlen_k=40, options=lambda m: dict(causal=True)),
+    Case("causal bhsd", options=lambda m: dict(causal=True), layout="bhsd"),
+    Case("window", options=lambda m: dict(mask=tw.window(9, 4))),
+    Case("window left", seqlen_k=50, options=lambda m: dict(mask=tw.window(11, None))),
+    Case("window right", seqlen_q=50, options=lambda m: dict(mask=tw.window(None, 3))),
+    Case("window longer than keys", seqlen_q=90, seqlen_k=40, options=lambda m: dict(mask=tw.window(60, 60))),
+    Case("causal window", options=lambda m: dict(causal=True, mask=tw.window(0, None))),
+    Case("prefix lm", options=lambda m: dict(mask=tw.causal() | tw.prefix(m.values([50, 3])))),
+    Case("prefix or window", options=lambda m: dict(mask=tw.prefix(m.values([8, 0])) | tw.window(5, 5))),
+    Case("key lengths", options=lambda m: dict(mask=tw.key_lengths(m.values([70, 0])), causal=True)),
+    Case("documents", options=lambda m: dict(mask=tw.documents(m.values(DOCUMENTS)), causal=True)),
+    Case("documents shuffled", options=lambda m: dict(mask=tw.documents(m.values(SHUFFLED)))),
+    Case("documents cross", seqlen_q=30, options=lambda m: dict(
+        mask=tw.documents(m.integers(0, 2, 30), m.integers(0, 2, 70)))),
+    Case("chunked", seqlen_q=50, options=lambda m: dict(mask=tw.chunked(16), causal=True)),
+    Case("not window", options=lambda m: dict(mask=~tw.window(20, 20))),
+    Case("three intervals", options=lambda m: dict(mask=tw.chunked(8) | tw.prefix(m.values([5, 9])) | ~tw.window(None, 30))),
+    Case("boolean tensor", options=lambda m: dict(mask=m.uniform(2, 1, 70, 70) < 0.5)),
+    Case("boolean tensor of keys", options=lambda m: dict(mask=(m.uniform(70) < 0.5) & (m.uniform(2, 1, 1, 70) < 0.9))),
+    Case("softcap", options=lambda m: dict(score_mod=tw.softcap(2.0))),
+    Case("alibi", options=lambda m: dict(score_mod=tw.alibi(m.uniform(2)), causal=True)),
+    Case("alibi per sequence", seqlen_q=40, options=lambda m: dict(score_mod=tw.alibi(m.normal(2, 2)))),
+    Case("bias", seqlen_q=40, options=lambda m: dict(bias=m.normal(2, 2, 40, 70))),
+    Case("bias over batch", seqlen_q=40, options=lambda m: dict(bias=m.normal(2, 40, 70), causal=True)),
+    Case("bias over heads", seqlen_k=40, options=lambda m: dict(bias=m.normal(2, 1, 70, 40))),
+    Case("bias of keys", options=lambda m: dict(bias=m.normal(2, 2, 1, 70))),
+    Case("bias of queries", options=lambda m: dict(bias=m.normal(2, 70, 1), causal=True)),
+    Case("bias transposed", options=lambda m: dict(bias=m.normal(2, 2, 70, 70).mT)),
+    Case("bias with -inf", options=lambda m: dict(bias=with_neg_inf(m.normal(70, 70)))),
+    Case("sinks", options=lambda m: dict(sinks=m.normal(2), causal=True)),
+    Case("sinks rows without keys", seqlen_q=90, seqlen_k=40, options=lambda m: dict(sinks=m.normal(2), causal=True)),
+    Case("dropout", options=lambda m: dict(dropout_p=0.2, rng=tw.Rng(2**63 + 17, 5, 3))),
+    Case("grouped heads", heads=6, kv_heads=2, options=lambda m: dict(causal=True)),
+    Case("one key head", heads=4, kv_heads=1, options=lambda m: dict(dropout_p=0.5, rng=tw.Rng(1))),
+    Case("scale", options=lambda m: dict(scale=0.5)),
+    Case("scale negative", options=lambda m: dict(scale=-0.3, causal=True)),
+    Case("scale zero", options=lambda m: dict(scale=0.0, causal=True)),
+    Case("values wider", head_dim=16, head_dim_v=48),
+    Case("values narrower", head_dim=72, head_dim_v=5, options=lambda m: dict(causal=True)),
+    Case("head dim 1", head_dim=1, options=lambda m: dict(causal=True)),
+    Case("head dim 40", head_dim=40),
+    Case("head dim 192", batch=1, seqlen_q=40, seqlen_k=40, head_dim=192, head_dim_v=128),
+    Case("head dim 512", batch=1, seqlen_q=33, seqlen_k=35, heads=1, kv_heads=1, head_dim=512,
+         options=lambda m: dict(causal=True)),
+    Case("one query", seqlen_q=1, seqlen_k=70, options=lambda m: dict(causal=True)),
+    Case("no keys", seqlen_k=0, options=lambda m: dict(sinks=m.normal(2))),
+    Case("no keys no sink", seqlen_k=0),
+    Case("no queries", seqlen_q=0, options=lambda m: dict(causal=True)),
+    Case("empty batch", batch=0, options=lambda m: dict(causal=True)),
+    Case("batch invariant", options=lambda m: dict(causal=True, batch_invariant=True)),
+    Case("window grouped softcap dropout", heads=4, kv_heads=2, options=lambda m: dict(
+        causal=True, mask=tw.window(15, None), score_mod=tw.softcap(3.0), dropout_p=0.1, rng=tw.Rng(7))),
+    Case("documents alibi sinks", heads=4, kv_heads=1, options=lambda m: dict(
+        causal=True, mask=tw.documents(m.values(DOCUMENTS)), score_mod=tw.alibi(m.uniform(4)), sinks=m.normal(4))),
+    Case("prefix lm bias dropout sinks", seqlen_q=50, options=lambda m: dict(
+        mask=tw.causal() | tw.prefix(m.values([30, 60])), bias=m.normal(2, 50, 70), dropout_p=0.3, rng=tw.Rng(3),
+        sinks=m.normal(2))),
+    Case("everything", heads=4, kv_heads=2, head_dim=24, head_dim_v=40, options=lambda m: dict(
+        causal=True, mask=(tw.window(30, None) | tw.prefix(m.values([9, 20]))) & tw.key_lengths(m.values([70, 61])),
+        score_mod=[tw.alibi(m.uniform(4)), tw.softcap(4.0)], bias=m.normal(2, 1, 70, 70), sinks=m.normal(4), dropout_p=0.1,
+        rng=tw.Rng(11), scale=0.3)),
+)

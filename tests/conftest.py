@@ -1,0 +1,37 @@
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from support.backends import INTERPRETING
+
+if INTERPRETING:
+    from support import interpreter
+    interpreter.install()
+
+UNINITIALISED = ("empty", "empty_like", "empty_permuted", "empty_strided")
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Uninitialised memory holds NaN, as it may: what is never written, or read before it is, shows."""
+    def poison(create):
+        def created(*args, **kwargs):
+            x = create(*args, **kwargs)
+            return x.fill_(torch.nan) if x.dtype.is_floating_point else x
+        return created
+
+    for name in UNINITIALISED:
+        monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
+    yield
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """The tiled backend cuts even short sequences into several tiles."""
+    from tilewise.backends import tiled
+    monkeypatch.setattr(tiled, "LONGEST_TILE", 32)
+    monkeypatch.setattr(tiled, "SHORTEST_TILE", 16)

@@ -1,0 +1,53 @@
+"""The contract: every case on every backend, forward and backward, against fp64 by the tolerance rule.
+
+The `triton` backend runs on a GPU, or on a CPU in a process started with TRITON_INTERPRET=1 (`make test` starts both).
+"""
+import pytest
+import torch
+from support.backends import AVAILABLE, DEVICE
+
+from tilewise.bench import tolerance
+from tilewise.bench.cases import CASES, draw
+
+SHORT = ("full", "causal more keys", "causal more queries", "grouped heads", "head dim 40", "documents", "everything",
+         "prefix lm bias dropout sinks", "window grouped softcap dropout", "bias with -inf", "values narrower", "no keys")
+TABLE = [(case, torch.float32) for case in CASES]
+TABLE += [(case, dtype) for case in CASES if case.name in SHORT for dtype in (torch.bfloat16, torch.float16)]
+TABLE64 = [(case, torch.float64) for case in CASES]
+
+
+def assert_right(case, dtype, backend):
+    call = draw(case, dtype, DEVICE)
+    wrong = [verdict for verdict in tolerance.check(call, backend) if not verdict.ok]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("case, dtype", TABLE, ids=lambda x: str(x).removeprefix("torch."))
+def test_within_tolerance(case, dtype, backend, poisoned, small_tiles):
+    assert_right(case, dtype, backend)
+
+
+@pytest.mark.parametrize("case, dtype", TABLE64, ids=lambda x: str(x).removeprefix("torch."))
+def test_tiled_in_fp64(case, dtype, poisoned, small_tiles):
+    call = draw(case, dtype, DEVICE)
+    truth, tiled = (tolerance.run(call, backend).tensors for backend in ("reference", "tiled"))
+    for name, x in tiled.items():
+        torch.testing.assert_close(x, truth[name], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("backend", [b for b in AVAILABLE if b != "reference"])
+@pytest.mark.parametrize("name", ["causal", "grouped heads", "bias over batch", "documents", "everything"])
+def test_bitwise_repeatable(name, backend, poisoned, small_tiles):
+    call = draw(next(c for c in CASES if c.name == name), torch.float32, DEVICE)
+    first, second = tolerance.run(call, backend).tensors, tolerance.run(call, backend).tensors
+    for key in first:
+        assert torch.equal(first[key].nan_to_num(), second[key].nan_to_num()), key
+
+
+@pytest.mark.skipif("triton" not in AVAILABLE, reason="no GPU and not interpreting")
+def test_triton_refuses_fp64():
+    q = torch.zeros(1, 4, 1, 16, dtype=torch.float64, device=DEVICE)
+    import tilewise as tw
+    with pytest.raises(NotImplementedError, match="fp64"):
+        tw.attention(q, q, q, backend="triton")
