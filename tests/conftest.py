@@ -26,7 +26,6 @@ def poisoned(monkeypatch):
 
     for name in UNINITIALISED:
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
-    yield
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
 """The command line: quick to answer, plain about errors, and never an interpreter of what it is given."""
 
 import re
-import subprocess
-import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -17,14 +15,11 @@ def call(*arguments):
     return result.exit_code, re.sub(r"\x1b\[[0-9;]*m", "", result.output)
 
 
-def test_help_names_every_command_and_loads_nothing_heavy():
-    code = ("import sys; from typer.testing import CliRunner; from tilewise.cli import app; "
-            "print(CliRunner().invoke(app, ['--help']).output); "
-            "print('heavy:', sorted({'torch', 'numpy', 'triton', 'matplotlib'} & set(sys.modules)))")
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+def test_help_names_every_command():
+    code, output = call("--help")
+    assert code == 0
     for command in ("demo", "explain", "mask", "inspect", "doctor"):
         assert command in output
-    assert "heavy: []" in output
 
 
 @pytest.mark.parametrize("command", ["demo", "explain", "mask"])
@@ -107,4 +102,5 @@ def test_doctor_checks_this_machine():
     assert code == 0
     assert re.search(r"reference +cpu +\d\.\de-\d\d +ok", output)
     assert re.search(r"tiled +cpu +\d\.\de-\d\d +ok", output)
-    assert "torch" in output
+    assert re.search(r"triton +cpu +- +\S", output)         # said with its reason
+    assert re.search(r"Attention on cpu is served by (cpu|tiled)\.", output)

@@ -117,9 +117,10 @@ def print_results(results: Results, page: Path) -> None:
     for number, words in headline_words(results):
         console.print(f"  [bold]{number:>18}[/bold]  {words}", soft_wrap=True)
     console.print(f"\nReport: [bold]{page.resolve()}[/bold]\n", soft_wrap=True)
-    console.print("Next: [bold]tilewise demo --text YOUR_FILES[/bold] learns your own text; "
-                  "[bold]tilewise explain --causal[/bold] says how attention runs here; "
-                  "[bold]tilewise doctor[/bold] what would make it faster.")
+    for command, words in (("tilewise demo --text FILES", "learn your own text"),
+                           ("tilewise explain --causal", "how attention runs here, and what it moves"),
+                           ("tilewise doctor", "what this machine has and lacks")):
+        console.print(f"  [bold]{command:26}[/bold]  {words}", soft_wrap=True)
 
 
 @app.command()
@@ -155,7 +156,8 @@ def explain(
         q = shaped(seqlen_q, heads)
         k = v = shaped(seqlen_q if seqlen_k is None else seqlen_k, kv_heads or heads)
         wanted = mask_of(window, mask)
-        console.print(str(explain_attention(q, k, v, causal=causal, mask=wanted, backend=backend)), markup=False)
+        console.print(str(explain_attention(q, k, v, causal=causal, mask=wanted, backend=backend)), markup=False,
+                      soft_wrap=True)
 
 
 def mask_of(window: str | None, text: str | None) -> Mask | None:
@@ -209,7 +211,7 @@ def mask(
 def inspect(
     arch: Annotated[str | None, typer.Option(help="One GPU architecture, such as sm_90.")] = None,
     only: Annotated[str, typer.Option("--filter", help="Kernels whose name contains this.")] = "",
-    every: Annotated[bool, typer.Option("--all", help="Every shipped kernel; takes long.")] = False,
+    update: Annotated[bool, typer.Option("--update", help="Compile what is new or changed first; takes long.")] = False,
     store: Annotated[Path, typer.Option(help="Where results are kept.")] = Path("results/gates.json"),
     jobs: Annotated[int, typer.Option(min=1, help="Compilers at the same time.")] = 2,
 ) -> None:
@@ -217,8 +219,11 @@ def inspect(
     from tilewise.backends.triton.aot import shipped
     from tilewise.inspect import matrix
 
-    if every:
+    if update:
         matrix.run(shipped, store, jobs=jobs)
+    if not store.exists():
+        console.print(f"No results in {store} yet: `tilewise inspect --update` makes them.", soft_wrap=True)
+        return
     kept = {name: row for name, row in matrix.load(store).items()
             if only in name and arch in (None, row["arch"])}
     console.print(matrix.table(kept))
@@ -228,18 +233,21 @@ def inspect(
 def doctor() -> None:
     """What this machine has, which backends work on it, and what is missing."""
     from tilewise import doctor as check
+    from tilewise.backends import MODULES
 
     for name, fact in check.machine().items():
-        console.print(f"[bold]{name:>14}[/bold]  {fact}", soft_wrap=True)
+        console.print(f"[bold]{name:>14}[/bold]  {escape(fact)}", soft_wrap=True)
     table = Table("backend", "device", "against fp64", "", box=None, header_style="bold", padding=(0, 2))
-    for answer in check.check_backends():
-        works = answer.error is not None
-        table.add_row(answer.backend, answer.device, f"{answer.error:.1e}" if works else "-",
-                      "[green]ok[/green]" if works else f"[dim]{escape(answer.reason)}[/dim]")
+    for device in check.devices():
+        for backend in MODULES:
+            answer = check.check_backend(backend, device)
+            words = f"[dim]{escape(answer.reason)}[/dim]" if answer.error is None else "[green]ok[/green]"
+            table.add_row(backend, device, "-" if answer.error is None else f"{answer.error:.1e}", words)
+        console.print(f"\nAttention on {device} is served by [bold]{check.serving(device)}[/bold].")
     console.print()
     console.print(table)
     for line in check.advice():
-        console.print(f"\n[yellow]{line}[/yellow]")
+        console.print(f"\n[yellow]{escape(line)}[/yellow]")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tilewise.backends import MODULES
+from tilewise.api import attention
+from tilewise.backends import MODULES, load
+from tilewise.plan import choose
+from tilewise.problem import make
 
 
 class Check(NamedTuple):
@@ -30,12 +33,12 @@ def machine() -> dict[str, str]:
     memory = memory_bytes()
     facts = {
         "System": f"{platform.system()} {platform.release()}",
-        "CPU": _cpu_name(),
-        "Cores": f"{core_count()} usable, {torch.get_num_threads()} torch threads",
+        "CPU": f"{_cpu_name()}, {core_count()} cores",
         "Memory": f"{memory / 2**30:.1f} GiB" if memory else "unknown",
         "GPU": "; ".join(map(_gpu_name, range(torch.cuda.device_count()))) or "none",
         "Python": platform.python_version(),
-        "torch": torch.__version__ + (f", CUDA {torch.version.cuda}" if torch.version.cuda else ""),
+        "torch": torch.__version__ + (f", CUDA {torch.version.cuda}" if torch.version.cuda else "")
+                 + f", {torch.get_num_threads()} CPU threads",
     }
     for name in ("triton", "numpy", "tilewise"):
         facts[name] = _version(name)
@@ -44,31 +47,42 @@ def machine() -> dict[str, str]:
     return facts
 
 
-def check_backends() -> list[Check]:
-    """Every backend on every kind of device here, tried once each."""
-    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
-    return [check_backend(backend, device) for device in devices for backend in MODULES]
+def devices() -> list[str]:
+    """The kinds of device that can compute here."""
+    return ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+
+
+def serving(device: str) -> str:
+    """The backend that serves ordinary attention on a device."""
+    return choose(make(*example(device), causal=True)[0], "auto")
 
 
 def check_backend(backend: str, device: str) -> Check:
-    """Runs [1, 33, 2, 16] causal attention and compares it with standard attention in fp64."""
-    from tilewise.api import attention
-
-    generator = torch.Generator().manual_seed(0)
-    dtype = torch.float32 if device == "cpu" else torch.float16
-    q, k, v = (torch.randn(1, 33, 2, 16, generator=generator).to(dtype) for _ in range(3))
+    """Runs the example on a backend and compares it with standard attention in fp64."""
+    q, k, v = example(device)
+    reason = load(backend).supports(make(q, k, v, causal=True)[0])
+    if reason is not None:
+        return Check(backend, device, None, reason)
     truth: Tensor = attention(q.double(), k.double(), v.double(), causal=True, backend="reference")
     try:
-        out = attention(q.to(device), k.to(device), v.to(device), causal=True, backend=backend)
-    except (RuntimeError, ValueError, NotImplementedError, ImportError) as error:
-        return Check(backend, device, None, str(error).strip().splitlines()[0] if str(error) else type(error).__name__)
-    return Check(backend, device, (out.double().cpu() - truth).abs().max().item(), "")
+        out = attention(q, k, v, causal=True, backend=backend)
+    except Exception as error:  # whatever a broken installation raises is what the doctor is asked about
+        return Check(backend, device, None, f"{type(error).__name__}: {error}")
+    return Check(backend, device, (out.double() - truth).abs().max().item(), "")
+
+
+def example(device: str) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v [1, 33, 2, 16], in the device's usual precision, the same every time."""
+    generator = torch.Generator().manual_seed(0)
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    q, k, v = (torch.randn(1, 33, 2, 16, generator=generator).to(device, dtype) for _ in range(3))
+    return q, k, v
 
 
 def advice() -> list[str]:
     """What is missing here and how to get it, most useful first."""
     lines = []
-    if not compiler_path():
+    if "cpu" in MODULES and not compiler_path():
         lines.append("No C++ compiler: attention on the CPU runs in torch operations. "
                      "`apt-get install g++` (or clang) adds the native kernels.")
     if torch.cuda.is_available() and util.find_spec("triton") is None:

@@ -22,10 +22,11 @@ def save_mask_png(mask: Mask, path: str | Path, seqlen_q: int, seqlen_k: int, ti
     visible = mask.dense(batch, head + 1, seqlen_q, seqlen_k)[batch - 1, head]
     classes = mask.classify(batch, head + 1, seqlen_q, seqlen_k, tile, tile)[batch - 1, head]
     full = (classes == 2).repeat_interleave(tile, 0)[:seqlen_q].repeat_interleave(tile, 1)[:, :seqlen_k]
-    figure = Figure(figsize=(6, 1.1 + 6 * seqlen_q / seqlen_k), layout="constrained")
+    figure = Figure(figsize=(6, 0.9 + 5.6 * seqlen_q / seqlen_k), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
-    axes.imshow(visible.int() + (visible & full).int(), cmap=ListedColormap(COLOURS), vmin=0, vmax=2, interpolation="nearest")
+    shown = (visible.int() + (visible & full).int()).numpy()
+    axes.imshow(shown, cmap=ListedColormap(COLOURS), vmin=0, vmax=2, interpolation="nearest")
     axes.set_xticks([x - 0.5 for x in range(tile, seqlen_k, tile)], [])
     axes.set_yticks([y - 0.5 for y in range(tile, seqlen_q, tile)], [])
     axes.grid(color="#9a9a98", linewidth=0.5)
@@ -38,4 +39,4 @@ def save_mask_png(mask: Mask, path: str | Path, seqlen_q: int, seqlen_k: int, ti
     axes.legend(handles=[Patch(facecolor=c, edgecolor="#9a9a98", label=f"{name} {share:.0%}")
                          for c, name, share in zip(COLOURS, names, shares, strict=True)],
                 loc="upper center", bbox_to_anchor=(0.5, -0.06), ncols=3, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight")

@@ -144,7 +144,7 @@ class Mask:
 def _lowered(exprs: list[Expr], batch: int, heads: int, nq: int, nk: int, device) -> tuple[tuple[Node, ...], dict]:
     """The graphs parsed, and the values of all their leaves but q and k."""
     program = lower([exprs])
-    values = slot_values(program.text, program.captured, program.ints, program.floats)
+    values = slot_values(program.captured, program.ints, program.floats)
     (nodes,) = parse(program.text)
     return nodes, values | dict(b=torch.arange(batch, device=device)[:, None, None, None],
                                 h=torch.arange(heads, device=device)[:, None, None], nq=nq, nk=nk)
@@ -211,7 +211,7 @@ def window(left: int | None, right: int | None) -> Mask:
     hi = LAST_KEY if right is None else P + r
     first = ZERO if right is None else K - r - SHIFT
     last = LAST_QUERY if left is None else K + l - SHIFT
-    element = K <= hi if left is None else K >= lo if right is None else (K >= lo) & (K <= hi)
+    element = hi >= K if left is None else lo <= K if right is None else (lo <= K) & (hi >= K)
     return Mask(f"window({left}, {right})", element, (exact(lo, hi),), (exact(first, last),))
 
 
@@ -234,7 +234,7 @@ def prefix(lengths: Tensor) -> Mask:
 def _first_keys(name: str, lengths: Tensor) -> Mask:
     _check_index_tensor(f"{name}: lengths", lengths, (1,))
     n = load(Captured(lengths, f"{name}: lengths", limit="nk"), B)
-    return Mask(f"{name}(...)", K < n, (exact(ZERO, n - ONE),), (exact(where(K < n, ZERO, NQ), LAST_QUERY),))
+    return Mask(f"{name}(...)", n > K, (exact(ZERO, n - ONE),), (exact(where(n > K, ZERO, NQ), LAST_QUERY),))
 
 
 def chunked(size: int) -> Mask:

@@ -35,7 +35,7 @@ class Native(torch.autograd.Function):
 
     @staticmethod
     def forward(module: ModuleType, problem: Problem, slots: Sequence, *tensors: Tensor | None):
-        return module.forward(problem, Operands(*tensors, *slots))
+        return module.forward(problem, Operands._make((*tensors, *slots)))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -66,7 +66,7 @@ class NativeBackward(torch.autograd.Function):
     @staticmethod
     def forward(module: ModuleType, problem: Problem, slots: Sequence, needs: Needs, out: Tensor, lse: Tensor, dout: Tensor,
                 dlse: Tensor | None, *tensors: Tensor | None):
-        return tuple(module.backward(problem, Operands(*tensors, *slots), out, lse, dout, dlse, needs))
+        return tuple(module.backward(problem, Operands._make((*tensors, *slots)), out, lse, dout, dlse, needs))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -111,7 +111,8 @@ def attention_op(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Te
 
 def arranged(problem: Problem, x: Tensor) -> Tensor:
     """x [B, H, S, D] with the memory order that the problem's layout promises; itself where it has it."""
-    promised = problem.empty(*x.shape[1:], dtype=x.dtype)
+    heads, seqlen, dim = x.shape[1:]
+    promised = problem.empty(heads, seqlen, dim, x.dtype)
     return x if x.stride() == promised.stride() else promised.copy_(x)
 
 
@@ -160,7 +161,8 @@ def _backward(ctx, dout, dlse):
     found = iter(torch.ops.tilewise.attention_backward(dout, dlse, out, lse, *needs, *tensors, list(captured), *ctx.rest))
     dq, dk, dv = next(found), next(found), next(found)
     dbias, dsinks = (next(found) if needed else None for needed in needs)
-    nothing = [[] if isinstance(value, (list, tuple)) and not value else None for value in ctx.rest]  # as torch pairs them
+    # torch takes an empty list for a list of tensors, and wants a list back
+    nothing: list = [[] if isinstance(value, (list, tuple)) and not value else None for value in ctx.rest]
     return dq, dk, dv, dbias, dsinks, None, [None] * ctx.captured, *nothing
 
 

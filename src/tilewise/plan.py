@@ -14,10 +14,16 @@ from tilewise.trace.graph import slot_values
 def choose(problem: Problem, backend: str) -> str:
     """The backend that serves: the first of `backends.AUTO` that volunteers, or the one named, which must be able to.
 
-    Raises ValueError for an unknown name, NotImplementedError when the named backend cannot compute the problem.
+    Raises ValueError for an unknown name, NotImplementedError with the reasons when none, or not the one named, can.
     """
     if backend == "auto":
-        return next(name for name in backends.AUTO if backends.load(name).volunteers(problem) is None)
+        reasons = {}
+        for name in backends.AUTO:
+            reasons[name] = backends.load(name).volunteers(problem)
+            if reasons[name] is None:
+                return name
+        listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise NotImplementedError(f"no backend can compute this here: {listed}")
     reason = backends.load(backend).supports(problem)
     if reason is not None:
         raise NotImplementedError(f'backend={backend!r} cannot compute this: {reason}; backend="auto" picks one that can')
@@ -77,7 +83,7 @@ def plan(problem: Problem, x: Operands, backend: str) -> Plan:
     earlier = backends.AUTO[:backends.AUTO.index(name)] if backend == "auto" else ()
     passed_over = {other: backends.load(other).volunteers(problem) for other in earlier}
     tiles = module.tile_sizes(problem)
-    values = slot_values(problem.program, [t.cpu() for t in x.captured], x.ints, x.floats) | dict(
+    values = slot_values([t.cpu() for t in x.captured], x.ints, x.floats) | dict(
         b=torch.arange(problem.batch)[:, None, None, None], h=torch.arange(problem.heads)[:, None, None],
         nq=problem.seqlen_q, nk=problem.seqlen_k)
     bands = () if name == "reference" else problem.graphs.keys

@@ -82,7 +82,7 @@ class Problem:
     head_dim_v: int
     dtype: torch.dtype
     device: torch.device
-    bias_shape: tuple[int, int, int, int] | None
+    bias_shape: tuple[int, ...] | None
     has_sinks: bool
     settings: Settings
 

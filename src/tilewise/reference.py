@@ -45,7 +45,7 @@ def attention(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
     if problem.graphs.mask is not None:
         s = torch.where(torch.as_tensor(evaluate(problem.graphs.mask, leaves), device=s.device), s, -torch.inf)
     p, lse = softmax(s.to(wide))
-    if problem.dropout:
+    if x.rng is not None:
         kept = rng.keep(x.rng, problem.dropout, leaves["b"], leaves["h"], problem.heads, leaves["q"], leaves["k"])
         p = torch.where(kept, p, 0.0) * rng.rescale(problem.dropout)
     state = AttentionState(p.to(problem.dtype) @ v, lse)
@@ -70,6 +70,6 @@ def index_leaves(problem: Problem, x: Operands) -> dict:
     def index(size: int, axis: int) -> Tensor:
         return torch.arange(size, device=problem.device).reshape([-1 if a == axis else 1 for a in range(4)])
 
-    return slot_values(problem.program, x.captured, x.ints, x.floats) | dict(
+    return slot_values(x.captured, x.ints, x.floats, problem.dtype) | dict(
         b=index(problem.batch, 0), h=index(problem.heads, 1), q=index(problem.seqlen_q, 2), k=index(problem.seqlen_k, 3),
         nq=problem.seqlen_q, nk=problem.seqlen_k)

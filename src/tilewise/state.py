@@ -46,8 +46,7 @@ class AttentionState:
         """Adds one logit per head to the softmax denominator, after the last merge. sinks: [H], out: [B, H, S_q, D_v]."""
         if self.has_sink:
             raise ValueError("with_sink: this state has a sink already")
-        sink = sinks.to(self.lse.dtype)[:, None]
-        lse = torch.logaddexp(self.lse, sink)
+        lse = log_sum_exp(torch.stack([self.lse, sinks.to(self.lse.dtype)[:, None].expand_as(self.lse)]))
         weight = exp_difference(self.lse, lse)
         return AttentionState((self.out * weight[..., None]).to(self.out.dtype), lse, has_sink=True)
 
@@ -62,10 +61,18 @@ def merge_states(states: Sequence[AttentionState]) -> AttentionState:
         if state.out.shape != states[0].out.shape:
             raise ValueError(f"states: expected equal shapes, got {list(states[0].out.shape)} and {list(state.out.shape)}")
     lses = torch.stack([state.lse for state in states])
-    lse = torch.logsumexp(lses, 0)
+    lse = log_sum_exp(lses)
     weights = exp_difference(lses, lse)
     out = sum(state.out * w[..., None] for state, w in zip(states, weights, strict=True))
     return AttentionState(out.to(states[0].out.dtype), lse)
+
+
+def log_sum_exp(x: Tensor) -> Tensor:
+    """log(sum(exp(x))) over the first dimension; where all are -inf, -inf with gradient 0 (torch.logsumexp's is NaN)."""
+    largest = x.detach().amax(0)
+    pivot = torch.where(largest == -torch.inf, 0.0, largest)
+    total = torch.exp(x - pivot).sum(0)
+    return torch.where(total == 0, -torch.inf, pivot + torch.log(torch.where(total == 0, 1.0, total)))
 
 
 def exp_difference(a: Tensor, b: Tensor) -> Tensor:

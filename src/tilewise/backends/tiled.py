@@ -27,8 +27,8 @@ LONGEST_TILE, SHORTEST_TILE = 512, 32
 
 
 def supports(problem: Problem) -> str | None:
-    """None: every problem that passes the input checks, on any device."""
-    return None
+    """None, or why it cannot compute the problem; it can on any device."""
+    return "torch's products do not promise batch_invariant bits" if problem.batch_invariant else None
 
 
 volunteers = supports
@@ -85,7 +85,7 @@ class Walk:
 
     def dropped(self, tile: Tile, p: Tensor) -> Tensor:
         """p after dropout."""
-        if not self.problem.dropout:
+        if self.rng is None:
             return p
         index = self.indices(tile)
         kept = rng.keep(self.rng, self.problem.dropout, self.values["b"], self.values["h"], self.problem.heads, index["q"],
@@ -95,19 +95,17 @@ class Walk:
 
 def walk(problem: Problem, x: Operands) -> Walk:
     device = problem.device
-    values = slot_values(problem.program, x.captured, x.ints, x.floats) | dict(
+    values = slot_values(x.captured, x.ints, x.floats, problem.dtype) | dict(
         b=torch.arange(problem.batch, device=device)[:, None, None, None],
         h=torch.arange(problem.heads, device=device)[:, None, None], nq=problem.seqlen_q, nk=problem.seqlen_k)
     return Walk(problem, values, x.rng, tuple(_visited(problem, values)))
 
 
 def tile_sizes(problem: Problem) -> tuple[int, int]:
-    """(queries, keys) per tile: near TILE_ELEMENTS over all sequences and heads. batch_invariant: the same always."""
-    if problem.batch_invariant:
-        return 64, 128
+    """(queries, keys) per tile: near TILE_ELEMENTS over all sequences and heads."""
     side = (TILE_ELEMENTS / max(1, problem.batch * problem.heads)) ** 0.5
-    cols = min(LONGEST_TILE, max(SHORTEST_TILE, 1 << int(side).bit_length() - 1))
-    return min(LONGEST_TILE, max(SHORTEST_TILE, cols)), cols
+    length = min(LONGEST_TILE, max(SHORTEST_TILE, 1 << int(side).bit_length() - 1))
+    return length, length
 
 
 def _visited(problem: Problem, values: dict[str, Any]) -> Iterator[tuple[Tile, ...]]:
@@ -124,8 +122,13 @@ def _visited(problem: Problem, values: dict[str, Any]) -> Iterator[tuple[Tile, .
     for i in range(-(-problem.seqlen_q // tile_q)):
         rows = slice(i * tile_q, min((i + 1) * tile_q, problem.seqlen_q))
         yield tuple(Tile(rows, slice(j * tile_k, min((j + 1) * tile_k, problem.seqlen_k)),
-                         undecided or problem.batch_invariant or certain[i][j] != FULL)
+                         undecided or certain[i][j] != FULL)
                     for j in range(-(-problem.seqlen_k // tile_k)) if visible[i][j] != EMPTY)
+
+
+def full_precision(x: Tensor) -> torch.autocast:
+    """A context in which the caller's autocast does not touch the fp32 products."""
+    return torch.autocast(x.device.type, enabled=False)
 
 
 def product(a: Tensor, b: Tensor, group: int) -> Tensor:
@@ -178,7 +181,7 @@ class Sum:
         n = len(self.inputs)
 
         def function(tile: Tile, *pieces: Tensor) -> tuple[Tensor, ...]:
-            _, pull = torch.func.vjp(lambda *x: self.function(tile, *x), *pieces[:n])
+            pull = torch.func.vjp(lambda *x: self.function(tile, *x), *pieces[:n])[1]
             return pull(tuple(pieces[n:]))
 
         return Sum(function, self.tiles, self.inputs + self.outputs, self.inputs, tuple(shapes))
@@ -191,8 +194,8 @@ class Sum:
         n = len(self.inputs)
 
         def function(tile: Tile, *pieces: Tensor) -> tuple[Tensor, ...]:
-            outputs, pull = torch.func.vjp(lambda *x: self.function(tile, *x), *pieces[:n])
-            _, push = torch.func.vjp(lambda *u: pull(u), *map(torch.zeros_like, outputs))
+            outputs, pull, *_ = torch.func.vjp(lambda *x: self.function(tile, *x), *pieces[:n])
+            push = torch.func.vjp(lambda *u: pull(u), *map(torch.zeros_like, outputs))[1]
             return push(tuple(pieces[n:]))
 
         return Sum(function, self.tiles, self.inputs + self.inputs, self.outputs, self.shapes)
@@ -204,10 +207,11 @@ class BlockSum(torch.autograd.Function):
     @staticmethod
     def forward(terms: Sum, *inputs: Tensor) -> tuple[Tensor, ...]:
         outputs = [inputs[0].new_zeros(shape) for shape in terms.shapes]
-        for tile in terms.tiles:
-            parts = terms.function(tile, *(cut(x, axes, tile) for x, axes in zip(inputs, terms.inputs, strict=True)))
-            for out, axes, part in zip(outputs, terms.outputs, parts, strict=True):
-                cut(out, axes, tile).add_(part)
+        with full_precision(inputs[0]):
+            for tile in terms.tiles:
+                parts = terms.function(tile, *(cut(x, axes, tile) for x, axes in zip(inputs, terms.inputs, strict=True)))
+                for out, axes, part in zip(outputs, terms.outputs, parts, strict=True):
+                    cut(out, axes, tile).add_(part)
         return tuple(outputs)
 
     @staticmethod
@@ -224,8 +228,8 @@ class BlockSum(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, _, *tangents):
         inputs = ctx.saved_tensors
-        tangents = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=True)]
-        return BlockSum.apply(ctx.terms.jvp(), *inputs, *tangents)
+        filled = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=True)]
+        return BlockSum.apply(ctx.terms.jvp(), *inputs, *filled)
 
     @staticmethod
     def vmap(info, in_dims, terms, *inputs):
@@ -322,7 +326,8 @@ class Tiled(torch.autograd.Function):
 
     @staticmethod
     def forward(w: Walk, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None):
-        return forward_tiles(w, q, k, v, bias)
+        with full_precision(q):
+            return forward_tiles(w, q, k, v, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -341,8 +346,8 @@ class Tiled(torch.autograd.Function):
     @staticmethod
     def jvp(ctx, _, *tangents):
         *inputs, out, lse = ctx.saved_tensors
-        tangents = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=False)]
-        x = [t.to(lse.dtype) for t in (*inputs[:3], lse, *inputs[3:], *tangents)]
+        filled = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=False)]
+        x = [t.to(lse.dtype) for t in (*inputs[:3], lse, *inputs[3:], *filled)]
         terms = tangent_terms(ctx.walk, (out.shape, lse.shape), ctx.has_bias)
         values, lse_tangent = BlockSum.apply(terms, *x)
         return (values - lse_tangent[..., None] * out.to(lse.dtype)).to(out.dtype), lse_tangent
@@ -384,4 +389,4 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
         inputs = [x.q, x.k, x.v] + ([] if x.bias is None else [x.bias])
         gradients, delta = gradients_of(walk(problem, x), inputs, out, lse, dout, dlse, needs.bias)
         dq, dk, dv, dbias, *_ = [*gradients, None]
-        return Gradients(dq, dk, dv, dbias, sink_gradient(x.sinks, lse, delta) if needs.sinks else None)
+        return Gradients(dq, dk, dv, dbias, sink_gradient(x.sinks, lse, delta) if needs.sinks and x.sinks is not None else None)

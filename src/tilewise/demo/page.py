@@ -28,7 +28,7 @@ def render(results: Results) -> str:
     settings, headline = results.settings, results.headline()
     recipe, model = settings.recipe, settings.model
     return TEMPLATE.substitute(
-        device=escape(results.machine["GPU"] if settings.device != "cpu" else results.machine["CPU"]),
+        device=escape(results.machine["CPU" if settings.device == "cpu" else "GPU"]),
         cards="".join(card(number, words) for number, words in headline_words(results)),
         loss=picture(loss_plot(results), "Loss of both trainings at each step, one curve on the other"),
         time=picture(time_plot(results), "Time of a forward and backward pass against context length"),

@@ -73,8 +73,9 @@ def growth_plot(results: Results, quantity: str, ticks: list[tuple[float, str]],
             rows = results.measured(backend)
             values = [float(max(1e-7, getattr(row, quantity))) for row in rows.values()]
             axes.loglog(list(rows), values, color=COLOURS[backend], marker=MARKERS[backend], markersize=6, linewidth=2)
-            side, shift = ("right", (-9, 2)) if backend == STANDARD else ("right", (0, -18))
-            axes.annotate(NAMES[backend], (list(rows)[-1], values[-1]), xytext=shift, textcoords="offset points",
+            # above the end of the line that rises, below the middle of the one that goes on
+            at, shift, side = (-1, (-9, 2), "right") if backend == STANDARD else (len(values) // 2, (6, -16), "left")
+            axes.annotate(NAMES[backend], (list(rows)[at], values[at]), xytext=shift, textcoords="offset points",
                           ha=side, color=WORDS[backend], weight="bold")
             lowest, highest = min(lowest, *values), max(highest, *values)
         if quantity == "bytes":

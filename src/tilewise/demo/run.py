@@ -71,7 +71,7 @@ def execute(job: Job, progress: Progress) -> Results:
         settings=settings, machine=facts, parameters=parameters,
         text=f"{len(corpus.train) + len(corpus.val):,} bytes from {corpus.files:,} files of {corpus.source}",
         standard=standard, tilewise=tilewise, prompt=prompt, sample=sample, rows=rows,
-        plan=describe_plan(settings), seconds=time.perf_counter() - began,
+        plan=describe_plan(settings, rows[-1].length), seconds=time.perf_counter() - began,
     )
 
 
@@ -135,8 +135,8 @@ def measure_both(settings: Settings, progress: Progress) -> Iterator[Row]:
     progress("Measuring", total, total, "")
 
 
-def describe_plan(settings: Settings) -> str:
-    """What Tilewise does at the longest length, in its own words."""
-    shape = (settings.batch, settings.lengths[-1], settings.heads, settings.head_dim)
+def describe_plan(settings: Settings, length: int) -> str:
+    """What Tilewise does at that length, in its own words."""
+    shape = (settings.batch, length, settings.heads, settings.head_dim)
     x = torch.zeros(settings.head_dim, dtype=getattr(torch, settings.dtype), device=settings.device).expand(shape)
     return str(explain(x, x, x, causal=True))

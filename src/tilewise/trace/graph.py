@@ -219,7 +219,7 @@ def evaluate(node: Node, values: Mapping[str, Any], memo: dict | None = None) ->
     """The value of a parsed graph in torch.
 
     values: leaf name -> number or tensor; index tensors broadcast against each other, as in b [B, 1, 1, 1] and
-    k [1, 1, 1, N]. Returns a number or a tensor of the broadcast shape of the leaves used.
+    k [1, 1, 1, N]; "float" -> the dtype to compute in. Returns a number or a tensor of the broadcast shape of the leaves used.
     """
     if isinstance(node, str):
         return values[node]
@@ -227,15 +227,18 @@ def evaluate(node: Node, values: Mapping[str, Any], memo: dict | None = None) ->
     if node not in memo:
         if node[0] == "load":
             indices = [evaluate(i, values, memo) for i in node[2::2]]
-            memo[node] = values[node[1]][tuple(indices)]
+            loaded = values[node[1]][tuple(indices)]
+            memo[node] = loaded.to(values["float"]) if loaded.is_floating_point() else loaded
         else:
             memo[node] = TORCH[node[0]](*[evaluate(a, values, memo) for a in node[1:]])
     return memo[node]
 
 
-def slot_values(text: str, captured: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> dict[str, Any]:
-    """The values of a program's slots, by name, for `evaluate`."""
-    values: dict[str, Any] = {f"f{i}": x for i, x in enumerate(floats)}
+def slot_values(captured: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float],
+                dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """The values of a program's slots, by name, for `evaluate` in fp32, or fp64 for fp64 scores."""
+    values: dict[str, Any] = {"float": torch.promote_types(dtype, torch.float32)}
+    values |= {f"f{i}": x for i, x in enumerate(floats)}
     for i, x in enumerate(ints):
         values[f"i{i}"] = values[f"n{i}"] = x
     for i, t in enumerate(captured):

@@ -14,6 +14,7 @@ import triton.language as tl
 from tilewise.backends.gpu_math import masking, philox, scoring, softmax
 from tilewise.backends.triton.tiles import load_rows, place, store_rows
 
+
 @triton.jit
 def preprocess(OUT, DO, DLSE, DELTA, out_strides, do_strides, heads, nq, HAS_DLSE: tl.constexpr, DV: tl.constexpr,
                BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
@@ -73,12 +74,12 @@ def key_gradients(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DK, DV_, DBIAS, q_strides,
     v = load_rows(V, v_strides, b, h_kv, first_col, nk, BLOCK_N, DV, BLOCK_DV) # [BLOCK_N, BLOCK_DV]
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
-    for member in range(0, group):
+    for member in range(group):
         h = h_kv * group + member
         column_sum = tl.zeros([BLOCK_N], tl.float32)
         r = masking.tile_ranges(QUERIES, BANDS, b, h, cols, cols < nk, nq, nk, nq, program, BLOCK_M)
         for MASKED in tl.static_range(2):
-            for t in range(0, masking.partial_count(r) if MASKED else masking.full_count(r)):
+            for t in range(masking.partial_count(r) if MASKED else masking.full_count(r)):
                 first_row = (masking.partial_tile(r, t) if MASKED else masking.full_tile(r, t)) * BLOCK_M
                 rows = first_row + tl.arange(0, BLOCK_M)
                 q = load_rows(Q, q_strides, b, h, first_row, nq, BLOCK_M, D, BLOCK_D, MASKED)
@@ -119,14 +120,14 @@ def query_gradients(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DQ, DBIAS, q_strides, k_
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     r = masking.tile_ranges(KEYS, BANDS, b, h, rows, rows < nq, nq, nk, nk, program, BLOCK_N)
     for MASKED in tl.static_range(2):
-        for t in range(0, masking.partial_count(r) if MASKED else masking.full_count(r)):
+        for t in range(masking.partial_count(r) if MASKED else masking.full_count(r)):
             first_col = (masking.partial_tile(r, t) if MASKED else masking.full_tile(r, t)) * BLOCK_N
             cols = first_col + tl.arange(0, BLOCK_N)
             k = load_rows(K, k_strides, b, h_kv, first_col, nk, BLOCK_N, D, BLOCK_D, MASKED)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)              # [BLOCK_M, BLOCK_N]
             v = load_rows(V, v_strides, b, h_kv, first_col, nk, BLOCK_N, DV, BLOCK_DV, MASKED)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)            # [BLOCK_M, BLOCK_N]
-            _, ds, ds_raw = tile_gradients(
+            _kept, ds, ds_raw = tile_gradients(
                 s, dp, lse[:, None], delta[:, None], scale, b, h, heads, rows[:, None], cols[None, :], first_row, first_col,
                 nq, nk, BIAS, bias_strides, RNG, dropout, program, SCORE, SCORE_GRADIENT, MASK, BIAS_COLS, DROPOUT, RAW,
                 MASKED, BLOCK_M, BLOCK_N, False)
@@ -159,12 +160,12 @@ def bias_gradient(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DBIAS, q_strides, k_stride
     tiles_n = tl.cdiv(nk, BLOCK_N)
     pid = tl.program_id(0)
     first_col = pid % tiles_n * BLOCK_N
-    bias_b, bias_h, _, first_row = place(pid // tiles_n, tl.cdiv(nq, BLOCK_M), heads // sum_heads, 1, BLOCK_M, True)
+    bias_b, bias_h, _h, first_row = place(pid // tiles_n, tl.cdiv(nq, BLOCK_M), heads // sum_heads, 1, BLOCK_M, True)
     program = (captured, ints, floats)
     rows = first_row + tl.arange(0, BLOCK_M)
     cols = first_col + tl.arange(0, BLOCK_N)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for index in range(0, sum_batch * sum_heads):
+    for index in range(sum_batch * sum_heads):
         b = bias_b * sum_batch + index // sum_heads
         h = bias_h * sum_heads + index % sum_heads
         r = masking.tile_ranges(KEYS, BANDS, b, h, rows, rows < nq, nq, nk, nk, program, BLOCK_N)
@@ -177,7 +178,7 @@ def bias_gradient(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DBIAS, q_strides, k_stride
             v = load_rows(V, v_strides, b, h // group, first_col, nk, BLOCK_N, DV, BLOCK_DV)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             lse, delta = load_statistics(LSE, DELTA, b, h, heads, rows, nq)
-            _, ds, _ = tile_gradients(
+            _kept, ds, _raw = tile_gradients(
                 s, dp, lse[:, None], delta[:, None], scale, b, h, heads, rows[:, None], cols[None, :], first_row, first_col,
                 nq, nk, BIAS, bias_strides, RNG, dropout, program, SCORE, None, MASK, BIAS_COLS, DROPOUT, RAW, True,
                 BLOCK_M, BLOCK_N, False)

@@ -1,10 +1,10 @@
 """Kernel entry points: generated for one program, they unpack flat arguments and call the written kernels.
 
-The kernels (`forward_kernel.py`, `backward_kernels.py`) take strides and program slots as tuples. Triton compiles again whenever an
-integer in a tuple argument becomes 1 or a multiple of 16; flat arguments can be told not to. So an entry point has flat
-arguments of fixed types and hands tuples on. Strides come divided by their greatest common power of two, ALIGN, and are
-multiplied by it inside, which tells the compiler what it needs for 16-byte loads. Nothing recompiles because a length, a
-batch size or a captured number changed.
+The kernels (`forward_kernel.py`, `backward_kernels.py`) take strides and program slots as tuples. Triton compiles again
+whenever an integer in a tuple argument becomes 1 or a multiple of 16; flat arguments can be told not to. So an entry point
+has flat arguments of fixed types and hands tuples on. Strides come divided by their greatest common power of two, ALIGN,
+and are multiplied by it inside, which tells the compiler what it needs for 16-byte loads. Nothing recompiles because a
+length, a batch size or a captured number changed.
 """
 from __future__ import annotations
 

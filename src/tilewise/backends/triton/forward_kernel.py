@@ -34,7 +34,7 @@ def forward(Q, K, V, BIAS, SINKS, RNG, OUT, LSE, q_strides, k_strides, v_strides
             count = masking.all_count(r) if ASCENDING else masking.partial_count(r)
         else:
             count = masking.full_count(r)
-        for t in range(0, count):
+        for t in range(count):
             if MASKED:
                 tile = masking.any_tile(r, t) if ASCENDING else masking.partial_tile(r, t)
             else:

@@ -16,7 +16,6 @@ from tilewise.backends.triton.forward_kernel import forward as forward_kernel
 from tilewise.problem import Operands, Problem
 from tilewise.state import sink_gradient
 
-
 Run = Callable[[Any, Problem, Callable[[Config], int], Mapping[str, Any]], None]
 
 
@@ -62,13 +61,15 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
         DBIAS_MODE=mode if mode == "over_rows" else None))
     run(bwd.query_gradients, problem, per_query_block(problem), common | dict(
         DQ=dq, dq_strides=strides(dq), BANDS=row_bands, DBIAS_MODE=mode if mode in ("direct", "over_cols") else None))
-    if mode == "summed":
+    if mode == "summed" and x.bias is not None:
         batch, heads = x.bias.shape[:2]
         run(bwd.bias_gradient, problem,
             lambda c: batch * heads * blocks(problem.seqlen_q, c.BLOCK_M) * blocks(problem.seqlen_k, c.BLOCK_N),
             common | dict(BANDS=row_bands, sum_batch=problem.batch // batch, sum_heads=problem.heads // heads))
-    dbias = None if dbias is None else dbias.sum_to_size(x.bias.shape).to(x.bias.dtype)
-    return Gradients(dq, dk, dv, dbias, sink_gradient(x.sinks, lse, delta) if needs.sinks else None)
+    if dbias is not None and x.bias is not None:
+        dbias = dbias.sum_to_size(x.bias.shape).to(x.bias.dtype)
+    dsinks = sink_gradient(x.sinks, lse, delta) if needs.sinks and x.sinks is not None else None
+    return Gradients(dq, dk, dv, dbias, dsinks)
 
 
 def per_query_block(problem: Problem) -> Callable[[Config], int]:
@@ -99,6 +100,8 @@ def bias_mode(problem: Problem, needs: Needs) -> str | None:
 
 def _allocate_dbias(problem: Problem, x: Operands, mode: str | None) -> Tensor | None:
     device = problem.device
+    if x.bias is None:
+        return None
     if mode == "over_rows":
         return torch.empty((problem.batch, problem.heads, 1, problem.seqlen_k), dtype=torch.float32, device=device)
     if mode == "over_cols":
@@ -119,12 +122,12 @@ def arguments(problem: Problem, x: Operands) -> dict[str, Any]:
         BIAS_COLS=bias_cols(x.bias), DROPOUT=problem.dropout > 0, RAW=raw)
 
 
-def strides(x: Tensor) -> tuple[int, int, int]:
+def strides(x: Tensor) -> tuple[int, ...]:
     """(batch, head, row) strides; 0 where a dimension has one entry, whose stride means nothing."""
     return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
 
 
-def bias_strides(bias: Tensor | None) -> tuple[int, int, int, int]:
+def bias_strides(bias: Tensor | None) -> tuple[int, ...]:
     if bias is None:
         return 0, 0, 0, 0
     return tuple(0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))

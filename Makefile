@@ -1,0 +1,49 @@
+# Needs Python >= 3.10 and make, nothing else: every target sets up its own .venv first.
+PYTHON ?= python3
+BIN    := .venv/bin
+READY  := .venv/ready
+# Without an NVIDIA GPU: the CPU build of torch (a plain `torch` brings gigabytes of CUDA), and triton for its interpreter.
+# With one: the CUDA build, which brings its own triton.
+TORCH  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo "torch>=2.9" || echo "torch==2.13.0 triton==3.6.0")
+PYTEST := $(BIN)/python -m pytest
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check bench gates soak wheel clean
+
+help:            ## this list
+	@grep -E '^[a-z]+: .*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(READY)   ## the main job: train with standard attention and with Tilewise, measure both, write a report
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/tilewise demo  # threads that spin while they wait slow each other down
+
+test: $(READY)   ## all tests: on this machine's devices, then the Triton kernels in Triton's interpreter
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal -m "not slow"
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal -m "not slow" \
+	  tests/contract tests/test_interpreter.py tests/test_properties.py tests/test_rng.py tests/test_ops.py tests/test_memory.py
+
+check: $(READY)  ## style, types, architecture
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(PYTEST) tests/test_architecture.py
+
+bench: $(READY)  ## a short benchmark of attention on this machine
+	$(BIN)/tilewise bench
+
+gates: $(READY)  ## compile every kernel configuration for every GPU whose row in results/gates.json is out of date
+	$(BIN)/tilewise inspect --update
+
+soak: $(READY)   ## long tests
+	$(PYTEST) -m slow
+
+wheel: $(READY)  ## build the wheel into dist/
+	$(BIN)/python -m pip wheel -q --no-deps -w dist .
+
+clean:           ## remove what these targets made
+	rm -rf .venv dist demo-report .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(READY): pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("Tilewise needs Python >= 3.10, this is " + sys.version) if sys.version_info < (3, 10) else 0'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q -e '.[plots,test,check]'
+	touch $(READY)

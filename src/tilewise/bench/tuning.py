@@ -1,0 +1,244 @@
+"""Which tile sizes are fastest on this GPU: candidates for each Triton kernel, checked, timed, and printed as table rows.
+
+    python -m tilewise.bench.tuning --head-dims 128 [--out FILE] [--jobs 12]
+
+A candidate must compile, run, and give what the table's own configuration gives. Processes compile ahead, so that one that
+crashes the compiler or the device is only missing.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilewise.backends import Needs
+from tilewise.backends.triton import launch
+from tilewise.backends.triton.configs import Config
+from tilewise.bench import record
+from tilewise.bench.timing import alive, compare
+from tilewise.bench.workers import part, run_slices
+from tilewise.problem import make
+
+OUTPUTS = {"forward": ("OUT", "LSE"), "key_gradients": ("DK", "DV_"), "query_gradients": ("DQ",)}
+TOKENS, CHANNELS, LENGTHS = 16384, 2048, (4096, 16384)
+SECONDS = 0.8                           # for one kernel at one length, all candidates together
+
+# (BLOCK_M queries, BLOCK_N keys, warps, stages) by kernel and head dim
+CANDIDATES: dict[tuple[str, int], tuple[tuple[int, int, int, int], ...]] = {
+    ("forward", 64): ((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 4, 3), (128, 64, 8, 3), (128, 128, 4, 3),
+                      (64, 64, 4, 3), (256, 64, 8, 3)),
+    ("forward", 128): ((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 3),
+                       (64, 64, 4, 3), (64, 128, 4, 2), (128, 32, 4, 4)),
+    ("forward", 256): ((128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 2), (64, 64, 4, 2), (64, 32, 4, 3),
+                       (128, 64, 8, 1)),
+    ("key_gradients", 64): ((64, 128, 8, 2), (64, 128, 8, 3), (64, 128, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2),
+                            (32, 128, 4, 3), (64, 64, 4, 2)),
+    ("key_gradients", 128): ((64, 128, 8, 2), (64, 128, 8, 3), (64, 64, 4, 2), (32, 128, 8, 3), (32, 128, 4, 2),
+                             (64, 64, 8, 2), (128, 64, 8, 2), (32, 64, 4, 3)),
+    ("key_gradients", 256): ((64, 64, 8, 1), (64, 64, 8, 2), (32, 64, 8, 2), (32, 64, 4, 2), (32, 128, 8, 1),
+                             (32, 32, 4, 2)),
+    ("query_gradients", 64): ((128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 4, 2), (64, 64, 4, 3), (128, 128, 8, 2),
+                              (128, 32, 4, 3), (64, 128, 4, 2)),
+    ("query_gradients", 128): ((128, 64, 8, 2), (128, 64, 8, 3), (64, 64, 4, 2), (128, 32, 8, 3), (128, 32, 4, 2),
+                               (64, 64, 8, 2), (128, 128, 8, 1), (64, 32, 4, 3)),
+    ("query_gradients", 256): ((64, 64, 8, 1), (64, 64, 8, 2), (64, 32, 8, 2), (64, 32, 4, 2), (128, 32, 8, 1),
+                               (128, 64, 8, 1)),
+}
+
+
+class Launch(NamedTuple):
+    """One recorded kernel launch; `launch.run` takes it as it is."""
+    kernel: Any
+    problem: Any
+    programs: Callable[[Config], int]
+    values: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return self.kernel.fn.__name__
+
+    def results(self) -> list[Tensor]:
+        return [self.values[name] for name in OUTPUTS[self.name]]
+
+
+@contextlib.contextmanager
+def configured(config: Config | None) -> Iterator[None]:
+    """Every launch inside takes this configuration; None: the table's."""
+    table = launch.choose
+    if config is not None:
+        launch.choose = lambda kernel, problem, arch: config  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        launch.choose = table
+
+
+def candidates(recorded: Launch) -> list[Config]:
+    """The table's configuration, then the others to try."""
+    shipped = launch.choose(recorded.name, recorded.problem, launch.architecture(recorded.problem.device))
+    listed = CANDIDATES.get((recorded.name, recorded.problem.head_dim), ())
+    others = [shipped._replace(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages) for m, n, warps, stages in listed]
+    return [shipped, *(config for config in others if config != shipped)]
+
+
+def launches(head_dim: int, seqlen: int, causal: bool, device: torch.device, tokens: int = TOKENS) -> dict[str, Launch]:
+    """The launches of one forward and backward pass in bf16, by kernel. They have run, with the first candidate that can."""
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (tokens // seqlen, seqlen, CHANNELS // head_dim, head_dim)
+    q, k, v, dout = (torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(4))
+    problem, operands = make(q, k, v, causal=causal)
+    recorded = {}
+
+    def run(*arguments: Any) -> None:
+        one = Launch(*arguments)
+        recorded[one.name] = one
+        run_first(one)
+
+    out, lse = launch.forward(problem, operands, run=run)
+    launch.backward(problem, operands, out, lse, dout.transpose(1, 2), None, Needs(False, False), run=run)
+    return recorded
+
+
+def run_first(one: Launch) -> Config:
+    """Runs a launch in the first candidate configuration that can, and says which."""
+    errors = []
+    for config in candidates(one):
+        try:
+            with configured(config):
+                launch.run(*one)
+            return config
+        except Exception as error:  # does not compile or fit: the next one may
+            errors.append(record.words(error))
+    raise RuntimeError(f"{one.name}: no configuration runs: {errors[0]}")
+
+
+def try_slice(head_dims: Sequence[int], device: torch.device, text: str) -> None:
+    """Compiles and runs one slice of all candidates on a short problem; prints those that did, one JSON line each."""
+    found = [(d, causal, one) for d in head_dims for causal in (True, False)
+             for name, one in launches(d, 512, causal, device, tokens=512).items() if name in OUTPUTS]
+    every = [(d, causal, one, config) for d, causal, one in found for config in candidates(one)]
+    for head_dim, causal, one, config in part(every, text):
+        try:
+            with configured(config):
+                launch.run(*one)
+            torch.cuda.synchronize(device)
+        except Exception as error:  # not compiled: left out
+            print(f"{one.name} {config}: {record.words(error)}")
+            if not alive(device):
+                return
+        else:
+            print(json.dumps([one.name, head_dim, causal, list(config)]), flush=True)
+
+
+def tune(one: Launch, runnable: Sequence[Config], device: torch.device) -> dict[str, Any]:
+    """Seconds of each candidate that gives the first one's results; what came of the others, by configuration."""
+    reference: list[Tensor] = []
+    right, failed = [], {}
+    for config in runnable:
+        for x in one.results():
+            x.fill_(torch.nan)
+        try:
+            with configured(config):
+                launch.run(*one)
+            torch.cuda.synchronize(device)
+        except Exception as error:  # a failing candidate is a result
+            failed[str(tuple(config))] = record.words(error)
+            if not alive(device):
+                raise
+            continue
+        reference = reference or [x.clone() for x in one.results()]
+        off = max(map(deviation, one.results(), reference))
+        if off < 1:
+            right.append(config)
+        else:
+            failed[str(tuple(config))] = f"results differ: {off:.2g} times what is allowed"
+    found = compare({str(tuple(config)): _run_in(one, config) for config in right}, device, seconds=SECONDS)
+    return {"kernel": one.name, "failed": failed, "timings": {name: timing.summary() for name, timing in found.items()},
+            "seconds": {name: timing.median for name, timing in found.items()}}
+
+
+def _run_in(one: Launch, config: Config) -> Callable[[int], object]:
+    def run(turn: int) -> None:
+        with configured(config):
+            launch.run(*one)
+
+    return run
+
+
+def deviation(x: Tensor, reference: Tensor) -> float:
+    """How far x is from reference, 1 being 8 roundings to bf16 of the largest entry; NaN counts as infinite."""
+    allowed = 8 * torch.finfo(torch.bfloat16).eps * reference.abs().max().item()
+    off = (x.double() - reference.double()).abs().max().item()
+    return math.inf if math.isnan(off) else off / max(allowed, 1e-30)
+
+
+def rows(results: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each kernel and head dim the configuration that is fastest on the whole, as a row for the table."""
+    lines = []
+    for kernel, head_dim in dict.fromkeys((r["kernel"], r["head_dim"]) for r in results):
+        group = [r for r in results if (r["kernel"], r["head_dim"]) == (kernel, head_dim)]
+        common = [name for name in group[0]["seconds"] if all(name in r["seconds"] for r in group)]
+        if not common:
+            lines.append(f"({kernel!r}, {head_dim}): no configuration runs everywhere")
+            continue
+        best = min(common, key=lambda name: math.prod(r["seconds"][name] for r in group))
+        gains = [r["seconds"].get(r["shipped"], math.nan) / r["seconds"][best] for r in group]
+        where = ", ".join(f"{'causal' if r['causal'] else 'full'} {r['seqlen'] // 1024}k {gain:.2f}"
+                          for r, gain in zip(group, gains, strict=True))
+        lines.append(f"({kernel!r}, {head_dim}): Config{best},  # {geometric_mean(gains):.2f}x {group[0]['shipped']}: {where}")
+    return lines
+
+
+def geometric_mean(values: Sequence[float]) -> float:
+    return math.prod(values) ** (1 / len(values))
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tilewise.bench.tuning", description="Tile sizes for this GPU.")
+    parser.add_argument("--head-dims", type=lambda text: [int(d) for d in text.split(",")], default=[64, 128, 256])
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--seconds", type=float, default=300, help="begin no further measurement after so long")
+    parser.add_argument("--jobs", type=int, default=8, help="processes that compile ahead")
+    parser.add_argument("--slice", help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    device, deadline = torch.device("cuda"), time.monotonic() + options.seconds
+    if options.slice:
+        try_slice(options.head_dims, device, options.slice)
+        return
+    dims = ",".join(map(str, options.head_dims))
+    printed = run_slices("tilewise.bench.tuning", ["--head-dims", dims], options.jobs, 0.6 * options.seconds)
+    ran = [tuple(json.loads(line)) for line in printed if line.startswith("[")]
+    result: dict[str, Any] = record.stamp() | {
+        "rows": [], "lines": [], "not_compiled": [line for line in printed if not line.startswith("[")]}
+    for row in tune_all(options.head_dims, ran, device, deadline):
+        result["rows"].append(row)
+        result["lines"] = rows(result["rows"])
+        record.write(options.out, result)
+    print("\n".join(result["lines"]))
+
+
+def tune_all(head_dims: Sequence[int], ran: Sequence[tuple], device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
+    """A row for each kernel, head dim, mask and length, as `ran` by `try_slice` allows; none begins after the deadline."""
+    for head_dim, causal, seqlen in itertools.product(head_dims, (True, False), LENGTHS):
+        if time.monotonic() > deadline:
+            return
+        for one in launches(head_dim, seqlen, causal, device).values():
+            if one.name not in OUTPUTS:
+                continue
+            every = candidates(one)
+            runnable = [config for config in every if (one.name, head_dim, causal, list(config)) in ran]
+            yield tune(one, runnable, device) | {
+                "head_dim": head_dim, "causal": causal, "seqlen": seqlen, "shipped": str(tuple(every[0]))}
+
+
+if __name__ == "__main__":
+    main()

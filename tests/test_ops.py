@@ -1,0 +1,123 @@
+"""Where attention meets autograd, torch.compile and autocast."""
+import pytest
+import torch
+import torch._dynamo.testing
+from support.backends import AVAILABLE, DEVICE
+
+import tilewise as tw
+import tilewise.ops  # registers the custom op
+from tilewise.problem import make
+
+CPU_ONLY = pytest.mark.skipif(AVAILABLE == ["triton"], reason="in the interpreter's process only Triton runs")
+
+
+def inputs(n=24, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = (2, n, 4, 16), (2, n, 2, 16), (2, n, 2, 16), (4, n, n), (4,)
+    return tuple(torch.randn(s, generator=g).to(DEVICE).requires_grad_() for s in shapes)
+
+
+def loss(q, k, v, bias, sinks, lengths):
+    out, lse = tw.attention(q, k, v, causal=True, mask=tw.window(20, None) | tw.prefix(lengths), score_mod=tw.softcap(3.0),
+                            bias=bias, sinks=sinks, return_lse=True)
+    return out.sum() + lse.sum()
+
+
+@CPU_ONLY
+@pytest.mark.parametrize("options", [
+    dict(causal=True),
+    dict(mask=tw.window(3, 1) & tw.key_lengths(torch.tensor([4, 9], device=DEVICE)), dropout_p=0.1, rng=tw.Rng(1)),
+], ids=["causal", "rich"])
+def test_opcheck(options):
+    q, k, v, bias, sinks = inputs(9)
+    problem, x = make(q, k, v, bias=bias, sinks=sinks, **options)
+    leaves = [t.detach().requires_grad_() for t in x[:5]]
+    x = x._replace(**dict(zip(x._fields, leaves, strict=False)))
+    torch.library.opcheck(torch.ops.tilewise.attention.default, (*x, *problem.settings, "auto"))
+
+
+@CPU_ONLY
+def test_compile_whole_graph_without_recompiling_for_a_length():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend=counter)
+    compiled_once = None
+    for n in (24, 31, 57):
+        x, lengths = inputs(n), torch.tensor([3, 5], device=DEVICE)
+        ours = torch.autograd.grad(compiled(*x, lengths), x)
+        expected = torch.autograd.grad(loss(*x, lengths), x)
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b)
+        compiled_once = compiled_once or counter.frame_count
+    assert counter.frame_count == compiled_once
+
+
+@CPU_ONLY
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_memory_order_follows_the_layout(layout):
+    q, k, v, *_ = inputs()
+    out = tw.attention(q, k, v, layout="bshd")
+    assert out.is_contiguous()
+    q, k, v = (x.transpose(1, 2).contiguous() for x in (q, k, v))
+    assert tw.attention(q, k, v, layout="bhsd").is_contiguous()
+
+
+@CPU_ONLY
+def test_autocast():
+    q, k, v, *_ = inputs()
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        out, lse = tw.attention(q, k, v, return_lse=True)
+        doubles = tw.attention(q.double(), k.double(), v.double())
+    assert (out.dtype, lse.dtype, doubles.dtype) == (torch.bfloat16, torch.float32, torch.float64)
+    assert torch.equal(out, tw.attention(q.bfloat16(), k.bfloat16(), v.bfloat16()))
+
+
+@CPU_ONLY
+def test_activation_checkpointing_repeats_dropout():
+    from torch.utils.checkpoint import checkpoint
+    q, k, v, *_ = inputs()
+    attend = lambda q: tw.attention(q, k, v, dropout_p=0.3)  # noqa: E731
+    torch.manual_seed(0)
+    expected = torch.autograd.grad(attend(q).square().sum(), q)[0]
+    torch.manual_seed(0)
+    assert torch.equal(torch.autograd.grad(checkpoint(attend, q, use_reentrant=False).square().sum(), q)[0], expected)
+
+
+@pytest.mark.skipif("triton" not in AVAILABLE, reason="no GPU and not interpreting")
+class TestNative:
+    def test_second_order_and_forward_mode_say_what_to_do(self):
+        q, k, v, *_ = inputs()
+        (g,) = torch.autograd.grad(tw.attention(q, k, v, backend="triton").sum(), q, create_graph=True)
+        with pytest.raises(NotImplementedError, match='use backend="tiled"'):
+            torch.autograd.grad(g.sum(), q)
+        with pytest.raises(NotImplementedError, match='use backend="tiled"'):
+            torch.func.jvp(lambda q: tw.attention(q, k, v, backend="triton"), (q.detach(),), (q.detach(),))
+
+    def test_func_grad_and_vmap(self):
+        q, k, v, *_ = (x.detach() for x in inputs())
+        attend = lambda q, backend="triton": tw.attention(q, k, v, causal=True, backend=backend).sin().sum()  # noqa: E731
+        expected = torch.func.grad(lambda q: attend(q, "reference"))(q)
+        torch.testing.assert_close(torch.func.grad(attend)(q), expected)
+        several = torch.func.vmap(torch.func.grad(attend))(torch.stack([q, q]))
+        torch.testing.assert_close(several, torch.stack([expected, expected]))
+
+    def test_gradient_of_a_sum_is_not_contiguous(self):
+        q, k, v, *_ = inputs()
+        ours, expected = (torch.autograd.grad(tw.attention(q, k, v, backend=b).sum(), (q, k, v))
+                          for b in ("triton", "reference"))
+        for a, b in zip(ours, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+    def test_rows_of_a_batch_invariant_call_do_not_depend_on_the_others(self):
+        q, k, v, *_ = (x.detach() for x in inputs(50))
+        whole = tw.attention(q, k, v, causal=True, batch_invariant=True, backend="triton")
+        last = tw.attention(q[1:, -3:], k[1:], v[1:], causal=True, batch_invariant=True, backend="triton")
+        assert torch.equal(whole[1:, -3:], last)
+
+
+@CPU_ONLY
+def test_batch_invariance_is_promised_or_refused():
+    q, k, v, *_ = inputs()
+    if DEVICE == "cpu":
+        with pytest.raises(NotImplementedError, match=r"no backend can .*triton: .*tiled: .*batch_invariant"):
+            tw.attention(q, k, v, batch_invariant=True)
