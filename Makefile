@@ -8,7 +8,7 @@ TORCH  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo "torch>=2.9" || echo "to
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench gates soak wheel clean
+.PHONY: help demo test check bench gates wheel clean
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -17,8 +17,8 @@ demo: $(READY)   ## the main job: train with standard attention and with Tilewis
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/tilewise demo  # threads that spin while they wait slow each other down
 
 test: $(READY)   ## all tests: on this machine's devices, then the Triton kernels in Triton's interpreter
-	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal -m "not slow"
-	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal -m "not slow" \
+	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal \
 	  tests/contract tests/test_interpreter.py tests/test_properties.py tests/test_rng.py tests/test_ops.py tests/test_memory.py
 
 check: $(READY)  ## style, types, architecture
@@ -31,9 +31,6 @@ bench: $(READY)  ## a short benchmark of attention on this machine
 
 gates: $(READY)  ## compile every kernel configuration for every GPU whose row in results/gates.json is out of date
 	$(BIN)/tilewise inspect --update
-
-soak: $(READY)   ## long tests
-	$(PYTEST) -m slow
 
 wheel: $(READY)  ## build the wheel into dist/
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .

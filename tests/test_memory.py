@@ -9,14 +9,12 @@ from support.memory import peak_growth
 import tilewise as tw
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_forward_and_backward_at_most_double():
     growth = peak_growth("backward", (8192, 16384, 32768))
     assert all(ratio <= 2.2 for ratio in growth), growth
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_double_backward_at_most_doubles():
     growth = peak_growth("double_backward", (4096, 8192, 16384))

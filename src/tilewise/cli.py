@@ -250,5 +250,31 @@ def doctor() -> None:
         console.print(f"\n[yellow]{escape(line)}[/yellow]")
 
 
+@app.command()
+def bench(
+    out: Annotated[Path | None, typer.Option(help="Also write the result as JSON.", show_default=False)] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Two small shapes, in seconds.")] = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")] = "auto",
+) -> None:
+    """Time attention, forward and backward, beside every other implementation that this machine has.
+
+    Each is first held to the tolerance rule; one that is wrong is not timed. About four minutes on two CPU cores.
+
+    Examples: `tilewise bench --quick`, `tilewise bench --out bench.json`
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # as for demo
+    import torch
+
+    from tilewise.bench import run
+
+    with plain_errors(OSError, RuntimeError, ValueError):
+        where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.zeros(1, device=where)
+        with console.status("") as status:
+            result = run.benchmark(run.shapes(where, quick), where, seconds=run.PATIENCE, out=out, progress=status.update)
+    for line in result["lines"]:
+        console.print(line, markup=False, soft_wrap=True)
+
+
 if __name__ == "__main__":
     app()

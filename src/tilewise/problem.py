@@ -38,7 +38,6 @@ class Graphs(NamedTuple):
         return Graphs(score[0] if score else None, gradient[0] if gradient else None, mask[0] if mask else None, keys, queries)
 
 
-@torch.compiler.assume_constant_result
 def _groups(text: str) -> tuple[tuple[Node, ...], ...]:
     return parse(text)
 
@@ -145,7 +144,6 @@ def describe(x: Operands, settings: Settings) -> Problem:
                    bias_shape=None if x.bias is None else tuple(x.bias.shape), has_sinks=x.sinks is not None, settings=settings)
 
 
-@torch.compiler.assume_constant_result
 def _precision() -> str:
     return PRECISIONS[torch.get_float32_matmul_precision()]
 
@@ -277,3 +275,7 @@ def _check_captured(program: Program, sizes: dict[str, int], device: torch.devic
 
 
 LEAF_NAMES = {"b": "the batch size", "h": "the number of query heads", "q": "S_q", "k": "S_k", "nq": "S_q", "nk": "S_k"}
+
+# What torch.compiler.assume_constant_result does, without importing the compiler: constants while torch.compile traces.
+for constant in (_groups, _precision):
+    constant._dynamo_marked_constant = True  # type: ignore[attr-defined]

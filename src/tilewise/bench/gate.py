@@ -20,12 +20,12 @@ class Gate:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool):
         self.inputs, self.dout, self.causal = (q, k, v), dout, causal
         self.group = q.shape[2] // k.shape[2]
-        *last, dlast = self._last((q, k, v, dout))
-        self.call = Call(Case("timed"), *last, {"causal": causal})
+        q, k, v, dout = self._last((q, k, v, dout))
+        self.call = Call(Case("timed"), q, k, v, {"causal": causal})
         standard = ours("reference").attend
         assert standard is not None
-        self.truth = _results(standard, [x.double() for x in last], dlast.double(), causal)
-        self.standard = _results(standard, last, dlast, causal)
+        self.truth = _results(standard, (q.double(), k.double(), v.double()), dout.double(), causal)
+        self.standard = _results(standard, (q, k, v), dout, causal)
 
     def verdicts(self, attend: Attend) -> list[Verdict]:
         """Runs `attend` forward and backward on the whole problem; a verdict for out, dq, dk and dv."""
@@ -39,8 +39,8 @@ class Gate:
         return [x[-1:, :, -(self.group if x.shape[2] == heads else 1):].detach() for x in tensors]
 
 
-def _results(attend: Attend, inputs: Sequence[Tensor], dout: Tensor, causal: bool) -> Results:
-    leaves = [x.detach().requires_grad_() for x in inputs]
-    out = attend(*leaves, causal)
-    gradients = torch.autograd.grad(out, leaves, dout)
+def _results(attend: Attend, inputs: tuple[Tensor, Tensor, Tensor], dout: Tensor, causal: bool) -> Results:
+    q, k, v = (x.detach().requires_grad_() for x in inputs)
+    out = attend(q, k, v, causal)
+    gradients = torch.autograd.grad(out, (q, k, v), dout)
     return Results({"out": out.detach(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))})

@@ -11,8 +11,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,13 @@ from torch import Tensor
 from tilewise import backends
 from tilewise.bench import record, table
 from tilewise.bench.gate import Gate
-from tilewise.bench.peers import Contender, discover, ours
-from tilewise.bench.timing import alive, compare, times_faster
+from tilewise.bench.peers import Attend, Contender, discover, ours
+from tilewise.bench.timing import Timing, alive, compare, minus, times_faster
 from tilewise.bench.workers import part, run_slices
 from tilewise.problem import make
 
-SECONDS = {"cuda": 1.5, "cpu": 4.0}     # for one shape and pass, all contenders together
+PATIENCE = 200.0                        # seconds after which no further shape begins
+SECONDS = {"cuda": 2.0, "cpu": 8.0}     # for one shape, all contenders together
 WORK = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}
 Rows = list[dict[str, Any]]
 
@@ -47,13 +49,13 @@ class Shape:
         """Of the forward pass."""
         return 4 * self.batch * self.heads * self.seqlen**2 * self.head_dim / (2 if self.causal else 1)
 
-    def draw(self, device: torch.device, seed: int) -> list[Tensor]:
-        """q, k, v and dout."""
+    def draw(self, device: torch.device, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k, v, which require gradients, and dout."""
         generator = torch.Generator(device).manual_seed(seed)
         heads = (self.heads, self.kv_heads, self.kv_heads, self.heads)
         q, k, v, dout = (torch.randn((self.batch, self.seqlen, h, self.head_dim), generator=generator, device=device,
                                      dtype=getattr(torch, self.dtype)) for h in heads)
-        return [q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout]
+        return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
 
     @property
     def matrix_bytes(self) -> int:
@@ -64,6 +66,8 @@ class Shape:
 def shapes(device: torch.device, quick: bool = False, head_dims: Sequence[int] | None = None,
            lengths: Sequence[int] | None = None) -> list[Shape]:
     """The shapes for a device, most telling first."""
+    dims: Sequence[int]
+    sizes: Sequence[int]
     if device.type == "cuda":
         tokens, channels, dtype = 16384, 2048, "bfloat16"
         dims, sizes = (128, 64, 256), (4096, 16384, 1024, 8192, 2048, 512)
@@ -93,31 +97,43 @@ def measure(shape: Shape, field: Sequence[Contender], device: torch.device) -> d
     gate = Gate(*sets[0], shape.causal)
     for contender in field:
         row["contenders"][contender.name] = admit(contender, shape, gate, device)
-    timed = [c for c in field if row["contenders"][c.name]["state"] == "timed"]
-
-    def forward(attend: Callable) -> Callable[[int], object]:
-        return lambda turn: attend(*sets[turn % 2][:3], shape.causal)
-
-    def both(attend: Callable) -> Callable[[int], object]:
-        return lambda turn: torch.autograd.grad(forward(attend)(turn), sets[turn % 2][:3], sets[turn % 2][3])
-
-    for mode, wrap in (("forward", forward), ("forward+backward", both)):
-        found = compare({c.name: wrap(c.attend) for c in timed if c.attend}, device, seconds=SECONDS[device.type])
-        for name, timing in found.items():
-            row["contenders"][name][mode] = timing.summary()
-        ours_first = found.get(field[0].name)
-        if ours_first:
-            row["times_faster"][mode] = {name: times_faster(ours_first, timing) for name, timing in found.items()}
-    for name in (c.name for c in timed):
-        add_rates(row["contenders"][name], shape)
+    found = time_passes({c.name: c.attend for c in field if c.attend and row["contenders"][c.name]["state"] == "timed"},
+                        shape, sets, device)
+    for name, timings in found.items():
+        for mode, timing in timings.items():
+            rate = WORK[mode] * shape.flops() / timing.median / 1e12
+            row["contenders"][name][mode] = timing.summary() | {"tflops": rate}
+            if field[0].name in found:
+                row["times_faster"].setdefault(mode, {})[name] = times_faster(found[field[0].name][mode], timing)
     return row
+
+
+def time_passes(field: Mapping[str, Attend], shape: Shape, sets: Sequence[tuple[Tensor, Tensor, Tensor, Tensor]],
+                device: torch.device) -> dict[str, dict[str, Timing]]:
+    """By contender and pass. All take turns, so that the backward's difference is taken within a round."""
+    def forward(attend: Attend, turn: int) -> Tensor:
+        q, k, v, _ = sets[turn % len(sets)]
+        return attend(q, k, v, shape.causal)
+
+    def both(attend: Attend, turn: int) -> tuple[Tensor, ...]:
+        q, k, v, dout = sets[turn % len(sets)]
+        return torch.autograd.grad(forward(attend, turn), (q, k, v), dout)
+
+    calls = {(name, mode): partial(run, attend) for name, attend in field.items()
+             for mode, run in (("forward", forward), ("forward+backward", both))}
+    timed = compare(calls, device, seconds=SECONDS[device.type])
+    found: dict[str, dict[str, Timing]] = {}
+    for name in field:
+        once, twice = timed[name, "forward"], timed[name, "forward+backward"]
+        found[name] = {"forward": once, "backward": minus(twice, once), "forward+backward": twice}
+    return found
 
 
 def admit(contender: Contender, shape: Shape, gate: Gate, device: torch.device) -> dict[str, Any]:
     """A contender's state before timing, with the errors found."""
     if contender.attend is None:
         return {"state": "absent", "reason": contender.reason}
-    if contender.dense and device.type == "cuda" and shape.matrix_bytes > torch.cuda.mem_get_info(device)[0]:
+    if contender.dense and device.type == "cuda" and shape.matrix_bytes > torch.cuda.mem_get_info(device)[1] // 2:
         return {"state": "refused", "reason": f"needs about {shape.matrix_bytes / 2**30:.0f} GiB"}
     try:
         verdicts = gate.verdicts(contender.attend)
@@ -130,17 +146,9 @@ def admit(contender: Contender, shape: Shape, gate: Gate, device: torch.device) 
     return {"state": "wrong" if wrong else "timed", "reason": "; ".join(wrong), "errors": errors}
 
 
-def add_rates(entry: dict[str, Any], shape: Shape) -> None:
-    """Adds backward as a difference, and TFLOP/s."""
-    difference = entry["forward+backward"]["seconds"] - entry["forward"]["seconds"]
-    entry["backward"] = {"seconds": max(difference, 1e-9)}
-    for mode, factor in WORK.items():
-        entry[mode]["tflops"] = factor * shape.flops() / entry[mode]["seconds"] / 1e12
-
-
 def benchmark(which: Sequence[Shape], device: torch.device, *, seconds: float, out: Path | None = None,
-              progress: Callable[[str], None] = lambda words: None) -> Iterator[dict[str, Any]]:
-    """Measures shape after shape; gives, and writes to `out`, the result so far. No shape begins after `seconds`."""
+              progress: Callable[[str], None] = lambda words: None) -> dict[str, Any]:
+    """Measures shape after shape, and after each writes the result so far to `out`. No shape begins after `seconds`."""
     deadline = time.monotonic() + seconds
     result: dict[str, Any] = record.stamp() | {"rows": [], "not_reached": [], "lines": []}
     for shape in which:
@@ -156,7 +164,7 @@ def benchmark(which: Sequence[Shape], device: torch.device, *, seconds: float, o
                 raise SystemExit(f"{shape}: {record.words(error)}; the device no longer answers") from None
         result["lines"] = table.lines(result["rows"])
         record.write(out, result)
-        yield result
+    return result
 
 
 def warm(which: Sequence[Shape], device: torch.device, text: str) -> None:
@@ -179,7 +187,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--head-dims", type=_numbers, help="such as 64,128")
     parser.add_argument("--lengths", type=_numbers, help="such as 1024,4096")
-    parser.add_argument("--seconds", type=float, default=240, help="begin no shape after so long (default 240)")
+    parser.add_argument("--seconds", type=float, default=PATIENCE, help=f"begin no shape after so long ({PATIENCE:.0f})")
     parser.add_argument("--jobs", type=int, default=0, help="processes that compile ahead (default none)")
     parser.add_argument("--slice", help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -193,11 +201,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
                      (("head-dims", options.head_dims), ("lengths", options.lengths)) if value]
         run_slices("tilewise.bench.run", [*passed_on, *["--quick"] * options.quick], options.jobs, options.seconds / 2)
     left = options.seconds - (time.monotonic() - begin)
-    result: dict[str, Any] = {}
-    for result in benchmark(which, device, seconds=left, out=options.out,
-                            progress=lambda words: print(words, file=sys.stderr, flush=True)):
-        pass
-    print("\n".join(result.get("lines", [])))
+    result = benchmark(which, device, seconds=left, out=options.out,
+                       progress=lambda words: print(words, file=sys.stderr, flush=True))
+    print("\n".join(result["lines"]))
 
 
 def _numbers(text: str) -> list[int]:

@@ -82,7 +82,8 @@ def compiled() -> str:
         out = function(*leaves)
         found.append([out, *torch.autograd.grad(out.float().square().sum(), leaves)])
     for name, a, b in zip(("out", "dq", "dk", "dv"), *found, strict=True):
-        torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2, msg=lambda words, name=name: f"{name}: {words}")
+        off = (a - b).abs().max().item()
+        assert off <= 2e-2 * a.abs().max().item(), f"{name} differs from eager by {off:.1e}"
     return "agrees with eager"
 
 

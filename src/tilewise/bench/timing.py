@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
 Call = Callable[[int], object]          # given the round's number, so that it can take turns with several inputs
+
+K = TypeVar("K", bound=Hashable)
 
 FLUSH_BYTES = 2**30
 
@@ -40,16 +42,16 @@ class Timing(NamedTuple):
                 "rounds": len(self.rounds)}
 
 
-def compare(calls: Mapping[str, Call], device: torch.device, *, seconds: float, least: int = 3,
-            most: int = 100) -> dict[str, Timing]:
+def compare(calls: Mapping[K, Call], device: torch.device, *, seconds: float, least: int = 3,
+            most: int = 100) -> dict[K, Timing]:
     """Times calls in turns for about `seconds` in all, at least `least` rounds and at most `most`.
 
     Each call first runs twice: for compilation, then to see how long it takes. One that took longer than `seconds` by
     itself is not run again; that time is its only round. Errors of a call are raised.
     """
     clock = _on_cuda(device) if device.type == "cuda" else _on_host
-    found = {name: Timing([], []) for name in calls}
-    trial: dict[str, tuple[float, float]] = {}
+    found: dict[K, Timing] = {name: Timing([], []) for name in calls}
+    trial: dict[K, tuple[float, float]] = {}
     for name, call in calls.items():
         trial[name] = clock({name: call}, 0)[name]
         if trial[name][0] <= seconds:
@@ -75,7 +77,14 @@ def times_faster(ours: Timing, other: Timing) -> float:
     return statistics.median(b / a for a, b in zip(ours.rounds, other.rounds, strict=True))
 
 
-def _on_host(calls: Mapping[str, Call], turn: int) -> dict[str, tuple[float, float]]:
+def minus(whole: Timing, piece: Timing) -> Timing:
+    """What is left of a call's times without those of another, round by round where both have the same rounds."""
+    if len(whole.rounds) != len(piece.rounds):
+        whole, piece = (Timing([t.median], [statistics.median(t.host)]) for t in (whole, piece))
+    return Timing(*([max(a - b, 1e-9) for a, b in zip(x, y, strict=True)] for x, y in zip(whole, piece, strict=True)))
+
+
+def _on_host(calls: Mapping[K, Call], turn: int) -> dict[K, tuple[float, float]]:
     found = {}
     for name, call in calls.items():
         begin = time.perf_counter()
@@ -84,11 +93,11 @@ def _on_host(calls: Mapping[str, Call], turn: int) -> dict[str, tuple[float, flo
     return found
 
 
-def _on_cuda(device: torch.device) -> Callable[[Mapping[str, Call], int], dict[str, tuple[float, float]]]:
+def _on_cuda(device: torch.device) -> Callable[[Mapping[K, Call], int], dict[K, tuple[float, float]]]:
     share = torch.cuda.get_device_properties(device).total_memory // 16
     buffer = torch.empty(min(FLUSH_BYTES, share), dtype=torch.int8, device=device)
 
-    def clock(calls: Mapping[str, Call], turn: int) -> dict[str, tuple[float, float]]:
+    def clock(calls: Mapping[K, Call], turn: int) -> dict[K, tuple[float, float]]:
         marks = {}
         with torch.cuda.device(device):
             for name, call in calls.items():
@@ -116,12 +125,16 @@ def workspace(call: Callable[[], tuple[torch.Tensor, ...]], device: torch.device
     return torch.cuda.max_memory_allocated(device) - before - sum(x.nbytes for x in results)
 
 
+def finish(device: torch.device) -> None:
+    """Waits until the device has done its work; its errors come up here."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def alive(device: torch.device) -> bool:
     """Whether the device still takes work: after an illegal access it does not, for the rest of the process."""
-    if device.type != "cuda":
-        return True
     try:
-        torch.cuda.synchronize(device)
+        finish(device)
         return bool((torch.ones(1, device=device) + 1).item() == 2)
     except RuntimeError:
         return False

@@ -24,7 +24,7 @@ from tilewise.backends import Needs
 from tilewise.backends.triton import launch
 from tilewise.backends.triton.configs import Config
 from tilewise.bench import record
-from tilewise.bench.timing import alive, compare
+from tilewise.bench.timing import alive, compare, finish
 from tilewise.bench.workers import part, run_slices
 from tilewise.problem import make
 
@@ -75,7 +75,7 @@ def configured(config: Config | None) -> Iterator[None]:
     """Every launch inside takes this configuration; None: the table's."""
     table = launch.choose
     if config is not None:
-        launch.choose = lambda kernel, problem, arch: config  # type: ignore[assignment]
+        launch.choose = lambda *_: config
     try:
         yield
     finally:
@@ -90,8 +90,9 @@ def candidates(recorded: Launch) -> list[Config]:
     return [shipped, *(config for config in others if config != shipped)]
 
 
-def launches(head_dim: int, seqlen: int, causal: bool, device: torch.device, tokens: int = TOKENS) -> dict[str, Launch]:
-    """The launches of one forward and backward pass in bf16, by kernel. They have run, with the first candidate that can."""
+def launches(head_dim: int, seqlen: int, causal: bool, device: torch.device, tokens: int = TOKENS,
+             execute: Callable[[Launch], object] | None = None) -> dict[str, Launch]:
+    """The launches of one forward and backward pass in bf16, by kernel, each given to `execute` (default: `run_first`)."""
     generator = torch.Generator(device).manual_seed(0)
     shape = (tokens // seqlen, seqlen, CHANNELS // head_dim, head_dim)
     q, k, v, dout = (torch.randn(shape, generator=generator, device=device, dtype=torch.bfloat16) for _ in range(4))
@@ -101,7 +102,7 @@ def launches(head_dim: int, seqlen: int, causal: bool, device: torch.device, tok
     def run(*arguments: Any) -> None:
         one = Launch(*arguments)
         recorded[one.name] = one
-        run_first(one)
+        (execute or run_first)(one)
 
     out, lse = launch.forward(problem, operands, run=run)
     launch.backward(problem, operands, out, lse, dout.transpose(1, 2), None, Needs(False, False), run=run)
@@ -122,21 +123,33 @@ def run_first(one: Launch) -> Config:
 
 
 def try_slice(head_dims: Sequence[int], device: torch.device, text: str) -> None:
-    """Compiles and runs one slice of all candidates on a short problem; prints those that did, one JSON line each."""
+    """Compiles and runs one slice of all candidates on a short problem, whatever its memory holds.
+
+    Prints one JSON line each: a list for those that ran, an object for those that did not. (Compilers print as well.)
+    """
     found = [(d, causal, one) for d in head_dims for causal in (True, False)
-             for name, one in launches(d, 512, causal, device, tokens=512).items() if name in OUTPUTS]
+             for name, one in launches(d, 512, causal, device, 512, execute=lambda one: None).items() if name in OUTPUTS]
     every = [(d, causal, one, config) for d, causal, one in found for config in candidates(one)]
     for head_dim, causal, one, config in part(every, text):
         try:
             with configured(config):
                 launch.run(*one)
-            torch.cuda.synchronize(device)
+            finish(device)
         except Exception as error:  # not compiled: left out
-            print(f"{one.name} {config}: {record.words(error)}")
+            print(json.dumps({"kernel": one.name, "head_dim": head_dim, "causal": causal, "config": list(config),
+                              "error": record.words(error)}), flush=True)
             if not alive(device):
                 return
         else:
             print(json.dumps([one.name, head_dim, causal, list(config)]), flush=True)
+
+
+def parsed(line: str) -> Any:
+    """What `try_slice` printed; None for what compilers did."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def tune(one: Launch, runnable: Sequence[Config], device: torch.device) -> dict[str, Any]:
@@ -149,7 +162,7 @@ def tune(one: Launch, runnable: Sequence[Config], device: torch.device) -> dict[
         try:
             with configured(config):
                 launch.run(*one)
-            torch.cuda.synchronize(device)
+            finish(device)
         except Exception as error:  # a failing candidate is a result
             failed[str(tuple(config))] = record.words(error)
             if not alive(device):
@@ -161,6 +174,8 @@ def tune(one: Launch, runnable: Sequence[Config], device: torch.device) -> dict[
             right.append(config)
         else:
             failed[str(tuple(config))] = f"results differ: {off:.2g} times what is allowed"
+    for x, kept in zip(one.results(), reference, strict=False):
+        x.copy_(kept)       # the kernels that come after this one read them
     found = compare({str(tuple(config)): _run_in(one, config) for config in right}, device, seconds=SECONDS)
     return {"kernel": one.name, "failed": failed, "timings": {name: timing.summary() for name, timing in found.items()},
             "seconds": {name: timing.median for name, timing in found.items()}}
@@ -216,9 +231,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         return
     dims = ",".join(map(str, options.head_dims))
     printed = run_slices("tilewise.bench.tuning", ["--head-dims", dims], options.jobs, 0.6 * options.seconds)
-    ran = [tuple(json.loads(line)) for line in printed if line.startswith("[")]
+    found = [entry for entry in map(parsed, printed) if entry is not None]
+    ran = [tuple(entry) for entry in found if isinstance(entry, list)]
     result: dict[str, Any] = record.stamp() | {
-        "rows": [], "lines": [], "not_compiled": [line for line in printed if not line.startswith("[")]}
+        "rows": [], "lines": [], "not_run": [entry for entry in found if isinstance(entry, dict)]}
     for row in tune_all(options.head_dims, ran, device, deadline):
         result["rows"].append(row)
         result["lines"] = rows(result["rows"])

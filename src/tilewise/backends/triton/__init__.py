@@ -5,7 +5,6 @@ Kernels: `forward_kernel.py`, `backward_kernels.py`; tile sizes: `configs.py`; h
 from __future__ import annotations
 
 import functools
-import importlib.util
 
 import torch
 
@@ -15,9 +14,10 @@ from tilewise.problem import Problem
 @functools.cache
 def missing() -> str | None:
     """Why Triton cannot be used at all; None: it can."""
-    if importlib.util.find_spec("triton") is None:
+    try:
+        import triton
+    except ImportError:
         return "triton is not installed (pip install triton)"
-    import triton
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     return None if version >= (3, 6) else f"triton {triton.__version__} is older than 3.6"
 
@@ -37,7 +37,7 @@ def supports(problem: Problem) -> str | None:
 def volunteers(problem: Problem) -> str | None:
     """As `supports`, for backend="auto": the interpreter is for tests."""
     if problem.device.type != "cuda":
-        return missing() or f"inputs are on {problem.device.type}; Triton kernels run on GPUs"
+        return f"inputs are on {problem.device.type}; Triton kernels run on GPUs"
     return supports(problem)
 
 

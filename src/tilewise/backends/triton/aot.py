@@ -97,10 +97,11 @@ def _case(kernel: Any, problem: Problem, values: Mapping[str, Any], arch: str, f
         else:
             constants[name] = value
     name = kernel.fn.__name__
+    part = "" if values.get("PART", "both") == "both" else f" {values['PART']}"
     width = TYPES[problem.dtype] if problem.dtype != torch.float32 else f"fp32 {problem.precision}"
     text = repr((sources_hash(), source_of(kernel, problem.program), sorted(signature.items()),
                  sorted(constants.items(), key=str), config, arch))
-    return Case(f"{name} d{problem.head_dim} {width} {features}", "forward" if name == "forward" else "backward", arch, point,
+    return Case(f"{name}{part} d{problem.head_dim} {width} {features}", "forward" if name == "forward" else "backward", arch, point,
                 signature, constants, config.num_warps, config.num_stages,
                 tensor_cores=problem.precision != "ieee" or (problem.dtype != torch.float32 and name != "preprocess"),
                 key=hashlib.sha256(text.encode()).hexdigest()[:16])

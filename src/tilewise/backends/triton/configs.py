@@ -26,7 +26,7 @@ INTERPRETER = Config(32, 32, 4, 1)
 
 def widths(arch: str):
     """(dtype, precision of fp32 products) of the kernels shipped for an architecture."""
-    precisions = ("ieee", "tf32") if arch == "gfx942" else ("ieee", "tf32x3", "tf32")
+    precisions = ("ieee", "tf32")
     return [(torch.bfloat16, "ieee"), *((torch.float32, p) for p in precisions)]
 
 

@@ -56,9 +56,10 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
     common = arguments(problem, x) | dict(DO=dout, LSE=lse, DELTA=delta, do_strides=strides(dout), DBIAS=dbias,
                                           dbias_strides=(0, 0, 0) if dbias is None else strides(dbias))
     row_bands, col_bands = len(problem.graphs.keys) // 4, len(problem.graphs.queries) // 4
-    run(bwd.key_gradients, problem, per_key_block(problem), common | dict(
-        DK=dk, DV_=dv, dk_strides=strides(dk), dv_strides=strides(dv), BANDS=col_bands,
-        DBIAS_MODE=mode if mode == "over_rows" else None))
+    for part in ("both",) if max(problem.head_dim, problem.head_dim_v) <= 128 else ("dk", "dv"):
+        run(bwd.key_gradients, problem, per_key_block(problem), common | dict(
+            DK=dk, DV_=dv, dk_strides=strides(dk), dv_strides=strides(dv), BANDS=col_bands, PART=part,
+            DBIAS_MODE=mode if mode == "over_rows" and part != "dv" else None))
     run(bwd.query_gradients, problem, per_query_block(problem), common | dict(
         DQ=dq, dq_strides=strides(dq), BANDS=row_bands, DBIAS_MODE=mode if mode in ("direct", "over_cols") else None))
     if mode == "summed" and x.bias is not None:

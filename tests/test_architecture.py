@@ -1,0 +1,129 @@
+"""The layout that DESIGN.md promises: imports point downward, optional packages stay optional, names are public on purpose."""
+import ast
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import tilewise
+
+ROOT = Path(__file__).parents[1]
+SOURCE = ROOT / "src" / "tilewise"
+
+# Rooms from the bottom up: a module imports from its own row or rows above it in this table, never below.
+LAYERS = [
+    ["trace"],
+    ["rng", "masks", "score_mods", "state", "draw"],
+    ["problem"],
+    ["backends"],
+    ["reference"],
+    ["plan"],
+    ["ops"],
+    ["api"],
+    ["__init__"],
+    ["models", "inspect", "doctor"],
+    ["train", "bench"],
+    ["demo", "mask_text"],
+    ["cli"],
+]
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+# `tilewise.Mask.save_png` draws on request; drawing knows masks
+EXCEPTIONS = {("masks", "draw"), ("inspect", "backends")}
+
+
+def imports(path):
+    """Modules that a file imports when it is loaded or later, as dotted names."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "tilewise" else [node.module]
+            yield from names
+
+
+def room_of(module):
+    part = module.removeprefix("tilewise").removeprefix(".").split(".")[0]
+    return part if part in LEVEL else "__init__"
+
+
+FILES = sorted(SOURCE.rglob("*.py"))
+
+
+def test_every_room_has_a_level():
+    rooms = {p.stem if p.parent == SOURCE else p.relative_to(SOURCE).parts[0] for p in FILES}
+    assert rooms == set(LEVEL)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(SOURCE)))
+def test_imports_point_downward(path):
+    relative = path.relative_to(SOURCE)
+    here = relative.parts[0] if len(relative.parts) > 1 else path.stem
+    for module in imports(path):
+        if module == "tilewise" or module.startswith("tilewise."):
+            there = room_of(module)
+            allowed = LEVEL[there] <= LEVEL[here] or (here, there) in EXCEPTIONS
+            assert allowed, f"{relative} ({here}) imports {module} ({there}), which is above it"
+
+
+def test_backends_do_not_know_each_other_or_what_is_above():
+    for path in (SOURCE / "backends").rglob("*.py"):
+        here = path.relative_to(SOURCE / "backends").parts[0].removesuffix(".py")
+        for module in imports(path):
+            if module.startswith("tilewise.backends.") and here != "__init__":
+                assert module.split(".")[2] in (here, "gpu_math"), f"{path.name} imports {module}"
+
+
+def test_only_torch_below_the_backends():
+    allowed = {"torch", "tilewise", "matplotlib", *sys.stdlib_module_names}
+    for room in (*LAYERS[0], *LAYERS[1], *LAYERS[2]):
+        for path in [SOURCE / f"{room}.py"] if (SOURCE / f"{room}.py").exists() else (SOURCE / room).glob("*.py"):
+            for module in imports(path):
+                assert module.split(".")[0] in allowed, f"{path.name} imports {module}"
+
+
+def test_public_names_exist_and_are_all_there_is():
+    for name in tilewise.__all__:
+        assert getattr(tilewise, name).__module__.startswith("tilewise.")
+    assert tilewise.__all__ == sorted(tilewise.__all__, key=lambda name: (not name[0].isupper(), name))
+
+
+WITHOUT_EXTRAS = """
+import sys
+sys.modules.update(dict.fromkeys({refused}))  # importing them fails, as if they were not there
+import torch, tilewise as tw
+q = torch.randn(1, 9, 2, 8, requires_grad=True)
+tw.attention(q, q, q, causal=True).sum().backward()
+print(tw.explain(q, q, q))
+from tilewise.bench import cases, tolerance
+assert all(v.ok for v in tolerance.check(cases.draw(cases.CASES[2], torch.float32), 'tiled'))
+"""
+
+
+def run_without(refused, path):
+    code = WITHOUT_EXTRAS.replace("{refused}", repr(refused))
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(path), "PATH": ""})
+
+
+def test_attention_needs_torch_alone():
+    refused = {"triton", "typer", "rich", "matplotlib", "hypothesis", "pytest", "click"}
+    done = run_without(refused, SOURCE.parent)
+    assert done.returncode == 0, done.stderr
+    assert "not triton: inputs are on cpu" in done.stdout
+
+
+def test_wheel_is_small_and_serves_attention(tmp_path):
+    subprocess.run([sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", tmp_path, ROOT], check=True)
+    (wheel,) = tmp_path.glob("tilewise-*.whl")
+    assert wheel.stat().st_size < 1_000_000
+    with zipfile.ZipFile(wheel) as archive:
+        assert "tilewise/demo/page.html" in archive.namelist()
+        archive.extractall(tmp_path / "site")
+    done = run_without({"triton"}, tmp_path / "site")
+    assert done.returncode == 0, done.stderr
+
+
+def test_words_that_do_not_belong():
+    forbidden = ("utils.py", "common.py")
+    assert not [p for p in FILES if p.name in forbidden]
