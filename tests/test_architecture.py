@@ -103,7 +103,8 @@ assert all(v.ok for v in tolerance.check(cases.draw(cases.CASES[2], torch.float3
 
 def run_without(refused, path):
     code = WITHOUT_EXTRAS.replace("{refused}", repr(refused))
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={"PYTHONPATH": str(path), "PATH": ""})
+    environment = {"PYTHONPATH": str(path), "PATH": ""}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
 
 
 def test_attention_needs_torch_alone():

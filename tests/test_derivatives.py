@@ -1,6 +1,7 @@
 """Derivatives of every order and mode on the `tiled` backend, in fp64."""
 import pytest
 import torch
+
 import tilewise as tw
 
 

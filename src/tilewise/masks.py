@@ -171,10 +171,10 @@ def _intersect(a: tuple[Band, ...], b: tuple[Band, ...], last: Expr) -> tuple[Ba
 def _at_most_two(bands: tuple[Band, ...], last: Expr) -> tuple[Band, ...]:
     """Kernels walk at most two intervals: further ones are joined to the last, which then decides nothing."""
     while len(bands) > 2:
-        *bands, x, y = bands
+        *others, x, y = bands
         joined = undecided(last)._replace(lo=minimum(x.lo, y.lo), hi=maximum(x.hi, y.hi))
-        bands = (*bands, joined)
-    return tuple(bands)
+        bands = (*others, joined)
+    return bands
 
 
 def _complement(bands: tuple[Band, ...], last: Expr) -> tuple[Band, ...]:

@@ -278,4 +278,4 @@ LEAF_NAMES = {"b": "the batch size", "h": "the number of query heads", "q": "S_q
 
 # What torch.compiler.assume_constant_result does, without importing the compiler: constants while torch.compile traces.
 for constant in (_groups, _precision):
-    constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    vars(constant)["_dynamo_marked_constant"] = True

@@ -28,7 +28,8 @@ from tilewise.bench.timing import alive, compare, finish
 from tilewise.bench.workers import part, run_slices
 from tilewise.problem import make
 
-OUTPUTS = {"forward": ("OUT", "LSE"), "key_gradients": ("DK", "DV_"), "query_gradients": ("DQ",)}
+OUTPUTS = {"forward": ("OUT", "LSE"), "key_gradients": ("DK", "DV_"), "key_gradients dk": ("DK",),
+           "key_gradients dv": ("DV_",), "query_gradients": ("DQ",)}
 TOKENS, CHANNELS, LENGTHS = 16384, 2048, (4096, 16384)
 SECONDS = 0.8                           # for one kernel at one length, all candidates together
 
@@ -64,7 +65,8 @@ class Launch(NamedTuple):
 
     @property
     def name(self) -> str:
-        return self.kernel.fn.__name__
+        """As the table of configurations calls the kernel."""
+        return launch.config_name(self.kernel, self.values)
 
     def results(self) -> list[Tensor]:
         return [self.values[name] for name in OUTPUTS[self.name]]
@@ -85,7 +87,7 @@ def configured(config: Config | None) -> Iterator[None]:
 def candidates(recorded: Launch) -> list[Config]:
     """The table's configuration, then the others to try."""
     shipped = launch.choose(recorded.name, recorded.problem, launch.architecture(recorded.problem.device))
-    listed = CANDIDATES.get((recorded.name, recorded.problem.head_dim), ())
+    listed = CANDIDATES.get((recorded.kernel.fn.__name__, recorded.problem.head_dim), ())
     others = [shipped._replace(BLOCK_M=m, BLOCK_N=n, num_warps=warps, num_stages=stages) for m, n, warps, stages in listed]
     return [shipped, *(config for config in others if config != shipped)]
 

@@ -28,10 +28,10 @@ def supports(problem: Problem) -> str | None:
         return missing()
     if problem.dtype == torch.float64:
         return "fp64 inputs (its kernels take fp16, bf16 and fp32)"
-    if problem.device.type == "cuda":
-        return None if torch.version.hip or torch.cuda.get_device_capability(problem.device) >= (8, 0) else (
-            "this GPU is older than sm_80")
-    return None if interpreting() else f"inputs are on {problem.device.type}; Triton kernels run on GPUs"
+    if problem.device.type != "cuda" and not interpreting():
+        return f"inputs are on {problem.device.type}; Triton kernels run on GPUs"
+    from tilewise.backends.triton import configs
+    return configs.missing(problem, configs.architecture(problem.device))
 
 
 def volunteers(problem: Problem) -> str | None:

@@ -15,8 +15,8 @@ import torch
 
 from tilewise import backends, masks, score_mods
 from tilewise.backends.gpu_math import elementary, masking, philox, scoring, softmax
-from tilewise.backends.triton import backward_kernels, configs, forward_kernel, launch, tiles
-from tilewise.backends.triton.configs import ARCHITECTURES, Config, choose
+from tilewise.backends.triton import backward_kernels, forward_kernel, launch, tiles
+from tilewise.backends.triton.configs import ARCHITECTURES, HEAD_DIMS, WIDTHS, Config, choose, missing
 from tilewise.backends.triton.entry import entry, flatten, source_of
 from tilewise.problem import Operands, Problem, make
 from tilewise.rng import Rng
@@ -43,19 +43,19 @@ class Case:
 
 
 def shipped() -> Iterator[Case]:
-    """All cases: kernels x architectures x head dims x dtypes x features."""
+    """One case for each row of the table, plain or rich, on its architecture."""
     for arch in ARCHITECTURES:
-        for dtype, precision in configs.widths(arch):
-            for head_dim in configs.HEAD_DIMS:
-                for features in ("causal", "rich"):
-                    yield from cases(arch, dtype, precision, head_dim, features)
+        for width in WIDTHS:
+            for head_dim in HEAD_DIMS:
+                for features in ("plain", "rich"):
+                    if missing(example(width, head_dim, features)[0], arch) is None:
+                        yield from cases(arch, width, head_dim, features)
 
 
-def cases(arch: str, dtype: torch.dtype, precision: str, head_dim: int, features: str,
-          config: Config | None = None) -> Iterator[Case]:
+def cases(arch: str, width: str, head_dim: int, features: str, config: Config | None = None) -> Iterator[Case]:
     """The kernels of one forward and backward pass; `config` overrides the table."""
     recorded: list[tuple[Any, Problem, Mapping[str, Any]]] = []
-    problem, x = example(dtype, precision, head_dim, features)
+    problem, x = example(width, head_dim, features)
 
     def record(kernel, problem, programs, values):
         recorded.append((kernel, problem, values))
@@ -63,15 +63,15 @@ def cases(arch: str, dtype: torch.dtype, precision: str, head_dim: int, features
     out, lse = launch.forward(problem, x, run=record)
     launch.backward(problem, x, out, lse, out, lse, backends.Needs(x.bias is not None, x.sinks is not None), run=record)
     for kernel, of, values in recorded:
-        name = kernel.fn.__name__
-        yield _case(kernel, of, values, arch, features, config or choose(name, of, arch))
+        yield _case(kernel, of, values, arch, width, features, config or choose(launch.config_name(kernel, values), of, arch))
 
 
 @functools.cache
-def example(dtype: torch.dtype, precision: str, head_dim: int, features: str) -> tuple[Problem, Operands]:
-    """A problem whose program is "causal", or "rich": two intervals, score functions, bias, sinks and dropout."""
+def example(width: str, head_dim: int, features: str) -> tuple[Problem, Operands]:
+    """A problem that is "plain": causal, or "rich": two intervals, score functions, bias, sinks and dropout."""
+    dtype, precision = WIDTHS[width]
     q = torch.zeros(2, 32, 2, head_dim, dtype=dtype)
-    if features == "causal":
+    if features == "plain":
         problem, x = make(q, q, q, causal=True)
     else:
         problem, x = make(
@@ -82,7 +82,8 @@ def example(dtype: torch.dtype, precision: str, head_dim: int, features: str) ->
     return Problem(**{**problem.__dict__, "settings": settings}), x
 
 
-def _case(kernel: Any, problem: Problem, values: Mapping[str, Any], arch: str, features: str, config: Config) -> Case:
+def _case(kernel: Any, problem: Problem, values: Mapping[str, Any], arch: str, width: str, features: str,
+          config: Config) -> Case:
     flat = flatten(kernel, problem.program, {**values, **launch.constants(problem, config), "QUERIES": None})
     # strides of real tensors: as aligned as the inputs' rows
     flat["ALIGN"] = 16
@@ -97,13 +98,11 @@ def _case(kernel: Any, problem: Problem, values: Mapping[str, Any], arch: str, f
         else:
             constants[name] = value
     name = kernel.fn.__name__
-    part = "" if values.get("PART", "both") == "both" else f" {values['PART']}"
-    width = TYPES[problem.dtype] if problem.dtype != torch.float32 else f"fp32 {problem.precision}"
     text = repr((sources_hash(), source_of(kernel, problem.program), sorted(signature.items()),
                  sorted(constants.items(), key=str), config, arch))
-    return Case(f"{name}{part} d{problem.head_dim} {width} {features}", "forward" if name == "forward" else "backward", arch, point,
-                signature, constants, config.num_warps, config.num_stages,
-                tensor_cores=problem.precision != "ieee" or (problem.dtype != torch.float32 and name != "preprocess"),
+    return Case(f"{launch.config_name(kernel, values)} d{problem.head_dim} {width} {features}",
+                "forward" if name == "forward" else "backward", arch, point, signature, constants, config.num_warps,
+                config.num_stages, tensor_cores=name != "preprocess" and width != "ieee",
                 key=hashlib.sha256(text.encode()).hexdigest()[:16])
 
 

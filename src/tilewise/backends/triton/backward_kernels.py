@@ -67,7 +67,7 @@ def key_gradients(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DK, DV_, DBIAS, q_strides,
                   BANDS: tl.constexpr, BIAS_COLS: tl.constexpr, DBIAS_MODE: tl.constexpr, DROPOUT: tl.constexpr,
                   RAW: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """PART: "dk", "dv" or "both". Where the two accumulators do not fit into registers together, a pass for each."""
+    """PART: " dk", " dv" or "" for both. Where the two accumulators do not fit into registers together, a pass for each."""
     b, h_kv, _, first_col = place(tl.program_id(0), tl.cdiv(nk, BLOCK_N), heads // group, 1, BLOCK_N, False)
     program = (captured, ints, floats)
     cols = first_col + tl.arange(0, BLOCK_N)
@@ -86,23 +86,23 @@ def key_gradients(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DK, DV_, DBIAS, q_strides,
                 q = load_rows(Q, q_strides, b, h, first_row, nq, BLOCK_M, D, BLOCK_D, MASKED)
                 s = tl.dot(k, tl.trans(q), input_precision=PRECISION)          # [BLOCK_N, BLOCK_M]
                 do = load_rows(DO, do_strides, b, h, first_row, nq, BLOCK_M, DV, BLOCK_DV, MASKED)
-                dp = s if PART == "dv" else tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
+                dp = s if PART == " dv" else tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                 lse, delta = load_statistics(LSE, DELTA, b, h, heads, rows, nq)
                 p, ds, ds_raw = tile_gradients(
                     s, dp, lse[None, :], delta[None, :], scale, b, h, heads, rows[None, :], cols[:, None], first_row,
                     first_col, nq, nk, BIAS, bias_strides, RNG, dropout, program, SCORE, SCORE_GRADIENT, MASK, BIAS_COLS,
                     DROPOUT, RAW, MASKED, BLOCK_M, BLOCK_N, True)
-                if PART != "dk":
+                if PART != " dk":
                     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
-                if PART != "dv":
+                if PART != " dv":
                     dk = tl.dot(ds_raw.to(q.dtype), q, dk, input_precision=PRECISION)
                 if DBIAS_MODE == "over_rows":
                     column_sum += tl.sum(ds, 1)
         if DBIAS_MODE == "over_rows":
             tl.store(DBIAS + (b * heads + h).to(tl.int64) * nk + cols, column_sum, mask=cols < nk)
-    if PART != "dv":
+    if PART != " dv":
         store_rows(DK, dk_strides, b, h_kv, first_col, nk, dk * scale, BLOCK_N, D, BLOCK_D)
-    if PART != "dk":
+    if PART != " dk":
         if DROPOUT:
             dv *= 65536.0 / (65536 - dropout)
         store_rows(DV_, dv_strides, b, h_kv, first_col, nk, dv, BLOCK_N, DV, BLOCK_DV)

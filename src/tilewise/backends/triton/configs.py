@@ -1,14 +1,30 @@
-"""Tile sizes of the shipped kernels: data, one table per kernel and width of the inputs.
+"""Tile sizes of the shipped kernels: data, in `configs.tsv` beside this file.
 
-A row says: head dims up to `head_dim` (the larger of D and D_v) use BLOCK_M queries x BLOCK_N keys per tile, so many warps
-and pipeline stages. Every row compiles without register spills and inside the shared memory of its architecture
-(`results/gates.json`). BLOCK_N is a multiple of 32 where columns carry dropout bits.
+A row of the table says: this kernel, for inputs of this width on this architecture, head dims up to `head_dim` (the larger of
+D and D_v) and these features, works on BLOCK_M queries x BLOCK_N keys per tile with so many warps and pipeline stages.
+
+    width      "16" (fp16, bf16), "ieee" or "tf32" (fp32 by the precision of its products)
+    features   "plain", or "rich": with score function, bias or dropout, which take registers
+
+Every row compiles without register spills and inside the shared memory of its architecture (`results/gates.json`); where no
+row exists nothing is shipped. BLOCK_N is a multiple of 32, as dropout's bits want. Rows were chosen by that and by size, not
+yet by measured speed.
 """
 from __future__ import annotations
 
+import functools
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+
+from tilewise.problem import Problem
+
+TABLE = Path(__file__).with_name("configs.tsv")
+COLUMNS = ("kernel", "width", "arch", "head_dim", "features", "BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
+WIDTHS = {"16": (torch.bfloat16, "ieee"), "ieee": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32")}
+HEAD_DIMS = (64, 128, 256, 512)
 
 
 class Config(NamedTuple):
@@ -18,21 +34,81 @@ class Config(NamedTuple):
     num_stages: int
 
 
-ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
-HEAD_DIMS = (32, 64, 128, 256, 512)
-
 INTERPRETER = Config(32, 32, 4, 1)
 
 
-def widths(arch: str):
-    """(dtype, precision of fp32 products) of the kernels shipped for an architecture."""
-    precisions = ("ieee", "tf32")
-    return [(torch.bfloat16, "ieee"), *((torch.float32, p) for p in precisions)]
+class Key(NamedTuple):
+    kernel: str
+    width: str
+    arch: str
+    head_dim: int
+    features: str
 
 
-def architecture(device) -> str:
-    return "interpreter"
+@functools.cache
+def table() -> dict[Key, Config]:
+    rows = {}
+    for line in TABLE.read_text().splitlines()[1:]:
+        kernel, width, arch, head_dim, features, *config = line.split("\t")
+        rows[Key(kernel, width, arch, int(head_dim), features)] = Config(*map(int, config))
+    return rows
 
 
-def choose(kernel: str, problem, arch) -> Config:
-    return INTERPRETER
+def key(kernel: str, problem: Problem, arch: str) -> Key:
+    """The row that a kernel of a problem asks for."""
+    dim = max(problem.head_dim, problem.head_dim_v)
+    width = "16" if problem.dtype != torch.float32 else precision(problem)
+    rich = problem.graphs.score is not None or problem.bias_shape is not None or problem.dropout > 0
+    return Key(kernel, width, arch, min(d for d in HEAD_DIMS if d >= dim), "rich" if rich else "plain")
+
+
+def choose(kernel: str, problem: Problem, arch: str) -> Config:
+    """The configuration of a kernel for a problem; KeyError where none is shipped."""
+    if arch == "interpreter":
+        return INTERPRETER
+    rows, wanted = table(), key(kernel, problem, arch)
+    return rows[wanted if wanted in rows else wanted._replace(features="rich")]
+
+
+def missing(problem: Problem, arch: str) -> str | None:
+    """What is not shipped for a problem on an architecture; None: all its kernels are."""
+    if arch not in (*ARCHITECTURES, "interpreter"):
+        return f"no kernels are shipped for {arch}"
+    for kernel in needed(problem):
+        try:
+            choose(kernel, problem, arch)
+        except KeyError:
+            wanted = key(kernel, problem, arch)
+            below = max((d for d in HEAD_DIMS if d < wanted.head_dim), default=0)
+            inputs = "16 bits" if wanted.width == "16" else f"fp32 ({wanted.width})"
+            return f"no {kernel} kernel is shipped for {arch}, head dims over {below}, {inputs}, {wanted.features}"
+    return None
+
+
+def needed(problem: Problem) -> list[str]:
+    """The kernels of a forward and a backward pass."""
+    return ["forward", "preprocess", *("key_gradients" + part for part in parts(problem)), "query_gradients",
+            *(["bias_gradient"] if problem.bias_shape is not None else [])]
+
+
+def parts(problem: Problem) -> tuple[str, ...]:
+    """The passes of the dK, dV kernel: two where both accumulators do not fit into registers together."""
+    return ("",) if max(problem.head_dim, problem.head_dim_v) <= 128 else (" dk", " dv")
+
+
+def precision(problem: Problem) -> str:
+    """Of fp32 products: "high" asks for at least tf32x3, whose kernels spill registers, and gets IEEE."""
+    return "tf32" if problem.precision == "tf32" else "ieee"
+
+
+@functools.cache
+def architecture(device: torch.device) -> str:
+    """The architecture whose rows serve a device; "interpreter" for the CPU."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    major, minor = torch.cuda.get_device_capability(device)
+    if (major, minor) in ((8, 0), (8, 7)):
+        return "sm_80"
+    return {8: "sm_89", 9: "sm_90", 10: "sm_100", 12: "sm_89"}.get(major, f"sm_{major}{minor}")

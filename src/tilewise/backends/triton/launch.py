@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tilewise.backends import Gradients, Needs
 from tilewise.backends.triton import backward_kernels as bwd
-from tilewise.backends.triton.configs import Config, architecture, choose
+from tilewise.backends.triton.configs import Config, architecture, choose, parts, precision
 from tilewise.backends.triton.entry import entry, flatten
 from tilewise.backends.triton.forward_kernel import forward as forward_kernel
 from tilewise.problem import Operands, Problem
@@ -24,11 +24,16 @@ def run(kernel: Any, problem: Problem, programs: Callable[[Config], int], values
 
     values: the kernel's arguments by name, except the sizes that problem and configuration give.
     """
-    config = choose(kernel.fn.__name__, problem, architecture(problem.device))
+    config = choose(config_name(kernel, values), problem, architecture(problem.device))
     grid = programs(config)
     if grid:
         flat = flatten(kernel, problem.program, {**values, **constants(problem, config)})
         entry(kernel, problem.program)[(grid,)](**flat, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def config_name(kernel: Any, values: Mapping[str, Any]) -> str:
+    """What the table of configurations calls a kernel."""
+    return kernel.fn.__name__ + values.get("PART", "")
 
 
 def forward(problem: Problem, x: Operands, run: Run = run) -> tuple[Tensor, Tensor]:
@@ -56,10 +61,10 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
     common = arguments(problem, x) | dict(DO=dout, LSE=lse, DELTA=delta, do_strides=strides(dout), DBIAS=dbias,
                                           dbias_strides=(0, 0, 0) if dbias is None else strides(dbias))
     row_bands, col_bands = len(problem.graphs.keys) // 4, len(problem.graphs.queries) // 4
-    for part in ("both",) if max(problem.head_dim, problem.head_dim_v) <= 128 else ("dk", "dv"):
+    for part in parts(problem):
         run(bwd.key_gradients, problem, per_key_block(problem), common | dict(
             DK=dk, DV_=dv, dk_strides=strides(dk), dv_strides=strides(dv), BANDS=col_bands, PART=part,
-            DBIAS_MODE=mode if mode == "over_rows" and part != "dv" else None))
+            DBIAS_MODE=mode if mode == "over_rows" and part != " dv" else None))
     run(bwd.query_gradients, problem, per_query_block(problem), common | dict(
         DQ=dq, dq_strides=strides(dq), BANDS=row_bands, DBIAS_MODE=mode if mode in ("direct", "over_cols") else None))
     if mode == "summed" and x.bias is not None:
@@ -146,7 +151,7 @@ def blocks(n: int, block: int) -> int:
 
 def constants(problem: Problem, config: Config) -> dict[str, Any]:
     return dict(D=problem.head_dim, DV=problem.head_dim_v, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
-                BLOCK_D=padded(problem.head_dim), BLOCK_DV=padded(problem.head_dim_v), PRECISION=problem.precision)
+                BLOCK_D=padded(problem.head_dim), BLOCK_DV=padded(problem.head_dim_v), PRECISION=precision(problem))
 
 
 @functools.cache
