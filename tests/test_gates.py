@@ -1,0 +1,47 @@
+"""Every shipped kernel configuration has passed the gates with its present sources (results/gates.json)."""
+from pathlib import Path
+
+import pytest
+from support.backends import INTERPRETING
+
+pytest.importorskip("triton")
+if INTERPRETING:
+    pytest.skip("the interpreter cannot compile", allow_module_level=True)
+
+import triton
+
+from tilewise.backends.triton import configs
+from tilewise.backends.triton.aot import shipped
+from tilewise.inspect import build, examine, failing, failures, missing
+
+STORE = Path(__file__).parents[1] / "results" / "gates.json"
+JUDGED_WITH = "3.6.0"
+
+
+@pytest.mark.skipif(triton.__version__ != JUDGED_WITH, reason=f"results/gates.json is of triton {JUDGED_WITH}")
+def test_every_shipped_configuration_is_judged_and_passes():
+    cases = list(shipped())
+    assert missing(cases, STORE) == [], "run make gates"
+    assert failing(cases, STORE) == {}
+
+
+@pytest.mark.parametrize("arch", configs.ARCHITECTURES)
+def test_a_forward_and_a_backward_compile_now(arch):
+    """The stored rows are not taken on trust: a few are compiled again here."""
+    chosen = [c for c in shipped() if c.arch == arch and c.name.endswith("d128 16 plain")]
+    assert {"forward", "backward"} <= {c.direction for c in chosen}
+    for case in chosen:
+        assert failures(examine(build(case), case), case) == []
+
+
+def test_the_common_head_dims_are_shipped_everywhere():
+    rows = configs.table()
+    for arch in configs.ARCHITECTURES:
+        for head_dim in (64, 128):
+            for kernel in ("forward", "preprocess", "key_gradients", "query_gradients"):
+                assert configs.Key(kernel, "16", arch, head_dim, "plain") in rows
+                assert configs.Key(kernel, "16", arch, head_dim, "rich") in rows
+
+
+def test_tiles_carry_dropout_bits():
+    assert all(config.BLOCK_N % 32 == 0 for key, config in configs.table().items() if key.kernel != "preprocess")
