@@ -39,6 +39,7 @@ class Plan:
     flops           of the matrix products, forward and backward
     read, written   bytes between slow and fast memory, forward, if nothing stays in a cache between tiles
     workspace       bytes beside inputs, outputs and gradients, forward and backward
+    products        how fp32 inputs are multiplied: "ieee", "tf32x3" or "tf32"
     standard_*      the same for standard attention, which holds the score matrix
     """
     problem: Problem
@@ -52,6 +53,7 @@ class Plan:
     read: int
     written: int
     workspace: tuple[int, int]
+    products: str
     standard_traffic: int
     standard_workspace: int
 
@@ -71,7 +73,7 @@ class Plan:
             ("extra memory", f"{si(self.workspace[0])}B forward, {si(self.workspace[1])}B backward; standard attention "
                              f"{si(self.standard_workspace)}B")]
         if p.dtype == torch.float32:
-            rows.append(("fp32 products", f"{p.precision} (torch.set_float32_matmul_precision decides)"))
+            rows.append(("fp32 products", f"{self.products} (torch.set_float32_matmul_precision decides)"))
         rows.append(("gradients", "bitwise repeatable"))
         return "\n".join(f"{label:13} {text}" for label, text in rows)
 
@@ -100,7 +102,7 @@ def plan(problem: Problem, x: Operands, backend: str) -> Plan:
     return Plan(
         problem, name, passed_over, tiles, visited, full, classes.shape[2] * classes.shape[3] * problem.batch * problem.heads,
         flops=(forward_flops, int(2.5 * forward_flops)), read=rows * problem.head_dim * size + keys,
-        written=rows * (problem.head_dim_v * size + 4), workspace=module.workspace(problem),
+        written=rows * (problem.head_dim_v * size + 4), workspace=module.workspace(problem), products=module.precision(problem),
         standard_traffic=4 * matrix + inputs + rows * problem.head_dim_v * size, standard_workspace=2 * matrix)
 
 

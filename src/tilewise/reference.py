@@ -26,6 +26,11 @@ def tile_sizes(problem: Problem) -> tuple[int, int]:
     return max(1, problem.seqlen_q), max(1, problem.seqlen_k)
 
 
+def precision(problem: Problem) -> str:
+    """How fp32 inputs are multiplied: as torch does on this device."""
+    return problem.precision
+
+
 def workspace(problem: Problem) -> tuple[int, int]:
     """Bytes of the matrices of scores and probabilities, and of their gradients."""
     matrix = problem.batch * problem.heads * problem.seqlen_q * problem.seqlen_k * torch.finfo(problem.dtype).bits // 8

@@ -58,3 +58,12 @@ def test_triton_refuses_fp64():
     q = torch.zeros(1, 4, 1, 16, dtype=torch.float64, device=DEVICE)
     with pytest.raises(NotImplementedError, match="fp64"):
         tw.attention(q, q, q, backend="triton")
+
+
+@pytest.mark.skipif("triton" not in AVAILABLE or DEVICE != "cpu", reason="the interpreter's tiles can be chosen")
+@pytest.mark.parametrize("tile", [(16, 32), (64, 32), (32, 64), (16, 128), (128, 64)], ids=str)
+@pytest.mark.parametrize("name", ["everything", "causal more queries", "documents", "prefix or window", "values narrower"])
+def test_every_tile_shape(name, tile, monkeypatch, poisoned):
+    from tilewise.backends.triton import configs
+    monkeypatch.setattr(configs, "INTERPRETER", configs.Config(*tile, 4, 1))
+    assert_right(next(c for c in CASES if c.name == name), torch.float32, "triton")

@@ -6,6 +6,7 @@ A backend is a module with
     volunteers(problem) -> None | str            the same for backend="auto"
     tile_sizes(problem) -> (queries, keys)       per tile, forward
     workspace(problem) -> (bytes, bytes)         beside inputs, outputs and gradients, forward and backward
+    precision(problem) -> str                    how fp32 inputs are multiplied
     forward(problem, operands) -> (out, lse)     both [B, H, S_q, ...], sinks included
     backward(problem, operands, out, lse, dout, dlse, needs) -> Gradients
 

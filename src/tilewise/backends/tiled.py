@@ -34,6 +34,11 @@ def supports(problem: Problem) -> str | None:
 volunteers = supports
 
 
+def precision(problem: Problem) -> str:
+    """How fp32 inputs are multiplied: as torch does on this device."""
+    return problem.precision
+
+
 def workspace(problem: Problem) -> tuple[int, int]:
     """Bytes, forward and backward: lse, wide copies of inputs and gradients, and the tiles in flight."""
     wide = 8 if problem.dtype == torch.float64 else 4

@@ -60,6 +60,12 @@ def workspace(problem: Problem) -> tuple[int, int]:
     return statistics, 2 * statistics
 
 
+def precision(problem: Problem) -> str:
+    """How fp32 inputs are multiplied."""
+    from tilewise.backends.triton import configs
+    return configs.precision(problem)
+
+
 def forward(problem, operands):
     from tilewise.backends.triton import launch
     return launch.forward(problem, operands)

@@ -1,6 +1,7 @@
 """From a problem to kernel launches: what is allocated, what each kernel is told, on which grid."""
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -26,8 +27,11 @@ def run(kernel: Any, problem: Problem, programs: Callable[[Config], int], values
     """
     config = choose(config_name(kernel, values), problem, architecture(problem.device))
     grid = programs(config)
-    if grid:
-        flat = flatten(kernel, problem.program, {**values, **constants(problem, config)})
+    if grid == 0:
+        return
+    flat = flatten(kernel, problem.program, {**values, **constants(problem, config)})
+    # Triton launches on the current device, whatever device the tensors are on
+    with torch.cuda.device(problem.device) if problem.device.type == "cuda" else contextlib.nullcontext():
         entry(kernel, problem.program)[(grid,)](**flat, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
