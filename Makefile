@@ -13,8 +13,9 @@ PYTEST := $(BIN)/python -m pytest
 help:            ## this list
 	@grep -E '^[a-z]+: .*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
+# Threads that spin while they wait slow each other down where cores are shared.
 demo: $(READY)   ## the main job: train with standard attention and with Tilewise, measure both, write a report
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/tilewise demo  # threads that spin while they wait slow each other down
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/tilewise demo
 
 test: $(READY)   ## all tests: on this machine's devices, then the Triton kernels in Triton's interpreter
 	OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal
