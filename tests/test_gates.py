@@ -11,7 +11,7 @@ if INTERPRETING:
 import triton
 
 from tilewise.backends.triton import configs
-from tilewise.backends.triton.aot import shipped
+from tilewise.backends.triton.aot import example, shipped
 from tilewise.inspect import build, examine, failing, failures, missing
 
 STORE = Path(__file__).parents[1] / "results" / "gates.json"
@@ -41,6 +41,18 @@ def test_the_common_head_dims_are_shipped_everywhere():
             for kernel in ("forward", "preprocess", "key_gradients", "query_gradients"):
                 assert configs.Key(kernel, "16", arch, head_dim, "plain") in rows
                 assert configs.Key(kernel, "16", arch, head_dim, "rich") in rows
+
+
+def test_the_docs_say_what_is_shipped():
+    docs = (STORE.parents[1] / "docs" / "kernels.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in docs.splitlines() if line.startswith("|")]
+    said = {row[0]: row[1:] for row in rows if row[0].split(" ")[0] in configs.WIDTHS}
+    assert len(said) == 6
+    for inputs, limits in said.items():
+        width, features = inputs.split(" ")
+        for arch, limit in zip(configs.ARCHITECTURES, limits, strict=True):
+            shipped_dims = [d for d in configs.HEAD_DIMS if configs.missing(example(width, d, features)[0], arch) is None]
+            assert max(shipped_dims) == int(limit), (inputs, arch)
 
 
 def test_tiles_carry_dropout_bits():

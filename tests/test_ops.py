@@ -121,3 +121,36 @@ def test_batch_invariance_is_promised_or_refused():
     if DEVICE == "cpu":
         with pytest.raises(NotImplementedError, match=r"no backend can .*triton: .*tiled: .*batch_invariant"):
             tw.attention(q, k, v, batch_invariant=True)
+
+
+@CPU_ONLY
+def test_compile_does_not_compile_again_for_a_window_made_outside():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    attend = lambda q, mask: tw.attention(q, q, q, mask=mask)  # noqa: E731
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+    q = torch.randn(1, 20, 1, 8, device=DEVICE)
+    counts = []
+    for left in range(2, 6):
+        mask = tw.window(left, 1)
+        torch.testing.assert_close(compiled(q, mask), attend(q, mask))
+        counts.append(counter.frame_count)
+    assert counts[-1] == counts[1]
+
+
+@pytest.mark.parametrize("backend", [b for b in AVAILABLE if b != "reference"])
+def test_changing_a_captured_tensor_before_backward_is_noticed(backend):
+    q, k, v, *_ = inputs()
+    lengths = torch.tensor([20, 24], device=DEVICE)
+    out = tw.attention(q, k, v, mask=tw.key_lengths(lengths), backend=backend)
+    lengths.fill_(3)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("backend", [b for b in AVAILABLE if b != "reference"])
+def test_vmap_over_a_mask(backend):
+    q, k, v, *_ = (x.detach() for x in inputs())
+    visible = torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.7
+    attend = lambda m: tw.attention(q, k, v, mask=m, backend=backend)  # noqa: E731
+    torch.testing.assert_close(torch.func.vmap(attend)(visible), torch.stack([attend(m) for m in visible]))

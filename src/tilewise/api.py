@@ -78,6 +78,8 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", layout: s
     to memory, and memory beside inputs and outputs. Nothing is computed. Options and errors are those of `attention`.
     """
     options.pop("return_lse", None)
+    if options.get("rng") is None:
+        options["rng"] = Rng(0)  # nothing is drawn: the generator stays where it is
     problem, operands = make(*autocast(q, k, v), layout=layout, **options)
     return plan(problem, operands, backend)
 
@@ -85,7 +87,7 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", layout: s
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """fp32 tensors in the autocast dtype, where autocast is on for their device."""
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
-    if not torch.is_autocast_enabled(kind):
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in tensors)

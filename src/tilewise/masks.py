@@ -218,7 +218,8 @@ def window(left: int | None, right: int | None) -> Mask:
 def key_lengths(lengths: Tensor) -> Mask:
     """j < lengths[b]: sequence b has lengths[b] keys, the rest is padding. Does not move p.
 
-    lengths: integer tensor [B], each in 0..S_k.
+    lengths: integer tensor [B], each in 0..S_k (checked where they are on the CPU). It is a mask: what k and v hold behind it
+    must be finite.
     """
     return _first_keys("key_lengths", lengths)
 
@@ -241,7 +242,7 @@ def chunked(size: int) -> Mask:
     """j // size == p // size: attention inside consecutive chunks of `size` positions."""
     if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
         raise ValueError(f"chunked: size: expected an integer >= 1, got {size!r}")
-    c = wrap(size)
+    c = wrap(min(size, LONGEST))
     first_key = P // c * c
     first_query = K // c * c - SHIFT
     return Mask(f"chunked({size})", equal(K // c, P // c), (exact(first_key, first_key + (c - ONE)),),
@@ -260,7 +261,7 @@ def documents(ids_q: Tensor, ids_k: Tensor | None = None) -> Mask:
     _check_index_tensor("documents: ids_k", ids_k, (1, 2))
     if ids_k.dim() != ids_q.dim():
         raise ValueError(f"documents: ids_k: expected as many dimensions as ids_q ({ids_q.dim()}), got {ids_k.dim()}")
-    ids_q, ids_k = ids_q.clone(), ids_k.clone()  # a mask is a value: the tables below hold for these ids
+    ids_q, ids_k = _dense_ids(ids_q, ids_k)  # copies: a mask is a value, and its tables hold for these ids
 
     def row(name: str, tensor: Tensor, index: Expr) -> Expr:
         captured = Captured(tensor, f"documents: {name}")
@@ -288,6 +289,20 @@ def _check_index_tensor(name: str, tensor, dims: tuple[int, ...]) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() not in dims:
         got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name}: expected an int32 or int64 tensor of {' or '.join(map(str, dims))} dimensions, got {got}")
+
+
+def _dense_ids(ids_q: Tensor, ids_k: Tensor) -> tuple[Tensor, Tensor]:
+    """The ids renumbered from 0 in 32 bits, equal where they were equal; -1 where negative. Without a synchronisation."""
+    if ids_q.shape[:-1] != ids_k.shape[:-1] or ids_q.device != ids_k.device:
+        raise ValueError(f"documents: ids_k: expected ids_q's batch and device, {list(ids_q.shape[:-1])} on {ids_q.device}, "
+                         f"got {list(ids_k.shape[:-1])} on {ids_k.device}")
+    both = torch.cat([ids_q.long(), ids_k.long()], -1)
+    ordered = both.sort(dim=-1).values
+    rank = torch.zeros_like(both)
+    rank[..., 1:] = (ordered[..., 1:] != ordered[..., :-1]).cumsum(-1)
+    dense = rank.gather(-1, torch.searchsorted(ordered, both)) if both.shape[-1] else rank
+    dense = torch.where(both < 0, -1, dense).int()
+    return dense[..., :ids_q.shape[-1]].contiguous(), dense[..., ids_q.shape[-1]:].contiguous()
 
 
 def _document_intervals(ids: Tensor, other: Tensor) -> list[Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tilewise import backends, reference
-from tilewise.backends import Gradients, Needs, over_leading
+from tilewise.backends import Gradients, Needs, flat_dims, over_leading
 from tilewise.plan import choose
 from tilewise.problem import Operands, Problem, Settings, describe
 
@@ -27,29 +27,32 @@ def attention(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tens
     module = backends.load(choose(problem, backend))
     if hasattr(module, "attention"):
         return module.attention(problem, x)
-    return Native.apply(module, problem, x[6:], *x[:6])
+    return Native.apply(module, problem, (x.ints, x.floats), *x[:6], *x.captured)
 
 
 class Native(torch.autograd.Function):
-    """A backend with a forward and a backward of its own. Differentiable once, in reverse."""
+    """A backend with a forward and a backward of its own. Differentiable once, in reverse.
+
+    Captured tensors are inputs like the others: autograd sees when they are changed in between, vmap when they are batched.
+    """
 
     @staticmethod
-    def forward(module: ModuleType, problem: Problem, slots: Sequence, *tensors: Tensor | None):
-        return module.forward(problem, Operands._make((*tensors, *slots)))
+    def forward(module: ModuleType, problem: Problem, numbers: Sequence, *tensors: Tensor | None):
+        return module.forward(problem, operands(tensors, numbers))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.module, ctx.problem, ctx.slots, *tensors = inputs
-        ctx.save_for_backward(*tensors, *output)
+        ctx.module, ctx.problem, ctx.numbers, *tensors = inputs
+        ctx.save_for_backward(*output, *tensors)
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        *tensors, out, lse = ctx.saved_tensors
+        out, lse, *tensors = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         needs = Needs(bias=ctx.needs_input_grad[6], sinks=ctx.needs_input_grad[7])
-        gradients = NativeBackward.apply(ctx.module, ctx.problem, ctx.slots, needs, out, lse, dout, dlse, *tensors)
-        return (None, None, None, *gradients, None)
+        gradients = NativeBackward.apply(ctx.module, ctx.problem, ctx.numbers, needs, out, lse, dout, dlse, *tensors)
+        return (None, None, None, *gradients, *[None] * (len(tensors) - len(gradients)))
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -57,16 +60,16 @@ class Native(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return over_leading(Native.apply, info, _flat_dims(in_dims), *inputs)
+        return over_leading(Native.apply, info, flat_dims(in_dims), *inputs)
 
 
 class NativeBackward(torch.autograd.Function):
     """The backward of `Native`; its own derivative says what to do instead."""
 
     @staticmethod
-    def forward(module: ModuleType, problem: Problem, slots: Sequence, needs: Needs, out: Tensor, lse: Tensor, dout: Tensor,
-                dlse: Tensor | None, *tensors: Tensor | None):
-        return tuple(module.backward(problem, Operands._make((*tensors, *slots)), out, lse, dout, dlse, needs))
+    def forward(module: ModuleType, problem: Problem, numbers: Sequence, needs: Needs, out: Tensor, lse: Tensor,
+                dout: Tensor, dlse: Tensor | None, *tensors: Tensor | None):
+        return tuple(module.backward(problem, operands(tensors, numbers), out, lse, dout, dlse, needs))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -82,18 +85,18 @@ class NativeBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return over_leading(NativeBackward.apply, info, _flat_dims(in_dims), *inputs)
+        return over_leading(NativeBackward.apply, info, flat_dims(in_dims), *inputs)
+
+
+def operands(tensors: Sequence[Tensor | None], numbers: Sequence) -> Operands:
+    """From the flat arguments of a Function: q, k, v, bias, sinks, rng and captured tensors; (ints, floats)."""
+    return Operands._make((*tensors[:6], tensors[6:], *numbers))
 
 
 def once(module: ModuleType) -> str:
     name = module.__name__.rpartition(".")[2]
     return (f"backend {name!r} has first derivatives in reverse mode only: "
             'use backend="tiled" for forward mode and higher orders')
-
-
-def _flat_dims(in_dims: Sequence) -> list[int | None]:
-    """vmap's in_dims, one per argument; Python objects among the arguments have none."""
-    return [dim if isinstance(dim, int) else None for dim in in_dims]
 
 
 # ---- while tracing --------------------------------------------------------------------------------------------------

@@ -124,6 +124,7 @@ def make(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Mask | 
         bias = _check_bias(bias, q, k)
     if sinks is not None:
         _check_sinks(sinks, q)
+        sinks = sinks.contiguous()
     program = _program(_whole_mask(causal, mask), compose(score_mod))
     _check_captured(program, dict(b=q.shape[0], h=q.shape[1], q=q.shape[2], k=k.shape[2], nq=q.shape[2], nk=k.shape[2]),
                     q.device)
@@ -145,7 +146,10 @@ def describe(x: Operands, settings: Settings) -> Problem:
 
 
 def _precision() -> str:
-    return PRECISIONS[torch.get_float32_matmul_precision()]
+    try:
+        return PRECISIONS[torch.get_float32_matmul_precision()]
+    except RuntimeError:  # set through torch.backends, which this getter then refuses to tell
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def _program(mask: Mask | None, score: ScoreMod | None) -> Program:
@@ -214,7 +218,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
 
 def _check_bias(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
     full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    if not isinstance(bias, Tensor) or not bias.dtype.is_floating_point:
+    if not isinstance(bias, Tensor) or bias.dtype not in DTYPES:
         got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
         raise TypeError(f"bias: expected a floating tensor (a boolean one is a mask: pass it as mask), got {got}")
     if bias.device != q.device:
@@ -247,13 +251,13 @@ def _check_dropout(p: float) -> int:
 
 
 def _rng_tensor(source: Any, t: int, device: torch.device) -> Tensor | None:
-    if source is not None and not isinstance(source, (rng.Rng, Tensor)):
+    if source is not None and not isinstance(source, rng.Rng):
         raise TypeError(f"rng: expected None or tw.Rng(seed), got {type(source).__name__}")
     if t == 0:
         return None
     if source is None:
         return rng.draw(device)
-    return source if isinstance(source, Tensor) else source.tensor(device)
+    return source.tensor(device)
 
 
 def _check_captured(program: Program, sizes: dict[str, int], device: torch.device) -> None:

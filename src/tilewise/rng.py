@@ -35,10 +35,15 @@ class Rng:
     offset: int = 0
     first_sequence: int = 0
 
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"Rng: {name}: expected an integer, got {value!r}")
+
     def tensor(self, device: torch.device) -> Tensor:
         """[seed, offset, first_sequence] as kernels read it: int64 [3]."""
         seed = self.seed & 0xFFFFFFFFFFFFFFFF
-        return torch.tensor([seed - (seed >> 63 << 64), self.offset, self.first_sequence], device=device)
+        return torch.tensor([seed - (seed >> 63 << 64), self.offset & LOW, self.first_sequence], device=device)
 
 
 def draw(device: torch.device) -> Tensor:

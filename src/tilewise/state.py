@@ -20,7 +20,8 @@ from torch import Tensor
 class AttentionState:
     """Result of attention over some keys.
 
-    out: [..., S_q, D_v]; lse: [..., S_q], natural log, -inf for a row that saw no key (its out is 0).
+    out: [..., S_q, D_v], heads before rows as in `attention(..., layout="bhsd")`; lse: [..., S_q], natural log, -inf for a row
+    that saw no key (its out is 0).
     has_sink: whether lse counts a sink; such a state cannot be merged any more.
     """
     out: Tensor

@@ -54,3 +54,8 @@ def over_leading(function: Callable, info, in_dims: Sequence[int | None], *input
                for i in range(info.batch_size)]
     stacked = tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*results, strict=True))
     return stacked, tuple(None if x is None else 0 for x in stacked)
+
+
+def flat_dims(in_dims: Sequence) -> list[int | None]:
+    """vmap's in_dims, one per argument; Python objects among the arguments have none."""
+    return [dim if isinstance(dim, int) else None for dim in in_dims]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from tilewise import rng
-from tilewise.backends import Gradients, Needs, over_leading
+from tilewise.backends import Gradients, Needs, flat_dims, over_leading
 from tilewise.problem import Operands, Problem
 from tilewise.state import AttentionState, sink_gradient
 from tilewise.trace.bounds import EMPTY, FULL, tile_classes
@@ -248,6 +248,7 @@ def forward_tiles(w: Walk, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None)
     problem = w.problem
     wide = torch.promote_types(problem.dtype, torch.float32)
     q, k, v = q.to(wide) * problem.scale, k.to(wide), v.to(wide)
+    bias = None if bias is None else bias.to(wide)
     out = problem.empty(problem.heads, problem.seqlen_q, problem.head_dim_v)
     lse = problem.empty_lse()
     tile_q = tile_sizes(problem)[0]
@@ -327,39 +328,45 @@ def tangent_terms(w: Walk, shapes: Sequence[torch.Size], with_bias: bool) -> Sum
 
 
 class Tiled(torch.autograd.Function):
-    """(q, k, v, bias) -> (out, lse) without sink; every derivative is a BlockSum."""
+    """(q, k, v, bias, rng, captured tensors) -> (out, lse) without sink; every derivative is a BlockSum."""
 
     @staticmethod
-    def forward(w: Walk, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None):
+    def forward(problem: Problem, numbers: Sequence, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+                rng: Tensor | None, *captured: Tensor):
         with full_precision(q):
-            return forward_tiles(w, q, k, v, bias)
+            return forward_tiles(walk(problem, Operands(q, k, v, bias, None, rng, captured, *numbers)), q, k, v, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.walk = inputs[0]
-        ctx.has_bias = inputs[4] is not None
-        tensors = (*(x for x in inputs[1:] if x is not None), *output)
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+        ctx.problem, ctx.numbers, *tensors = inputs
+        ctx.save_for_backward(*output, *tensors)
+        ctx.save_for_forward(*output, *tensors)
+
+    @staticmethod
+    def saved(ctx) -> tuple[Walk, list[Tensor], Tensor, Tensor]:
+        """(walk, q, k, v[, bias], out, lse)."""
+        out, lse, q, k, v, bias, rng, *captured = ctx.saved_tensors
+        x = Operands(q, k, v, bias, None, rng, captured, *ctx.numbers)
+        return walk(ctx.problem, x), [q, k, v, *([] if bias is None else [bias])], out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        *inputs, out, lse = ctx.saved_tensors
-        gradients, _ = gradients_of(ctx.walk, inputs, out, lse, dout, dlse, ctx.has_bias and ctx.needs_input_grad[4])
-        return (None, *gradients, *([None] * (4 - len(gradients))))
+        w, inputs, out, lse = Tiled.saved(ctx)
+        gradients, _ = gradients_of(w, inputs, out, lse, dout, dlse, ctx.needs_input_grad[5])
+        return (None, None, *gradients, *[None] * (len(ctx.needs_input_grad) - 2 - len(gradients)))
 
     @staticmethod
-    def jvp(ctx, _, *tangents):
-        *inputs, out, lse = ctx.saved_tensors
+    def jvp(ctx, _problem, _numbers, *tangents):
+        w, inputs, out, lse = Tiled.saved(ctx)
         filled = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=False)]
         x = [t.to(lse.dtype) for t in (*inputs[:3], lse, *inputs[3:], *filled)]
-        terms = tangent_terms(ctx.walk, (out.shape, lse.shape), ctx.has_bias)
+        terms = tangent_terms(w, (out.shape, lse.shape), len(inputs) == 4)
         values, lse_tangent = BlockSum.apply(terms, *x)
         return (values - lse_tangent[..., None] * out.to(lse.dtype)).to(out.dtype), lse_tangent
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        return over_leading(Tiled.apply, info, in_dims, *inputs)
+        return over_leading(Tiled.apply, info, flat_dims(in_dims), *inputs)
 
 
 def gradients_of(w: Walk, inputs: Sequence[Tensor], out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
@@ -377,7 +384,7 @@ def gradients_of(w: Walk, inputs: Sequence[Tensor], out: Tensor, lse: Tensor, do
 
 def attention(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
     """out and lse, sinks included, as a differentiable function of the operands: any order, forward and reverse."""
-    state = AttentionState(*Tiled.apply(walk(problem, x), x.q, x.k, x.v, x.bias))
+    state = AttentionState(*Tiled.apply(problem, (x.ints, x.floats), x.q, x.k, x.v, x.bias, x.rng, *x.captured))
     if x.sinks is not None:
         state = state.with_sink(x.sinks)
     return state.out, state.lse

@@ -123,6 +123,8 @@ CASES = (
     Case("key lengths", options=lambda m: dict(mask=tw.key_lengths(m.values([70, 0])), causal=True)),
     Case("documents", options=lambda m: dict(mask=tw.documents(m.values(DOCUMENTS)), causal=True)),
     Case("documents shuffled", options=lambda m: dict(mask=tw.documents(m.values(SHUFFLED)))),
+    Case("documents wide ids", seqlen_q=50, seqlen_k=50, options=lambda m: dict(
+        mask=tw.documents(m.integers(-1, 2, 50).long() * (2**32 + 1)))),
     Case("documents cross", seqlen_q=30, options=lambda m: dict(
         mask=tw.documents(m.integers(0, 2, 30), m.integers(0, 2, 70)))),
     Case("chunked", seqlen_q=50, options=lambda m: dict(mask=tw.chunked(16), causal=True)),
@@ -141,12 +143,14 @@ CASES = (
     Case("bias transposed", options=lambda m: dict(bias=m.normal(2, 2, 70, 70).mT)),
     Case("bias with -inf", options=lambda m: dict(bias=with_neg_inf(m.normal(70, 70)))),
     Case("sinks", options=lambda m: dict(sinks=m.normal(2), causal=True)),
+    Case("sinks strided", heads=4, kv_heads=4, options=lambda m: dict(sinks=m.normal(8)[::2])),
     Case("sinks rows without keys", seqlen_q=90, seqlen_k=40, options=lambda m: dict(sinks=m.normal(2), causal=True)),
     Case("dropout", options=lambda m: dict(dropout_p=0.2, rng=tw.Rng(2**63 + 17, 5, 3))),
     Case("grouped heads", heads=6, kv_heads=2, options=lambda m: dict(causal=True)),
     Case("one key head", heads=4, kv_heads=1, options=lambda m: dict(dropout_p=0.5, rng=tw.Rng(1))),
     Case("scale", options=lambda m: dict(scale=0.5)),
     Case("scale negative", options=lambda m: dict(scale=-0.3, causal=True)),
+    Case("scale tiny", options=lambda m: dict(scale=1e-50, causal=True)),
     Case("scale zero", options=lambda m: dict(scale=0.0, causal=True)),
     Case("values wider", head_dim=16, head_dim_v=48),
     Case("values narrower", head_dim=72, head_dim_v=5, options=lambda m: dict(causal=True)),
@@ -159,6 +163,8 @@ CASES = (
     Case("no keys", seqlen_k=0, options=lambda m: dict(sinks=m.normal(2))),
     Case("no keys no sink", seqlen_k=0),
     Case("no queries", seqlen_q=0, options=lambda m: dict(causal=True)),
+    Case("empty batch shared bias", batch=0, options=lambda m: dict(bias=m.normal(1, 70, 70))),
+    Case("chunked whole", seqlen_q=90, options=lambda m: dict(mask=tw.chunked(2**40))),
     Case("empty batch", batch=0, options=lambda m: dict(causal=True)),
     Case("batch invariant", options=lambda m: dict(causal=True, batch_invariant=True)),
     Case("window grouped softcap dropout", heads=4, kv_heads=2, options=lambda m: dict(

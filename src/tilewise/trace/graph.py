@@ -131,45 +131,65 @@ def lower(sections: Sequence[Sequence[Expr]]) -> Program:
 
 
 class _Slots:
-    """Gives out the slots of one program. A node that occurs twice as the same object has one slot."""
+    """Gives out the slots of one program: one for each leaf and for each tensor, however often it occurs.
+
+    Leaves are told apart by identity, in lists: torch.compile would compile again for other values or other id()s.
+    """
 
     def __init__(self):
         self.captured: list[Tensor] = []
         self.ints: list[int] = []
         self.floats: list[float] = []
         self.loads: list[Expr] = []
-        self.names: dict[Any, str] = {}
+        self.leaves: list[Expr] = []        # numbers seen, and
+        self.names: list[str] = []          # the names of their slots
+        self.strides: dict[tuple[str, int], str] = {}
 
     def text(self, expr: Expr) -> str:
         if expr.op == "var":
             return expr.value
         if expr.op == "int":
-            return self.integer(id(expr), "i", expr.value)
+            slot = self.position(self.leaves, expr)
+            if slot == len(self.names):
+                self.leaves.append(expr)
+                self.names.append(self.integer("i", expr.value))
+            return self.names[slot]
         if expr.op == "float":
-            if id(expr) not in self.names:
+            slot = self.position(self.leaves, expr)
+            if slot == len(self.names):
+                self.leaves.append(expr)
+                self.names.append(f"f{len(self.floats)}")
                 self.floats.append(expr.value)
-                self.names[id(expr)] = f"f{len(self.floats) - 1}"
-            return self.names[id(expr)]
+            return self.names[slot]
         if expr.op == "load":
             tensor = expr.args[0].value.tensor
             self.loads.append(expr)
-            slot = self.tensor(tensor)
-            text = "(load " + slot
+            name = self.tensor(tensor)
+            text = "(load " + name
             for axis, index in enumerate(expr.args[1:]):
-                text += f" {self.text(index)} {self.integer((slot, axis), 'n', tensor.stride(axis))}"
+                text += f" {self.text(index)} {self.stride(name, axis, tensor.stride(axis))}"
             return text + ")"
         return "(" + expr.op + " " + " ".join([self.text(a) for a in expr.args]) + ")"
 
-    def integer(self, key: Any, kind: str, value: int) -> str:
-        if key not in self.names:
-            self.ints.append(value)
-            self.names[key] = f"{kind}{len(self.ints) - 1}"
-        return self.names[key]
+    @staticmethod
+    def position(seen: list, wanted: Any) -> int:
+        """Where `wanted` itself stands in a list; its length if it does not."""
+        slot = 0
+        while slot < len(seen) and seen[slot] is not wanted:
+            slot += 1
+        return slot
+
+    def stride(self, tensor: str, axis: int, value: int) -> str:
+        if (tensor, axis) not in self.strides:
+            self.strides[tensor, axis] = self.integer("n", value)
+        return self.strides[tensor, axis]
+
+    def integer(self, kind: str, value: int) -> str:
+        self.ints.append(value)
+        return f"{kind}{len(self.ints) - 1}"
 
     def tensor(self, tensor: Tensor) -> str:
-        slot = 0
-        while slot < len(self.captured) and self.captured[slot] is not tensor:
-            slot += 1
+        slot = self.position(self.captured, tensor)
         if slot == len(self.captured):
             self.captured.append(tensor)
         kind = "b" if tensor.dtype == torch.bool else "f" if tensor.dtype.is_floating_point else "i"

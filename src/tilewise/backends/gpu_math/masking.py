@@ -35,13 +35,18 @@ def after(start, full_start, full_end, end, previous_end):
 
 
 @triton.jit
-def tile_ranges(INTERVALS: tl.constexpr, BANDS: tl.constexpr, b, h, rows, live, nq, nk, n, program, BLOCK: tl.constexpr):
-    """Two disjoint ranges of tiles, as eight numbers, for a block of rows; INTERVALS: the emitted `keys` or `queries`."""
+def tile_ranges(INTERVALS: tl.constexpr, BANDS: tl.constexpr, b, h, rows, n_rows, nq, nk, n, program,
+                BLOCK: tl.constexpr):
+    """Two disjoint ranges of tiles, as eight numbers, for a block of rows; INTERVALS: the emitted `keys` or `queries`.
+
+    Rows beyond n_rows are clamped, so that no lookup leaves its table, and do not count.
+    """
     if BANDS == 0:
         tiles = (n + BLOCK - 1) // BLOCK
         return 0, 0, n // BLOCK, tiles, tiles, tiles, tiles, tiles
     else:
-        bands = INTERVALS(b, h, rows, nq, nk, program[0], program[1], program[2])
+        live = rows < n_rows
+        bands = INTERVALS(b, h, tl.minimum(rows, n_rows - 1), nq, nk, program[0], program[1], program[2])
         s0, f0, g0, e0 = tile_range(bands[0], bands[1], bands[2], bands[3], live, n, BLOCK)
         if BANDS == 1:
             return s0, f0, g0, e0, e0, e0, e0, e0

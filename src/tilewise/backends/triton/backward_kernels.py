@@ -78,7 +78,7 @@ def key_gradients(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DK, DV_, DBIAS, q_strides,
     for member in range(group):
         h = h_kv * group + member
         column_sum = tl.zeros([BLOCK_N], tl.float32)
-        r = masking.tile_ranges(QUERIES, BANDS, b, h, cols, cols < nk, nq, nk, nq, program, BLOCK_M)
+        r = masking.tile_ranges(QUERIES, BANDS, b, h, cols, nk, nq, nk, nq, program, BLOCK_M)
         for MASKED in tl.static_range(2):
             for t in range(masking.partial_count(r) if MASKED else masking.full_count(r)):
                 first_row = (masking.partial_tile(r, t) if MASKED else masking.full_tile(r, t)) * BLOCK_M
@@ -123,7 +123,7 @@ def query_gradients(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DQ, DBIAS, q_strides, k_
     lse, delta = load_statistics(LSE, DELTA, b, h, heads, rows, nq)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    r = masking.tile_ranges(KEYS, BANDS, b, h, rows, rows < nq, nq, nk, nk, program, BLOCK_N)
+    r = masking.tile_ranges(KEYS, BANDS, b, h, rows, nq, nq, nk, nk, program, BLOCK_N)
     for MASKED in tl.static_range(2):
         for t in range(masking.partial_count(r) if MASKED else masking.full_count(r)):
             first_col = (masking.partial_tile(r, t) if MASKED else masking.full_tile(r, t)) * BLOCK_N
@@ -173,7 +173,7 @@ def bias_gradient(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DBIAS, q_strides, k_stride
     for index in range(sum_batch * sum_heads):
         b = bias_b * sum_batch + index // sum_heads
         h = bias_h * sum_heads + index % sum_heads
-        r = masking.tile_ranges(KEYS, BANDS, b, h, rows, rows < nq, nq, nk, nk, program, BLOCK_N)
+        r = masking.tile_ranges(KEYS, BANDS, b, h, rows, nq, nq, nk, nk, program, BLOCK_N)
         tile = first_col // BLOCK_N
         if ((tile >= r[0]) & (tile < r[3])) | ((tile >= r[4]) & (tile < r[7])):
             q = load_rows(Q, q_strides, b, h, first_row, nq, BLOCK_M, D, BLOCK_D)

@@ -28,7 +28,7 @@ def forward(Q, K, V, BIAS, SINKS, RNG, OUT, LSE, q_strides, k_strides, v_strides
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    r = masking.tile_ranges(KEYS, BANDS, b, h, rows, rows < nq, nq, nk, nk, program, BLOCK_N)
+    r = masking.tile_ranges(KEYS, BANDS, b, h, rows, nq, nq, nk, nk, program, BLOCK_N)
     for MASKED in tl.static_range(ASCENDING, 2):
         if MASKED:
             count = masking.all_count(r) if ASCENDING else masking.partial_count(r)

@@ -29,6 +29,9 @@ def run(kernel: Any, problem: Problem, programs: Callable[[Config], int], values
     grid = programs(config)
     if grid == 0:
         return
+    bias = values.get("BIAS")
+    if bias is not None and bias.itemsize > values["Q"].itemsize:  # rows are judged with a bias as wide as the inputs
+        config = config._replace(num_stages=1)
     flat = flatten(kernel, problem.program, {**values, **constants(problem, config)})
     # Triton launches on the current device, whatever device the tensors are on
     with torch.cuda.device(problem.device) if problem.device.type == "cuda" else contextlib.nullcontext():
@@ -75,7 +78,7 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
         batch, heads = x.bias.shape[:2]
         run(bwd.bias_gradient, problem,
             lambda c: batch * heads * blocks(problem.seqlen_q, c.BLOCK_M) * blocks(problem.seqlen_k, c.BLOCK_N),
-            common | dict(BANDS=row_bands, sum_batch=problem.batch // batch, sum_heads=problem.heads // heads))
+            common | dict(BANDS=row_bands, sum_batch=problem.batch // max(1, batch), sum_heads=problem.heads // heads))
     if dbias is not None and x.bias is not None:
         dbias = dbias.sum_to_size(x.bias.shape).to(x.bias.dtype)
     dsinks = sink_gradient(x.sinks, lse, delta) if needs.sinks and x.sinks is not None else None
@@ -123,7 +126,7 @@ def _allocate_dbias(problem: Problem, x: Operands, mode: str | None) -> Tensor |
 
 def arguments(problem: Problem, x: Operands) -> dict[str, Any]:
     """What all attention kernels are told about a problem."""
-    raw = problem.graphs.score is None and x.bias is None and problem.scale > 0
+    raw = problem.graphs.score is None and x.bias is None and 1e-30 < problem.scale < 1e30
     return dict(
         Q=x.q, K=x.k, V=x.v, BIAS=x.bias, RNG=x.rng, q_strides=strides(x.q), k_strides=strides(x.k),
         v_strides=strides(x.v), bias_strides=bias_strides(x.bias), scale=problem.scale, heads=problem.heads,
