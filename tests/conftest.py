@@ -34,3 +34,12 @@ def small_tiles(monkeypatch):
     from tilewise.backends import tiled
     monkeypatch.setattr(tiled, "LONGEST_TILE", 32)
     monkeypatch.setattr(tiled, "SHORTEST_TILE", 16)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Work this small only waits for its threads, and long where others use the machine too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

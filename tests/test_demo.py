@@ -17,15 +17,7 @@ from tilewise.demo.settings import doubling
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="the memory limit is Linux's")
 CASE = Case("reference", (256,), 1, 2, 16, "float32", "cpu", limit=64 << 20)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Work this small only waits for its threads, and long where others use the machine too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,7 @@ import torch.nn.functional as F
 from tilewise.models import GPT, GPTConfig, rotate
 
 CONFIG = GPTConfig(vocab=256, context=32, layers=2, heads=2, width=32)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Work this small only waits for its threads, and long where others use the machine too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def attend(q, k, v):

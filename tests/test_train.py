@@ -12,15 +12,7 @@ from tilewise.train import Corpus, Recipe, batch, bits_per_byte, learning_rate, 
 from tilewise.train.text import list_files
 
 RECIPE = Recipe(steps=12, batch=4, context=16, lr=1e-2, warmup=3, val_every=5, val_batches=2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Work this small only waits for its threads, and long where others use the machine too."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def attend(q, k, v):

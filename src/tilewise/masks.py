@@ -29,6 +29,7 @@ from tilewise.trace.graph import (
     Node,
     equal,
     evaluate,
+    leaf_values,
     load,
     lower,
     maximum,
@@ -144,10 +145,9 @@ class Mask:
 def _lowered(exprs: list[Expr], batch: int, heads: int, nq: int, nk: int, device) -> tuple[tuple[Node, ...], dict]:
     """The graphs parsed, and the values of all their leaves but q and k."""
     program = lower([exprs])
-    values = slot_values(program.captured, program.ints, program.floats)
     (nodes,) = parse(program.text)
-    return nodes, values | dict(b=torch.arange(batch, device=device)[:, None, None, None],
-                                h=torch.arange(heads, device=device)[:, None, None], nq=nq, nk=nk)
+    slots = slot_values(program.captured, program.ints, program.floats)
+    return nodes, leaf_values(slots, batch, heads, nq, nk, device)
 
 
 def _checked(mask, operation: str) -> Mask:

@@ -8,7 +8,7 @@ import torch
 from tilewise import backends
 from tilewise.problem import Operands, Problem
 from tilewise.trace.bounds import EMPTY, FULL, tile_classes
-from tilewise.trace.graph import slot_values
+from tilewise.trace.graph import leaf_values, slot_values
 
 
 def choose(problem: Problem, backend: str) -> str:
@@ -85,9 +85,8 @@ def plan(problem: Problem, x: Operands, backend: str) -> Plan:
     earlier = backends.AUTO[:backends.AUTO.index(name)] if backend == "auto" else ()
     passed_over = {other: backends.load(other).volunteers(problem) for other in earlier}
     tiles = module.tile_sizes(problem)
-    values = slot_values([t.cpu() for t in x.captured], x.ints, x.floats) | dict(
-        b=torch.arange(problem.batch)[:, None, None, None], h=torch.arange(problem.heads)[:, None, None],
-        nq=problem.seqlen_q, nk=problem.seqlen_k)
+    values = leaf_values(slot_values([t.cpu() for t in x.captured], x.ints, x.floats), problem.batch, problem.heads,
+                         problem.seqlen_q, problem.seqlen_k)
     bands = () if name == "reference" else problem.graphs.keys
     classes = tile_classes(bands, values, problem.seqlen_q, problem.seqlen_k, *tiles)
     repeats = problem.batch * problem.heads // max(1, classes.shape[0] * classes.shape[1])

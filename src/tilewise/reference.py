@@ -13,7 +13,7 @@ from torch import Tensor
 from tilewise import rng
 from tilewise.problem import Operands, Problem
 from tilewise.state import AttentionState
-from tilewise.trace.graph import evaluate, slot_values
+from tilewise.trace.graph import evaluate, leaf_values, slot_values
 
 
 def supports(problem: Problem) -> str | None:
@@ -72,9 +72,7 @@ def softmax(s: Tensor) -> tuple[Tensor, Tensor]:
 
 def index_leaves(problem: Problem, x: Operands) -> dict:
     """Values of a program's leaves over the whole score matrix."""
-    def index(size: int, axis: int) -> Tensor:
-        return torch.arange(size, device=problem.device).reshape([-1 if a == axis else 1 for a in range(4)])
-
-    return slot_values(x.captured, x.ints, x.floats, problem.dtype) | dict(
-        b=index(problem.batch, 0), h=index(problem.heads, 1), q=index(problem.seqlen_q, 2), k=index(problem.seqlen_k, 3),
-        nq=problem.seqlen_q, nk=problem.seqlen_k)
+    values = leaf_values(slot_values(x.captured, x.ints, x.floats, problem.dtype), problem.batch, problem.heads,
+                         problem.seqlen_q, problem.seqlen_k, problem.device)
+    return values | dict(q=torch.arange(problem.seqlen_q, device=problem.device)[:, None],
+                         k=torch.arange(problem.seqlen_k, device=problem.device))

@@ -20,7 +20,7 @@ from tilewise.backends import Gradients, Needs, flat_dims, over_leading
 from tilewise.problem import Operands, Problem
 from tilewise.state import AttentionState, sink_gradient
 from tilewise.trace.bounds import EMPTY, FULL, tile_classes
-from tilewise.trace.graph import evaluate, leaves, slot_values
+from tilewise.trace.graph import evaluate, leaf_values, leaves, slot_values
 
 TILE_ELEMENTS = 1 << 20                 # scores held at a time, over all sequences and heads
 LONGEST_TILE, SHORTEST_TILE = 512, 32
@@ -99,10 +99,8 @@ class Walk:
 
 
 def walk(problem: Problem, x: Operands) -> Walk:
-    device = problem.device
-    values = slot_values(x.captured, x.ints, x.floats, problem.dtype) | dict(
-        b=torch.arange(problem.batch, device=device)[:, None, None, None],
-        h=torch.arange(problem.heads, device=device)[:, None, None], nq=problem.seqlen_q, nk=problem.seqlen_k)
+    values = leaf_values(slot_values(x.captured, x.ints, x.floats, problem.dtype), problem.batch, problem.heads,
+                         problem.seqlen_q, problem.seqlen_k, problem.device)
     return Walk(problem, values, x.rng, tuple(_visited(problem, values)))
 
 

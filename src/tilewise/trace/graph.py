@@ -265,3 +265,10 @@ def slot_values(captured: Sequence[Tensor], ints: Sequence[int], floats: Sequenc
         for kind in "ifb":
             values[f"t{kind}{i}"] = t
     return values
+
+
+def leaf_values(slots: Mapping[str, Any], batch: int, heads: int, nq: int, nk: int,
+                device: torch.device | str = "cpu") -> dict[str, Any]:
+    """Slots, and the leaves b [B, 1, 1, 1], h [1, H, 1, 1], nq, nk: all but q, k and s."""
+    return {**slots, "b": torch.arange(batch, device=device)[:, None, None, None],
+            "h": torch.arange(heads, device=device)[:, None, None], "nq": nq, "nk": nk}
