@@ -43,3 +43,31 @@ def test_large_scores_do_not_overflow(backend, small_tiles):
     out, lse = tw.attention(1e4 * q, 1e4 * k, v, causal=True, return_lse=True, backend=backend)
     assert out.isfinite().all()
     assert lse.isfinite().all()
+
+
+PADDED = {
+    "key lengths": lambda: (tw.key_lengths(torch.tensor([50], device=DEVICE)), slice(0, 96), slice(0, 50)),
+    "causal key lengths": lambda: (tw.causal() & tw.key_lengths(torch.tensor([50], device=DEVICE)), slice(0, 96), slice(0, 50)),
+    "documents": lambda: (tw.documents(torch.tensor([-1] * 9 + [0] * 30 + [1] * 20 + [-1] * 37, device=DEVICE)),
+                          slice(9, 59), slice(9, 59)),
+}
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("score_mod", [None, tw.softcap(3.0)], ids=["plain", "softcap"])
+@pytest.mark.parametrize("name", PADDED)
+def test_padding_never_contributes(name, score_mod, backend, small_tiles):
+    """Keys that no query may see and queries that see no key may hold anything, forward and backward."""
+    mask, rows, cols = PADDED[name]()
+    results = []
+    for filler in (0.0, torch.nan):
+        q, k, v = inputs()
+        dout = torch.randn(1, 96, 1, 16, generator=torch.Generator().manual_seed(1)).to(DEVICE)
+        for x, seen in ((q, rows), (k, cols), (v, cols), (dout, rows)):
+            kept = x[:, seen].clone()
+            x.fill_(filler)[:, seen] = kept
+        tensors = [x.requires_grad_() for x in (q, k, v)]
+        out = tw.attention(*tensors, mask=mask, score_mod=score_mod, backend=backend)
+        results.append([out.detach(), *torch.autograd.grad(out, tensors, dout)])
+    for name, a, b in zip(("out", "dq", "dk", "dv"), *results, strict=True):
+        torch.testing.assert_close(b, a, rtol=0, atol=0, msg=lambda m, name=name: f"{name}: {m}")

@@ -40,20 +40,27 @@ def workspace(problem: Problem) -> tuple[int, int]:
 def attention(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
     """out [B, H, S_q, D_v] in q's dtype and lse [B, H, S_q] in fp32 (fp64 for fp64)."""
     wide = torch.promote_types(problem.dtype, torch.float32)
-    k, v = (t.repeat_interleave(problem.group, dim=1) for t in (x.k, x.v))
-    s = (x.q @ k.mT) * problem.scale
+    q, k, v = x.q, *(t.repeat_interleave(problem.group, dim=1) for t in (x.k, x.v))
     leaves = index_leaves(problem, x)
+    if problem.graphs.mask is not None:
+        visible = torch.as_tensor(evaluate(problem.graphs.mask, leaves), device=q.device)
+        visible = visible.expand(*visible.shape[:-2], problem.seqlen_q, problem.seqlen_k)
+        idle = ~visible.any(-1)[..., None]   # queries without keys and keys without queries may be padding, which may
+        hidden = ~visible.any(-2)[..., None] # hold anything: they come into no product
+        q, k, v = torch.where(idle, 0.0, q), torch.where(hidden, 0.0, k), torch.where(hidden, 0.0, v)
+    s = (q @ k.mT) * problem.scale
     if problem.graphs.score is not None:
         s = evaluate(problem.graphs.score, leaves | {"s": s}).to(problem.dtype)
     if x.bias is not None:
         s = (s + x.bias).to(problem.dtype)
     if problem.graphs.mask is not None:
-        s = torch.where(torch.as_tensor(evaluate(problem.graphs.mask, leaves), device=s.device), s, -torch.inf)
+        s = torch.where(visible, s, -torch.inf)
     p, lse = softmax(s.to(wide))
     if x.rng is not None:
         kept = rng.keep(x.rng, problem.dropout, leaves["b"], leaves["h"], problem.heads, leaves["q"], leaves["k"])
         p = torch.where(kept, p, 0.0) * rng.rescale(problem.dropout)
-    state = AttentionState(p.to(problem.dtype) @ v, lse)
+    out = p.to(problem.dtype) @ v
+    state = AttentionState(out if problem.graphs.mask is None else torch.where(idle, 0.0, out), lse)
     if x.sinks is not None:
         state = state.with_sink(x.sinks)
     return state.out, state.lse

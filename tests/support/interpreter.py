@@ -180,21 +180,25 @@ def dot():
     """Wrong: bf16 products multiply bit patterns; fp32 ignores input_precision, whose default is tf32.
 
     Here: fp16 and bf16 operands are exact in fp32, accumulation is fp32 whatever the output. fp32 operands:
-    "ieee"    true fp32
+    "ieee"    fused multiply-adds along the inner dimension in order, as Triton emits them: a product and its transpose
+              have the same bits, on which a backward pass that recomputes scores relies
     "tf32"    truncated to tf32. Triton 3.6 emits no cvt.rna before mma.sync or wgmma (seen in the PTX for sm_80 and
               sm_90), and the tensor cores ignore the low 13 bits: towards zero is what the hardware does
     "tf32x3"  the three products big*small + small*big + big*big, big and small rounded as by the cvt.rna in its PTX
     """
     create_dot, precisions = Builder.create_dot, interpreter._ir.INPUT_PRECISION
 
-    def product(a, b, precision):
+    def accumulated(a, b, total, precision):
         if precision == precisions.TF32:
-            return truncated_to_tf32(a) @ truncated_to_tf32(b)
+            return total + truncated_to_tf32(a) @ truncated_to_tf32(b)
         if precision == precisions.TF32x3:
             (a_big, a_small), (b_big, b_small) = map(split, (a, b))
             small = a_small @ b_big + a_big @ b_small
-            return np.where(np.isnan(small), 0, small) + a_big @ b_big
-        return a @ b
+            return total + (np.where(np.isnan(small), 0, small) + a_big @ b_big)
+        for i in range(a.shape[-1]):
+            exact = a[..., :, i, None].astype(np.float64) * b[..., i, None, :]
+            total = (total + exact).astype(np.float32)
+        return total
 
     def split(values):
         big = rounded_to_tf32(values)
@@ -204,8 +208,8 @@ def dot():
         if not {a.dtype.scalar, b.dtype.scalar} <= {tl.float16, tl.bfloat16, tl.float32}:
             return create_dot(self, a, b, d, input_precision, max_num_imprecise_acc)
         full = a.dtype.scalar == tl.float32
-        operands = (np.asarray(widen(x).data, np.float32) for x in (a, b))
-        total = product(*operands, input_precision if full else precisions.IEEE) + widen(d).data.astype(np.float32)
+        a, b, d_wide = (np.asarray(widen(x).data, np.float32) for x in (a, b, d))
+        total = accumulated(a, b, d_wide, input_precision) if full else a @ b + d_wide
         if is_bf16(d):
             return Handle(rounded(total), tl.bfloat16)
         return Handle(total.astype(d.data.dtype), d.dtype.scalar)

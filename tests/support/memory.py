@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-
 # glibc keeps freed memory in a heap per thread, by thresholds that move: with these, resident memory is what is allocated
 GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 

@@ -19,7 +19,7 @@ from tilewise import rng
 from tilewise.backends import Gradients, Needs, flat_dims, over_leading
 from tilewise.problem import Operands, Problem
 from tilewise.state import AttentionState, sink_gradient
-from tilewise.trace.bounds import EMPTY, FULL, tile_classes
+from tilewise.trace.bounds import EMPTY, FULL, hidden_rows, tile_classes
 from tilewise.trace.graph import evaluate, leaf_values, leaves, slot_values
 
 TILE_ELEMENTS = 1 << 20                 # scores held at a time, over all sequences and heads
@@ -63,6 +63,8 @@ class Walk:
     values: dict[str, Any]              # of the program's leaves, except s, q and k
     rng: Tensor | None
     tiles: tuple[tuple[Tile, ...], ...] # per block of queries
+    hidden_queries: Tensor | None       # [B or 1, H or 1, S_q]: those that see no key, and
+    hidden_keys: Tensor | None          # [B or 1, H_kv or 1, S_k]: those that no query sees; None: there are none
 
     @property
     def flat(self) -> tuple[Tile, ...]:
@@ -83,6 +85,19 @@ class Walk:
             s = torch.where(torch.as_tensor(evaluate(graphs.mask, values), device=s.device), s, -torch.inf)
         return s
 
+    def queries(self, x: Tensor) -> Tensor:
+        """x [B, H, S_q, ...], 0 where a query sees no key: it may be padding, which may hold anything."""
+        return x if self.hidden_queries is None else torch.where(self.hidden_queries[..., None], 0.0, x)
+
+    def keys(self, x: Tensor) -> Tensor:
+        """x [B, H_kv, S_k, ...], 0 where no query sees a key."""
+        return x if self.hidden_keys is None else torch.where(self.hidden_keys[..., None], 0.0, x)
+
+    def clean(self, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """q, k, v[, bias] without what no product may see."""
+        q, k, v, *bias = inputs
+        return [self.queries(q), self.keys(k), self.keys(v), *bias]
+
     def indices(self, tile: Tile) -> dict[str, Tensor]:
         device = self.problem.device
         return dict(q=torch.arange(tile.rows.start, tile.rows.stop, device=device)[:, None],
@@ -101,7 +116,21 @@ class Walk:
 def walk(problem: Problem, x: Operands) -> Walk:
     values = leaf_values(slot_values(x.captured, x.ints, x.floats, problem.dtype), problem.batch, problem.heads,
                          problem.seqlen_q, problem.seqlen_k, problem.device)
-    return Walk(problem, values, x.rng, tuple(_visited(problem, values)))
+    graphs, device = problem.graphs, problem.device
+    queries = dict(q=torch.arange(problem.seqlen_q, device=device)[:, None])
+    keys = dict(k=torch.arange(problem.seqlen_k, device=device)[:, None])
+    hidden_queries = hidden_keys = None
+    if graphs.mask is not None:
+        hidden_queries = hidden_rows(graphs.keys, values | queries, problem.seqlen_k, device)
+        hidden_keys = hidden_rows(graphs.queries, values | keys, problem.seqlen_q, device)
+        if hidden_keys.shape[1] > 1:  # hidden from a whole group
+            hidden_keys = hidden_keys.unflatten(1, (problem.kv_heads, problem.group)).all(2)
+    return Walk(problem, values, x.rng, tuple(_visited(problem, values)), _if_any(hidden_queries), _if_any(hidden_keys))
+
+
+def _if_any(hidden: Tensor | None) -> Tensor | None:
+    """None where the host knows that there are none."""
+    return None if hidden is None or (hidden.device.type == "cpu" and not hidden.any()) else hidden
 
 
 def tile_sizes(problem: Problem) -> tuple[int, int]:
@@ -245,7 +274,7 @@ def forward_tiles(w: Walk, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None)
     """out in q's dtype and lse (without sink), by the online softmax."""
     problem = w.problem
     wide = torch.promote_types(problem.dtype, torch.float32)
-    q, k, v = q.to(wide) * problem.scale, k.to(wide), v.to(wide)
+    q, k, v = w.clean([q.to(wide) * problem.scale, k.to(wide), v.to(wide)])
     bias = None if bias is None else bias.to(wide)
     out = problem.empty(problem.heads, problem.seqlen_q, problem.head_dim_v)
     lse = problem.empty_lse()
@@ -357,6 +386,7 @@ class Tiled(torch.autograd.Function):
     def jvp(ctx, _problem, _numbers, *tangents):
         w, inputs, out, lse = Tiled.saved(ctx)
         filled = [torch.zeros_like(x) if t is None else t for x, t in zip(inputs, tangents, strict=False)]
+        inputs, filled = w.clean(inputs), w.clean(filled)
         x = [t.to(lse.dtype) for t in (*inputs[:3], lse, *inputs[3:], *filled)]
         terms = tangent_terms(w, (out.shape, lse.shape), len(inputs) == 4)
         values, lse_tangent = BlockSum.apply(terms, *x)
@@ -370,6 +400,7 @@ class Tiled(torch.autograd.Function):
 def gradients_of(w: Walk, inputs: Sequence[Tensor], out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
                  bias_gradient: bool) -> tuple[list[Tensor], Tensor]:
     """Gradients of the inputs q, k, v[, bias], and delta = rowsum(dO * O) - dlse; differentiable."""
+    dout, inputs = w.queries(dout), w.clean(inputs)
     delta = (dout.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
     if dlse is not None:
         delta = delta - dlse

@@ -152,6 +152,8 @@ CASES = (
     Case("scale negative", options=lambda m: dict(scale=-0.3, causal=True)),
     Case("scale tiny", options=lambda m: dict(scale=1e-50, causal=True)),
     Case("scale zero", options=lambda m: dict(scale=0.0, causal=True)),
+    Case("scores of 100", batch=1, options=lambda m: dict(scale=5.0, causal=True)),
+    Case("scores of 400 capped", batch=1, options=lambda m: dict(scale=20.0, score_mod=tw.softcap(300.0), sinks=m.normal(2))),
     Case("values wider", head_dim=16, head_dim_v=48),
     Case("values narrower", head_dim=72, head_dim_v=5, options=lambda m: dict(causal=True)),
     Case("head dim 1", head_dim=1, options=lambda m: dict(causal=True)),

@@ -40,6 +40,19 @@ def tile_classes(bands: Sequence[Node], values: Mapping[str, Any], seqlen_q: int
     return classes
 
 
+def hidden_rows(bands: Sequence[Node], values: Mapping[str, Any], n_cols: int, device: torch.device | str) -> Tensor:
+    """Which rows no column can see: bool [b, h, rows]. values: all leaves, the rows' index as [rows, 1].
+
+    Such rows may be padding, which may hold anything: no backend lets them into a product.
+    """
+    seen = torch.zeros((1, 1, 1), dtype=torch.bool, device=device)
+    for first in range(0, len(bands), 4):
+        lo, hi = (torch.as_tensor(evaluate(node, values), device=device) for node in bands[first:first + 2])
+        shown = (lo <= hi) & (lo < n_cols) & (hi >= 0)
+        seen = seen | shown[(None,) * (4 - shown.dim())][..., 0]
+    return ~seen
+
+
 def _over_tiles(value: Any, tiles_q: int, tile_q: int, device: torch.device | str) -> Tensor:
     """A band's bound as [b, h, tiles_q, tile_q]."""
     value = torch.as_tensor(value, device=device)

@@ -11,7 +11,10 @@ import triton.language as tl
 
 @triton.jit
 def tile_range(lo, hi, inner_lo, inner_hi, live, n, BLOCK: tl.constexpr):
-    """The tiles of `n` columns that a block of rows visits, from each row's interval. live: rows that exist."""
+    """The tiles of `n` columns that a block of rows visits, from each row's interval, and the columns from first to last.
+
+    live: rows that exist.
+    """
     shown = live & (lo <= hi)
     first = tl.maximum(tl.min(tl.where(shown, lo, n)), 0)
     last = tl.minimum(tl.max(tl.where(shown, hi, -1)), n - 1)
@@ -21,7 +24,7 @@ def tile_range(lo, hi, inner_lo, inner_hi, live, n, BLOCK: tl.constexpr):
     inner_last = tl.maximum(tl.minimum(tl.min(tl.where(live, inner_hi, n)), n - 1), -1)
     full_start = tl.minimum(tl.maximum((inner_first + BLOCK - 1) // BLOCK, start), end)
     full_end = tl.maximum(tl.minimum((inner_last + 1) // BLOCK, end), full_start)
-    return start, full_start, full_end, end
+    return start, full_start, full_end, end, first, last
 
 
 @triton.jit
@@ -37,26 +40,27 @@ def after(start, full_start, full_end, end, previous_end):
 @triton.jit
 def tile_ranges(INTERVALS: tl.constexpr, BANDS: tl.constexpr, b, h, rows, n_rows, nq, nk, n, program,
                 BLOCK: tl.constexpr):
-    """Two disjoint ranges of tiles, as eight numbers, for a block of rows; INTERVALS: the emitted `keys` or `queries`.
+    """Two disjoint ranges of tiles, as eight numbers, then the first column visible and the end of the visible ones.
 
-    Rows beyond n_rows are clamped, so that no lookup leaves its table, and do not count.
+    For a block of rows; INTERVALS: the emitted `keys` or `queries`. Rows beyond n_rows are clamped, so that no lookup leaves
+    its table, and do not count. Columns outside first to end must not be loaded: padding may hold NaN.
     """
     if BANDS == 0:
         tiles = (n + BLOCK - 1) // BLOCK
-        return 0, 0, n // BLOCK, tiles, tiles, tiles, tiles, tiles
+        return 0, 0, n // BLOCK, tiles, tiles, tiles, tiles, tiles, 0, n
     else:
         live = rows < n_rows
         bands = INTERVALS(b, h, tl.minimum(rows, n_rows - 1), nq, nk, program[0], program[1], program[2])
-        s0, f0, g0, e0 = tile_range(bands[0], bands[1], bands[2], bands[3], live, n, BLOCK)
+        s0, f0, g0, e0, first, last = tile_range(bands[0], bands[1], bands[2], bands[3], live, n, BLOCK)
         if BANDS == 1:
-            return s0, f0, g0, e0, e0, e0, e0, e0
+            return s0, f0, g0, e0, e0, e0, e0, e0, first, last + 1
         else:
-            s1, f1, g1, e1 = tile_range(bands[4], bands[5], bands[6], bands[7], live, n, BLOCK)
+            s1, f1, g1, e1, first_1, last_1 = tile_range(bands[4], bands[5], bands[6], bands[7], live, n, BLOCK)
             swap = s1 < s0
             a0, a1, a2, a3 = tl.where(swap, s1, s0), tl.where(swap, f1, f0), tl.where(swap, g1, g0), tl.where(swap, e1, e0)
             c0, c1, c2, c3 = tl.where(swap, s0, s1), tl.where(swap, f0, f1), tl.where(swap, g0, g1), tl.where(swap, e0, e1)
             c0, c1, c2, c3 = after(c0, c1, c2, c3, a3)
-            return a0, a1, a2, a3, c0, c1, c2, c3
+            return a0, a1, a2, a3, c0, c1, c2, c3, tl.minimum(first, first_1), tl.maximum(last, last_1) + 1
 
 
 @triton.jit

@@ -1,10 +1,12 @@
-"""Online softmax in base 2 (FlashAttention-2, section 3.1): statistics per row, rescaled once per tile, divided once.
+"""Online softmax (FlashAttention-2, section 3.1): statistics per row, rescaled once per tile, divided once.
 
-m_i  running row maximum of s * unit, in base 2          [BLOCK_M]
-l_i  running row sum of exp2(s * unit - m_i)             [BLOCK_M]
-acc  running sum of exp2(s * unit - m_i) @ v             [BLOCK_M, BLOCK_DV]
+m_i  running row maximum of s                            [BLOCK_M]
+l_i  running row sum of exp(s - m_i)                     [BLOCK_M]
+acc  running sum of exp(s - m_i) @ v                     [BLOCK_M, BLOCK_DV]
 
-`unit` turns a score into base 2: scale * log2(e) for raw products, log2(e) for finished scores. It is positive.
+`unit` turns a score into base 2: scale * log2(e) for raw products, log2(e) for finished scores. It is positive. m_i and lse
+are in base 2, times unit, so that an exponential takes one multiply-add; NATURAL: they stay natural, scores are finished.
+Base 2 rounds large scores once more, which shows in fp32.
 """
 import triton
 import triton.language as tl
@@ -20,35 +22,55 @@ def finite_or_zero(m):
 
 
 @triton.jit
-def update(m_i, l_i, acc, s, unit):
+def exponential(s, m, unit, NATURAL: tl.constexpr):
+    """exp(s - m)."""
+    if NATURAL:
+        return tl.exp2((s - m) * LOG2E)
+    else:
+        return tl.exp2(s * unit - m)
+
+
+@triton.jit
+def ratio(a, b, NATURAL: tl.constexpr):
+    """exp(a - b) of two statistics."""
+    if NATURAL:
+        return tl.exp2((a - b) * LOG2E)
+    else:
+        return tl.exp2(a - b)
+
+
+@triton.jit
+def update(m_i, l_i, acc, s, unit, NATURAL: tl.constexpr):
     """Takes a tile of scores [BLOCK_M, BLOCK_N] into the statistics: returns them with p, the tile's probabilities."""
-    m_new = tl.maximum(m_i, tl.max(s, 1) * unit)
+    largest = tl.max(s, 1)
+    m_new = tl.maximum(m_i, largest if NATURAL else largest * unit)
     pivot = finite_or_zero(m_new)
-    p = tl.exp2(s * unit - pivot[:, None])
-    alpha = tl.exp2(m_i - pivot)
+    p = exponential(s, pivot[:, None], unit, NATURAL)
+    alpha = ratio(m_i, pivot, NATURAL)
     return m_new, l_i * alpha + tl.sum(p, 1), acc * alpha[:, None], p
 
 
 @triton.jit
-def add_sink(m_i, l_i, acc, sink):
+def add_sink(m_i, l_i, acc, sink, NATURAL: tl.constexpr):
     """One more logit in the denominator."""
-    sink = tl.full(m_i.shape, sink * LOG2E, tl.float32)
+    sink = tl.full(m_i.shape, sink if NATURAL else sink * LOG2E, tl.float32)
     m_new = tl.maximum(m_i, sink)
     pivot = finite_or_zero(m_new)
-    alpha = tl.exp2(m_i - pivot)
-    return m_new, l_i * alpha + tl.exp2(sink - pivot), acc * alpha[:, None]
+    alpha = ratio(m_i, pivot, NATURAL)
+    return m_new, l_i * alpha + ratio(sink, pivot, NATURAL), acc * alpha[:, None]
 
 
 @triton.jit
-def finalize(m_i, l_i, acc):
+def finalize(m_i, l_i, acc, NATURAL: tl.constexpr):
     """out [BLOCK_M, BLOCK_DV] and lse [BLOCK_M] in natural log; a row without keys gives 0 and -inf."""
     empty = l_i == 0.0
     out = acc / tl.where(empty, 1.0, l_i)[:, None]
-    lse = tl.where(empty, float("-inf"), (m_i + tl.log2(tl.where(empty, 1.0, l_i))) * LN2)
-    return out, lse
+    sum_base_2 = tl.log2(tl.where(empty, 1.0, l_i))
+    lse = m_i + sum_base_2 * LN2 if NATURAL else (m_i + sum_base_2) * LN2
+    return out, tl.where(empty, float("-inf"), lse)
 
 
 @triton.jit
-def lse_base_2(lse):
-    """What the backward pass subtracts: +inf for a row without keys, whose probabilities are 0."""
-    return tl.where(lse == float("-inf"), float("inf"), lse * LOG2E)
+def subtrahend(lse, NATURAL: tl.constexpr):
+    """lse as the m of `exponential`: +inf for a row without keys, whose probabilities are 0."""
+    return tl.where(lse == float("-inf"), float("inf"), lse if NATURAL else lse * LOG2E)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from tilewise.backends.gpu_math import masking, philox, scoring, softmax
-from tilewise.backends.triton.tiles import load_rows, place, store_rows
+from tilewise.backends.triton.tiles import load_rows, load_rows_between, place, store_rows
 
 
 @triton.jit
@@ -30,25 +30,25 @@ def preprocess(OUT, DO, DLSE, DELTA, out_strides, do_strides, heads, nq, HAS_DLS
 
 
 @triton.jit
-def load_statistics(LSE, DELTA, b, h, heads, rows, nq):
-    """lse in base 2 and delta of a block of queries [BLOCK_M]; beyond the sequence +inf and 0, so that p is 0 there."""
+def load_statistics(LSE, DELTA, b, h, heads, rows, nq, NATURAL: tl.constexpr):
+    """lse as subtracted and delta of a block of queries [BLOCK_M]; beyond the sequence +inf and 0: p is 0 there."""
     offsets = (b * heads + h).to(tl.int64) * nq + rows
-    lse = softmax.lse_base_2(tl.load(LSE + offsets, mask=rows < nq, other=float("inf")))
+    lse = softmax.subtrahend(tl.load(LSE + offsets, mask=rows < nq, other=float("inf")), NATURAL)
     return lse, tl.load(DELTA + offsets, mask=rows < nq, other=0.0)
 
 
 @triton.jit
-def tile_gradients(s, dp, lse, delta, scale, b, h, heads, rows, cols, first_row, first_col, nq, nk, BIAS, bias_strides,
-                   RNG, dropout, program, SCORE: tl.constexpr, SCORE_GRADIENT: tl.constexpr, MASK: tl.constexpr,
-                   BIAS_COLS: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, MASKED: tl.constexpr,
-                   BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+def tile_gradients(s, dp, lse, delta, scale, b, h, heads, rows, cols, first_row, first_col, nq, nk, BIAS,
+                   bias_strides, RNG, dropout, program, SCORE: tl.constexpr, SCORE_GRADIENT: tl.constexpr, MASK: tl.constexpr,
+                   BIAS_COLS: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, NATURAL: tl.constexpr,
+                   MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
     """(kept p, d loss / d finished score, d loss / d (scale * q.k)) of a tile, from s = q.k and dp = dO.v.
 
     [BLOCK_M, BLOCK_N], or [BLOCK_N, BLOCK_M] if TRANSPOSED; lse, delta, rows and cols broadcast to it.
     """
     finished = scoring.finish(s, scale, b, h, rows, cols, nq, nk, BIAS, bias_strides, program, SCORE, MASK, BIAS_COLS, RAW,
                               MASKED)
-    p = tl.exp2(finished * (softmax.LOG2E * (scale if RAW else 1.0)) - lse)
+    p = softmax.exponential(finished, lse, softmax.LOG2E * (scale if RAW else 1.0), NATURAL)
     kept = p
     if DROPOUT:
         keep = philox.keep(RNG, dropout, b, h, heads, first_row, first_col, BLOCK_M, BLOCK_N, TRANSPOSED)
@@ -57,7 +57,10 @@ def tile_gradients(s, dp, lse, delta, scale, b, h, heads, rows, cols, first_row,
     ds = p * (dp - delta)
     if MASKED:
         ds = tl.where(p == 0.0, 0.0, ds)                                       # 0 also where dp is not finite
-    return kept, ds, scoring.score_gradient(ds, s, scale, b, h, rows, cols, nq, nk, program, SCORE_GRADIENT)
+    ds_raw = scoring.score_gradient(ds, s, scale, b, h, rows, cols, nq, nk, program, SCORE_GRADIENT)
+    if MASKED and SCORE_GRADIENT is not None:
+        ds_raw = tl.where(p == 0.0, 0.0, ds_raw)                               # and where s is not
+    return kept, ds, ds_raw
 
 
 @triton.jit
@@ -65,8 +68,9 @@ def key_gradients(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DK, DV_, DBIAS, q_strides,
                   do_strides, dk_strides, dv_strides, scale, heads, group, nq, nk, dropout, captured, ints, floats,
                   SCORE: tl.constexpr, SCORE_GRADIENT: tl.constexpr, MASK: tl.constexpr, QUERIES: tl.constexpr,
                   BANDS: tl.constexpr, BIAS_COLS: tl.constexpr, DBIAS_MODE: tl.constexpr, DROPOUT: tl.constexpr,
-                  RAW: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-                  BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
+                  RAW: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr,
+                  D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+                  BLOCK_DV: tl.constexpr):
     """PART: " dk", " dv" or "" for both. Where the two accumulators do not fit into registers together, a pass for each."""
     b, h_kv, _, first_col = place(tl.program_id(0), tl.cdiv(nk, BLOCK_N), heads // group, 1, BLOCK_N, False)
     program = (captured, ints, floats)
@@ -83,15 +87,15 @@ def key_gradients(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DK, DV_, DBIAS, q_strides,
             for t in range(masking.partial_count(r) if MASKED else masking.full_count(r)):
                 first_row = (masking.partial_tile(r, t) if MASKED else masking.full_tile(r, t)) * BLOCK_M
                 rows = first_row + tl.arange(0, BLOCK_M)
-                q = load_rows(Q, q_strides, b, h, first_row, nq, BLOCK_M, D, BLOCK_D, MASKED)
+                q = load_rows_between(Q, q_strides, b, h, first_row, r[8], r[9], BLOCK_M, D, BLOCK_D, MASKED)
                 s = tl.dot(k, tl.trans(q), input_precision=PRECISION)          # [BLOCK_N, BLOCK_M]
-                do = load_rows(DO, do_strides, b, h, first_row, nq, BLOCK_M, DV, BLOCK_DV, MASKED)
+                do = load_rows_between(DO, do_strides, b, h, first_row, r[8], r[9], BLOCK_M, DV, BLOCK_DV, MASKED)
                 dp = s if PART == " dv" else tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
-                lse, delta = load_statistics(LSE, DELTA, b, h, heads, rows, nq)
+                lse, delta = load_statistics(LSE, DELTA, b, h, heads, rows, nq, NATURAL)
                 p, ds, ds_raw = tile_gradients(
                     s, dp, lse[None, :], delta[None, :], scale, b, h, heads, rows[None, :], cols[:, None], first_row,
                     first_col, nq, nk, BIAS, bias_strides, RNG, dropout, program, SCORE, SCORE_GRADIENT, MASK, BIAS_COLS,
-                    DROPOUT, RAW, MASKED, BLOCK_M, BLOCK_N, True)
+                    DROPOUT, RAW, NATURAL, MASKED, BLOCK_M, BLOCK_N, True)
                 if PART != " dk":
                     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
                 if PART != " dv":
@@ -113,14 +117,14 @@ def query_gradients(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DQ, DBIAS, q_strides, k_
                     do_strides, dq_strides, dbias_strides, scale, heads, group, nq, nk, dropout, captured, ints, floats,
                     SCORE: tl.constexpr, SCORE_GRADIENT: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr,
                     BANDS: tl.constexpr, BIAS_COLS: tl.constexpr, DBIAS_MODE: tl.constexpr, DROPOUT: tl.constexpr,
-                    RAW: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
-                    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
+                    RAW: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
     b, h, h_kv, first_row = place(tl.program_id(0), tl.cdiv(nq, BLOCK_M), heads, group, BLOCK_M, True)
     program = (captured, ints, floats)
     rows = first_row + tl.arange(0, BLOCK_M)
     q = load_rows(Q, q_strides, b, h, first_row, nq, BLOCK_M, D, BLOCK_D)      # [BLOCK_M, BLOCK_D]
     do = load_rows(DO, do_strides, b, h, first_row, nq, BLOCK_M, DV, BLOCK_DV) # [BLOCK_M, BLOCK_DV]
-    lse, delta = load_statistics(LSE, DELTA, b, h, heads, rows, nq)
+    lse, delta = load_statistics(LSE, DELTA, b, h, heads, rows, nq, NATURAL)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     r = masking.tile_ranges(KEYS, BANDS, b, h, rows, nq, nq, nk, nk, program, BLOCK_N)
@@ -128,14 +132,14 @@ def query_gradients(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DQ, DBIAS, q_strides, k_
         for t in range(masking.partial_count(r) if MASKED else masking.full_count(r)):
             first_col = (masking.partial_tile(r, t) if MASKED else masking.full_tile(r, t)) * BLOCK_N
             cols = first_col + tl.arange(0, BLOCK_N)
-            k = load_rows(K, k_strides, b, h_kv, first_col, nk, BLOCK_N, D, BLOCK_D, MASKED)
+            k = load_rows_between(K, k_strides, b, h_kv, first_col, r[8], r[9], BLOCK_N, D, BLOCK_D, MASKED)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)              # [BLOCK_M, BLOCK_N]
-            v = load_rows(V, v_strides, b, h_kv, first_col, nk, BLOCK_N, DV, BLOCK_DV, MASKED)
+            v = load_rows_between(V, v_strides, b, h_kv, first_col, r[8], r[9], BLOCK_N, DV, BLOCK_DV, MASKED)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)            # [BLOCK_M, BLOCK_N]
             _kept, ds, ds_raw = tile_gradients(
-                s, dp, lse[:, None], delta[:, None], scale, b, h, heads, rows[:, None], cols[None, :], first_row, first_col,
-                nq, nk, BIAS, bias_strides, RNG, dropout, program, SCORE, SCORE_GRADIENT, MASK, BIAS_COLS, DROPOUT, RAW,
-                MASKED, BLOCK_M, BLOCK_N, False)
+                s, dp, lse[:, None], delta[:, None], scale, b, h, heads, rows[:, None], cols[None, :], first_row,
+                first_col, nq, nk, BIAS, bias_strides, RNG, dropout, program, SCORE, SCORE_GRADIENT, MASK, BIAS_COLS, DROPOUT,
+                RAW, NATURAL, MASKED, BLOCK_M, BLOCK_N, False)
             dq = tl.dot(ds_raw.to(k.dtype), k, dq, input_precision=PRECISION)
             if DBIAS_MODE == "direct":
                 store_tile(DBIAS, dbias_strides, b, h, rows, cols, nq, nk, ds)
@@ -158,9 +162,9 @@ def store_tile(X, strides, b, h, rows, cols, nq, nk, x):
 def bias_gradient(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DBIAS, q_strides, k_strides, v_strides, bias_strides, do_strides,
                   dbias_strides, scale, heads, group, nq, nk, dropout, sum_batch, sum_heads, captured, ints, floats,
                   SCORE: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr, BANDS: tl.constexpr,
-                  BIAS_COLS: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, PRECISION: tl.constexpr,
-                  D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
-                  BLOCK_DV: tl.constexpr):
+                  BIAS_COLS: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, NATURAL: tl.constexpr,
+                  PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+                  BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
     """One tile of dbias, summed in fixed order over the sum_batch sequences and sum_heads heads that share it."""
     tiles_n = tl.cdiv(nk, BLOCK_N)
     pid = tl.program_id(0)
@@ -182,10 +186,10 @@ def bias_gradient(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DBIAS, q_strides, k_stride
             do = load_rows(DO, do_strides, b, h, first_row, nq, BLOCK_M, DV, BLOCK_DV)
             v = load_rows(V, v_strides, b, h // group, first_col, nk, BLOCK_N, DV, BLOCK_DV)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            lse, delta = load_statistics(LSE, DELTA, b, h, heads, rows, nq)
+            lse, delta = load_statistics(LSE, DELTA, b, h, heads, rows, nq, NATURAL)
             _kept, ds, _raw = tile_gradients(
-                s, dp, lse[:, None], delta[:, None], scale, b, h, heads, rows[:, None], cols[None, :], first_row, first_col,
-                nq, nk, BIAS, bias_strides, RNG, dropout, program, SCORE, None, MASK, BIAS_COLS, DROPOUT, RAW, True,
-                BLOCK_M, BLOCK_N, False)
+                s, dp, lse[:, None], delta[:, None], scale, b, h, heads, rows[:, None], cols[None, :], first_row,
+                first_col, nq, nk, BIAS, bias_strides, RNG, dropout, program, SCORE, None, MASK, BIAS_COLS, DROPOUT, RAW,
+                NATURAL, True, BLOCK_M, BLOCK_N, False)
             total += ds
     store_tile(DBIAS, dbias_strides, bias_b, bias_h, rows, cols, nq, nk, total)

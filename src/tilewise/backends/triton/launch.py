@@ -126,13 +126,14 @@ def _allocate_dbias(problem: Problem, x: Operands, mode: str | None) -> Tensor |
 
 def arguments(problem: Problem, x: Operands) -> dict[str, Any]:
     """What all attention kernels are told about a problem."""
-    raw = problem.graphs.score is None and x.bias is None and 1e-30 < problem.scale < 1e30
+    natural = problem.dtype == torch.float32
+    raw = not natural and problem.graphs.score is None and x.bias is None and 1e-30 < problem.scale < 1e30
     return dict(
         Q=x.q, K=x.k, V=x.v, BIAS=x.bias, RNG=x.rng, q_strides=strides(x.q), k_strides=strides(x.k),
         v_strides=strides(x.v), bias_strides=bias_strides(x.bias), scale=problem.scale, heads=problem.heads,
         group=problem.group, nq=problem.seqlen_q, nk=problem.seqlen_k, dropout=problem.dropout,
         captured=tuple(x.captured), ints=tuple(x.ints), floats=tuple(x.floats),
-        BIAS_COLS=bias_cols(x.bias), DROPOUT=problem.dropout > 0, RAW=raw)
+        BIAS_COLS=bias_cols(x.bias), DROPOUT=problem.dropout > 0, RAW=raw, NATURAL=natural)
 
 
 def strides(x: Tensor) -> tuple[int, ...]:

@@ -21,16 +21,22 @@ def row_offsets(strides, b, h, first_row, ROWS: tl.constexpr, BLOCK_D: tl.conste
 
 
 @triton.jit
-def load_rows(X, strides, b, h, first_row, n, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-              RAGGED: tl.constexpr = True):
-    """Rows first_row .. of X[b, h] as a tile [ROWS, BLOCK_D]; 0 beyond row n (if RAGGED) and beyond column D."""
+def load_rows(X, strides, b, h, first_row, n, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows first_row .. of X[b, h] as a tile [ROWS, BLOCK_D]; 0 beyond row n and beyond column D."""
+    return load_rows_between(X, strides, b, h, first_row, 0, n, ROWS, D, BLOCK_D, True)
+
+
+@triton.jit
+def load_rows_between(X, strides, b, h, first_row, start, end, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                      RAGGED: tl.constexpr):
+    """As `load_rows`; if RAGGED, 0 outside rows start .. end, otherwise they are known to be inside."""
     pointers = X + row_offsets(strides, b, h, first_row, ROWS, BLOCK_D)
     rows = first_row + tl.arange(0, ROWS)[:, None]
     dims = tl.arange(0, BLOCK_D)[None, :]
     if RAGGED and D < BLOCK_D:
-        return tl.load(pointers, mask=(rows < n) & (dims < D), other=0.0)
+        return tl.load(pointers, mask=(rows >= start) & (rows < end) & (dims < D), other=0.0)
     elif RAGGED:
-        return tl.load(pointers, mask=rows < n, other=0.0)
+        return tl.load(pointers, mask=(rows >= start) & (rows < end), other=0.0)
     elif D < BLOCK_D:
         return tl.load(pointers, mask=dims < D, other=0.0)
     else:
