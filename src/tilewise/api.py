@@ -1,7 +1,7 @@
 """The front door: these docstrings are the manual."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,11 +12,11 @@ from tilewise.masks import Mask
 from tilewise.plan import Plan, plan
 from tilewise.problem import make
 from tilewise.rng import Rng
-from tilewise.score_mods import ScoreMod
+from tilewise.score_mods import Mods
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Mask | Tensor | None = None,
-              score_mod: ScoreMod | Sequence[ScoreMod] | None = None, bias: Tensor | None = None,
+def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Mask | Callable | Tensor | None = None,
+              score_mod: Mods = None, bias: Tensor | None = None,
               sinks: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0, return_lse: bool = False,
               rng: Rng | None = None, deterministic: bool | None = None, batch_invariant: bool = False,
               layout: str = "bshd", backend: str = "auto") -> Any:
@@ -34,9 +34,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ma
         v: like k; its head dim D_v may differ. D and D_v are 1 to 512.
         causal: query i sees keys j <= i + S_k - S_q (aligned bottom-right). Combines with `mask` by &.
         mask: which keys a query sees: `tw.causal()`, `tw.window(left, right)`, `tw.prefix(n)`, `tw.documents(ids)`,
-            `tw.key_lengths(n)`, `tw.chunked(size)` and their combinations with & | ~, or a boolean tensor that broadcasts
-            to [B, H, S_q, S_k] (True: visible).
-        score_mod: `tw.softcap(c)`, `tw.alibi(slopes)` or a sequence of them, applied in order.
+            `tw.key_lengths(n)`, `tw.chunked(size)`, `tw.block_mask(layout)`, any function mask_mod(b, h, q_idx, kv_idx)
+            (`tw.mask_mod`), their combinations with & | ~, or a boolean tensor that broadcasts to [B, H, S_q, S_k] (True:
+            visible).
+        score_mod: `tw.softcap(c)`, `tw.alibi(slopes)`, any function score_mod(score, b, h, q_idx, kv_idx)
+            (`tw.score_mod`), or a sequence of them, applied in order.
         bias: added to the scores; floating, broadcasts to [B, H, S_q, S_k]; differentiable. -inf hides a key.
         sinks: [H], one logit per query head in the softmax denominator only; differentiable.
         scale: factor of the products, default D ** -0.5.

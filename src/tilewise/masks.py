@@ -14,32 +14,20 @@ p = i + n - S_q is the position of query i among the n keys of its own sequence:
     chunked(size)            j // size == p // size
     documents(ids)           same document id, ids >= 0
     full()                   every key
+    mask_mod(function)       any function of the indices
 """
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tilewise.trace.bounds import tile_classes
-from tilewise.trace.graph import (
-    Captured,
-    Expr,
-    Node,
-    equal,
-    evaluate,
-    leaf_values,
-    load,
-    lower,
-    maximum,
-    minimum,
-    parse,
-    slot_values,
-    var,
-    where,
-    wrap,
-)
+from tilewise.trace.capture import mask_graph
+from tilewise.trace.evaluate import evaluate, leaf_values, slot_values
+from tilewise.trace.graph import Captured, Expr, Graph, equal, load, lower, maximum, minimum, parse, var, where, wrap
 
 B, H, Q, K, NQ, NK = (var(name) for name in ("b", "h", "q", "k", "nq", "nk"))
 ZERO, ONE = wrap(0), wrap(1)
@@ -80,7 +68,8 @@ class Mask:
     keys      one or two bands over q: the keys visible to a query lie in their union
     queries   likewise over k: the queries that see a key
 
-    Combine masks with `&`, `|` and `~`.
+    A mask made from a function has no bands: which tiles it shows follows from its graph (`trace/bounds.py`).
+    Combine masks, and functions with masks, by `&`, `|` and `~`.
     """
 
     __slots__ = ("element", "keys", "name", "queries")
@@ -88,16 +77,17 @@ class Mask:
     def __init__(self, name: str, element: Expr, keys: tuple[Band, ...], queries: tuple[Band, ...]):
         self.name, self.element, self.keys, self.queries = name, element, keys, queries
 
-    def __and__(self, other: Mask) -> Mask:
+    def __and__(self, other: Mask | Callable) -> Mask:
         other = _checked(other, "&")
         return Mask(f"{self.name} & {other.name}", self.element & other.element,
                     _intersect(self.keys, other.keys, LAST_KEY), _intersect(self.queries, other.queries, LAST_QUERY))
 
-    def __or__(self, other: Mask) -> Mask:
+    def __or__(self, other: Mask | Callable) -> Mask:
         other = _checked(other, "|")
         return Mask(f"({self.name} | {other.name})", self.element | other.element,
-                    _at_most_two(self.keys + other.keys, LAST_KEY),
-                    _at_most_two(self.queries + other.queries, LAST_QUERY))
+                    _unite(self.keys, other.keys, LAST_KEY), _unite(self.queries, other.queries, LAST_QUERY))
+
+    __rand__, __ror__ = __and__, __or__
 
     def __invert__(self) -> Mask:
         return Mask(f"~({self.name})", ~self.element, _complement(self.keys, LAST_KEY),
@@ -121,12 +111,14 @@ class Mask:
 
     def classify(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int, tile_q: int, tile_k: int,
                  device="cpu") -> Tensor:
-        """EMPTY (0), PARTIAL (1) or FULL (2) for every tile: uint8 [batch, heads, tiles_q, tiles_k], from the bands.
+        """EMPTY (0), PARTIAL (1) or FULL (2) for every tile: uint8 [batch, heads, tiles_q, tiles_k].
 
-        A tile said EMPTY shows no score, one said FULL shows all of its scores; PARTIAL promises nothing. O(N + tiles).
+        A tile said EMPTY shows no score, one said FULL shows all of its scores; PARTIAL promises nothing. Takes O(N + tiles)
+        and never looks at single scores (`trace/bounds.py`).
         """
-        bands, values = _lowered([x for band in self.keys for x in band], batch, heads, seqlen_q, seqlen_k, device)
-        classes = tile_classes(bands, values, seqlen_q, seqlen_k, tile_q, tile_k, device)
+        exprs = [self.element, *(x for band in self.keys for x in band)]
+        (element, *bands), values = _lowered(exprs, batch, heads, seqlen_q, seqlen_k, device)
+        classes = tile_classes(element, bands, values, batch, heads, (seqlen_q, seqlen_k), (tile_q, tile_k), device)
         return classes.expand(batch, heads, *classes.shape[2:])
 
     def draw(self, seqlen_q: int = 16, seqlen_k: int | None = None, *, batch: int = 1, head: int = 0) -> str:
@@ -142,7 +134,7 @@ class Mask:
         save_mask_png(self, path, seqlen_q, seqlen_q if seqlen_k is None else seqlen_k, tile, batch, head)
 
 
-def _lowered(exprs: list[Expr], batch: int, heads: int, nq: int, nk: int, device) -> tuple[tuple[Node, ...], dict]:
+def _lowered(exprs: list[Expr], batch: int, heads: int, nq: int, nk: int, device) -> tuple[tuple[Graph, ...], dict]:
     """The graphs parsed, and the values of all their leaves but q and k."""
     program = lower([exprs])
     (nodes,) = parse(program.text)
@@ -150,10 +142,12 @@ def _lowered(exprs: list[Expr], batch: int, heads: int, nq: int, nk: int, device
     return nodes, leaf_values(slots, batch, heads, nq, nk, device)
 
 
-def _checked(mask, operation: str) -> Mask:
-    if not isinstance(mask, Mask):
-        raise TypeError(f"{operation}: expected a mask on both sides, got {type(mask).__name__}")
-    return mask
+def _checked(mask: Any, operation: str) -> Mask:
+    if isinstance(mask, Mask):
+        return mask
+    if callable(mask):
+        return mask_mod(mask)
+    raise TypeError(f"{operation}: expected a mask or a mask function on both sides, got {type(mask).__name__}")
 
 
 def _intersect(a: tuple[Band, ...], b: tuple[Band, ...], last: Expr) -> tuple[Band, ...]:
@@ -168,6 +162,10 @@ def _intersect(a: tuple[Band, ...], b: tuple[Band, ...], last: Expr) -> tuple[Ba
     return _at_most_two(tuple(bands), last)
 
 
+def _unite(a: tuple[Band, ...], b: tuple[Band, ...], last: Expr) -> tuple[Band, ...]:
+    return _at_most_two(a + b, last) if a and b else ()
+
+
 def _at_most_two(bands: tuple[Band, ...], last: Expr) -> tuple[Band, ...]:
     """Kernels walk at most two intervals: further ones are joined to the last, which then decides nothing."""
     while len(bands) > 2:
@@ -178,6 +176,8 @@ def _at_most_two(bands: tuple[Band, ...], last: Expr) -> tuple[Band, ...]:
 
 
 def _complement(bands: tuple[Band, ...], last: Expr) -> tuple[Band, ...]:
+    if not bands:
+        return ()
     if len(bands) == 1 and bands[0].exact:
         return exact(ZERO, bands[0].lo - ONE), exact(bands[0].hi + ONE, last)
     return (undecided(last),)
@@ -271,6 +271,23 @@ def documents(ids_q: Tensor, ids_k: Tensor | None = None) -> Mask:
     keys = Band(*(row("ids_q", t, Q) for t in _document_intervals(ids_q, ids_k)))
     queries = Band(*(row("ids_k", t, K) for t in _document_intervals(ids_k, ids_q)))
     return Mask("documents(...)", equal(id_q, id_k) & (id_q >= ZERO), (keys,), (queries,))
+
+
+def mask_mod(function: Callable) -> Mask:
+    """A mask from mask_mod(b, h, q_idx, kv_idx) -> boolean, written with torch functions as for FlexAttention.
+
+        @tw.mask_mod
+        def dilated(b, h, q_idx, kv_idx):
+            return (q_idx >= kv_idx) & ((q_idx - kv_idx) % 4 == 0)
+
+    Arguments behave like zero-dimensional integer tensors; indices count from 0 inside the sequence. The function runs once;
+    it may index tensors of its scope by any index expression, and is compiled into the kernels. Which tiles it shows follows
+    by interval arithmetic: nothing of size N² is evaluated. `tw.attention(mask=function)` calls this.
+
+    Raises CaptureError (a TypeError), naming the operation and the line, for what cannot be compiled: branches on indices,
+    writing into tensors, random numbers, functions not known, a result that is not boolean.
+    """
+    return Mask(getattr(function, "__name__", "mask_mod"), mask_graph(function), (), ())
 
 
 def from_tensor(visible: Tensor) -> Mask:

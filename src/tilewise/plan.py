@@ -8,7 +8,7 @@ import torch
 from tilewise import backends
 from tilewise.problem import Operands, Problem
 from tilewise.trace.bounds import EMPTY, FULL, tile_classes
-from tilewise.trace.graph import leaf_values, slot_values
+from tilewise.trace.evaluate import leaf_values, slot_values
 
 
 def choose(problem: Problem, backend: str) -> str:
@@ -87,8 +87,8 @@ def plan(problem: Problem, x: Operands, backend: str) -> Plan:
     tiles = module.tile_sizes(problem)
     values = leaf_values(slot_values([t.cpu() for t in x.captured], x.ints, x.floats), problem.batch, problem.heads,
                          problem.seqlen_q, problem.seqlen_k)
-    bands = () if name == "reference" else problem.graphs.keys
-    classes = tile_classes(bands, values, problem.seqlen_q, problem.seqlen_k, *tiles)
+    mask, bands = (None, ()) if name == "reference" else (problem.graphs.mask, problem.graphs.keys)
+    classes = tile_classes(mask, bands, values, problem.batch, problem.heads, (problem.seqlen_q, problem.seqlen_k), tiles)
     repeats = problem.batch * problem.heads // max(1, classes.shape[0] * classes.shape[1])
     visited, full = int((classes != EMPTY).sum()) * repeats, int((classes == FULL).sum()) * repeats
     size = torch.finfo(problem.dtype).bits // 8

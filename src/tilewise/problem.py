@@ -6,7 +6,7 @@ A `Problem` holds sizes, numbers and the lowered mask and score functions; `Oper
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,9 +15,9 @@ from torch import Tensor
 
 from tilewise import masks, rng
 from tilewise.masks import Mask
-from tilewise.score_mods import ScoreMod, compose
+from tilewise.score_mods import Mods, ScoreMod, compose
 from tilewise.trace.derive import derivative
-from tilewise.trace.graph import Node, Program, lower, parse, wrap
+from tilewise.trace.graph import Graph, Program, lower, parse, wrap
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 512
@@ -26,11 +26,11 @@ PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 
 class Graphs(NamedTuple):
     """The graphs of a program text; None where there is none."""
-    score: Node | None
-    score_gradient: Node | None         # d score / d s
-    mask: Node | None
-    keys: tuple[Node, ...]              # per band lo, hi, inner_lo, inner_hi over q
-    queries: tuple[Node, ...]           # per band the same over k
+    score: Graph | None
+    score_gradient: Graph | None         # d score / d s
+    mask: Graph | None
+    keys: tuple[Graph, ...]              # per band lo, hi, inner_lo, inner_hi over q; none: decided by the mask's graph
+    queries: tuple[Graph, ...]           # per band the same over k
 
     @staticmethod
     def of(text: str) -> Graphs:
@@ -38,7 +38,7 @@ class Graphs(NamedTuple):
         return Graphs(score[0] if score else None, gradient[0] if gradient else None, mask[0] if mask else None, keys, queries)
 
 
-def _groups(text: str) -> tuple[tuple[Node, ...], ...]:
+def _groups(text: str) -> tuple[tuple[Graph, ...], ...]:
     return parse(text)
 
 
@@ -113,8 +113,8 @@ class Problem:
         return torch.empty((self.batch, self.heads, self.seqlen_q), dtype=dtype, device=self.device)
 
 
-def make(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Mask | Tensor | None = None,
-         score_mod: ScoreMod | Sequence[ScoreMod] | None = None, bias: Tensor | None = None, sinks: Tensor | None = None,
+def make(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Mask | Callable | Tensor | None = None,
+         score_mod: Mods = None, bias: Tensor | None = None, sinks: Tensor | None = None,
          scale: float | None = None, dropout_p: float = 0.0, rng: Any = None, deterministic: bool | None = None,
          batch_invariant: bool = False, layout: str = "bshd") -> tuple[Problem, Operands]:
     """Checks the arguments of `tilewise.attention` and describes them. Raises TypeError or ValueError naming the argument."""
@@ -164,11 +164,14 @@ def _program(mask: Mask | None, score: ScoreMod | None) -> Program:
     return lower(sections)
 
 
-def _whole_mask(causal: bool, mask: Mask | Tensor | None) -> Mask | None:
+def _whole_mask(causal: bool, mask: Mask | Callable | Tensor | None) -> Mask | None:
     if isinstance(mask, Tensor):
         mask = masks.from_tensor(mask)
+    elif callable(mask):
+        mask = masks.mask_mod(mask)
     if mask is not None and not isinstance(mask, Mask):
-        raise TypeError(f"mask: expected None, a mask such as tw.causal(), or a boolean tensor, got {type(mask).__name__}")
+        raise TypeError(f"mask: expected None, a mask such as tw.causal(), a function mask_mod(b, h, q_idx, kv_idx) or a boolean "
+                        f"tensor, got {type(mask).__name__}")
     if not isinstance(causal, bool):
         raise TypeError(f"causal: expected True or False, got {causal!r}")
     if causal:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tilewise import rng
 from tilewise.problem import Operands, Problem
 from tilewise.state import AttentionState
-from tilewise.trace.graph import evaluate, leaf_values, slot_values
+from tilewise.trace.evaluate import evaluate, leaf_values, slot_values
 
 
 def supports(problem: Problem) -> str | None:

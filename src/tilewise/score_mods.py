@@ -6,11 +6,12 @@ Several are applied in the order given.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
 from tilewise.masks import P
+from tilewise.trace.capture import score_graph
 from tilewise.trace.graph import Captured, Expr, load, substitute, tanh, var, wrap
 
 S, B, H, K = var("s"), var("b"), var("h"), var("k")
@@ -52,15 +53,36 @@ def alibi(slopes: Tensor) -> ScoreMod:
     return ScoreMod("alibi(...)", S - slope * abs(P - K))
 
 
-def compose(mods: ScoreMod | Sequence[ScoreMod] | None) -> ScoreMod | None:
+def score_mod(function: Callable) -> ScoreMod:
+    """A score function from score_mod(score, b, h, q_idx, kv_idx) -> score, written with torch functions as for FlexAttention.
+
+        @tw.score_mod
+        def relative(score, b, h, q_idx, kv_idx):
+            return score + table[h, q_idx - kv_idx + N - 1]
+
+    Arguments behave like zero-dimensional tensors, the score in fp32. The function runs once; its derivative follows from
+    its graph. `tw.attention(score_mod=function)` calls this.
+
+    Raises CaptureError (a TypeError), naming the operation and the line, for what cannot be compiled.
+    """
+    return ScoreMod(getattr(function, "__name__", "score_mod"), score_graph(function))
+
+
+Mods = ScoreMod | Callable | Sequence[ScoreMod | Callable] | None
+
+
+def compose(mods: Mods) -> ScoreMod | None:
     """One score function for a sequence of them, applied in order."""
     if mods is None or isinstance(mods, ScoreMod):
         return mods
-    if not isinstance(mods, (list, tuple)) or not all(isinstance(m, ScoreMod) for m in mods):
+    if callable(mods):
+        return score_mod(mods)
+    if not isinstance(mods, (list, tuple)) or not all(isinstance(m, ScoreMod) or callable(m) for m in mods):
         raise TypeError(f"score_mod: expected None, a score function such as tw.softcap(30.0), or a sequence of them, "
                         f"got {mods!r}")
     if not mods:
         return None
+    mods = [m if isinstance(m, ScoreMod) else score_mod(m) for m in mods]
     result = mods[0]
     for mod in mods[1:]:
         result = ScoreMod(f"{result.name}, {mod.name}", substitute(mod.expr, result.expr))

@@ -20,10 +20,12 @@ from tilewise.backends import Gradients, Needs, flat_dims, over_leading
 from tilewise.problem import Operands, Problem
 from tilewise.state import AttentionState, sink_gradient
 from tilewise.trace.bounds import EMPTY, FULL, hidden_rows, tile_classes
-from tilewise.trace.graph import evaluate, leaf_values, leaves, slot_values
+from tilewise.trace.evaluate import evaluate, leaf_values, slot_values
+from tilewise.trace.graph import leaves
 
 TILE_ELEMENTS = 1 << 20                 # scores held at a time, over all sequences and heads
 LONGEST_TILE, SHORTEST_TILE = 512, 32
+BLOCK = 128, 64                         # (queries, keys) at most, of masks without intervals: their kept blocks are gathered
 
 
 def supports(problem: Problem) -> str | None:
@@ -52,7 +54,7 @@ def workspace(problem: Problem) -> tuple[int, int]:
 
 class Tile(NamedTuple):
     rows: slice
-    cols: slice
+    cols: slice | Tensor                # a tensor where kept blocks are not neighbours
     masked: bool
 
 
@@ -100,8 +102,9 @@ class Walk:
 
     def indices(self, tile: Tile) -> dict[str, Tensor]:
         device = self.problem.device
+        cols = tile.cols
         return dict(q=torch.arange(tile.rows.start, tile.rows.stop, device=device)[:, None],
-                    k=torch.arange(tile.cols.start, tile.cols.stop, device=device))
+                    k=torch.arange(cols.start, cols.stop, device=device) if isinstance(cols, slice) else cols)
 
     def dropped(self, tile: Tile, p: Tensor) -> Tensor:
         """p after dropout."""
@@ -120,7 +123,7 @@ def walk(problem: Problem, x: Operands) -> Walk:
     queries = dict(q=torch.arange(problem.seqlen_q, device=device)[:, None])
     keys = dict(k=torch.arange(problem.seqlen_k, device=device)[:, None])
     hidden_queries = hidden_keys = None
-    if graphs.mask is not None:
+    if graphs.keys:
         hidden_queries = hidden_rows(graphs.keys, values | queries, problem.seqlen_k, device)
         hidden_keys = hidden_rows(graphs.queries, values | keys, problem.seqlen_q, device)
         if hidden_keys.shape[1] > 1:  # hidden from a whole group
@@ -137,25 +140,44 @@ def tile_sizes(problem: Problem) -> tuple[int, int]:
     """(queries, keys) per tile: near TILE_ELEMENTS over all sequences and heads."""
     side = (TILE_ELEMENTS / max(1, problem.batch * problem.heads)) ** 0.5
     length = min(LONGEST_TILE, max(SHORTEST_TILE, 1 << int(side).bit_length() - 1))
+    if problem.graphs.mask is not None and not problem.graphs.keys:
+        return min(length, BLOCK[0]), min(length, BLOCK[1])
     return length, length
 
 
 def _visited(problem: Problem, values: dict[str, Any]) -> Iterator[tuple[Tile, ...]]:
     """The tiles that are not EMPTY for some sequence and head, per block of queries, keys ascending."""
     tile_q, tile_k = tile_sizes(problem)
-    bands = problem.graphs.keys
+    mask, bands = problem.graphs.mask, problem.graphs.keys
     undecided = False
-    if problem.device.type != "cpu":  # reading the device's values would wait for it: go by what the host knows
-        undecided = any(leaf[0] == "t" or leaf in "bh" for node in bands for leaf in leaves(node))
+    if problem.device.type != "cpu" and mask is not None:  # reading the device's values would wait for it
+        undecided = not bands or any(leaf[0] == "t" or leaf in "bh" for node in bands for leaf in leaves(node))
         values = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
-    classes = tile_classes(() if undecided else bands, values, problem.seqlen_q, problem.seqlen_k, tile_q, tile_k)
+    classes = tile_classes(None if undecided else mask, () if undecided else bands, values, problem.batch, problem.heads,
+                           (problem.seqlen_q, problem.seqlen_k), (tile_q, tile_k))
     certain = classes.amin((0, 1)).tolist() if classes.numel() else []
     visible = classes.amax((0, 1)).tolist() if classes.numel() else []
     for i in range(-(-problem.seqlen_q // tile_q)):
         rows = slice(i * tile_q, min((i + 1) * tile_q, problem.seqlen_q))
-        yield tuple(Tile(rows, slice(j * tile_k, min((j + 1) * tile_k, problem.seqlen_k)),
-                         undecided or certain[i][j] != FULL)
-                    for j in range(-(-problem.seqlen_k // tile_k)) if visible[i][j] != EMPTY)
+        kept = [j for j in range(-(-problem.seqlen_k // tile_k)) if visible[i][j] != EMPTY]
+        if mask is None or bands or undecided:
+            yield tuple(Tile(rows, slice(j * tile_k, min((j + 1) * tile_k, problem.seqlen_k)),
+                             undecided or certain[i][j] != FULL) for j in kept)
+        else:
+            yield (*_gathered(problem, rows, [j for j in kept if certain[i][j] == FULL], tile_k, False),
+                   *_gathered(problem, rows, [j for j in kept if certain[i][j] != FULL], tile_k, True))
+
+
+def _gathered(problem: Problem, rows: slice, blocks: list[int], size: int, masked: bool) -> Iterator[Tile]:
+    """Blocks of keys as few tiles of near TILE_ELEMENTS scores."""
+    together = max(1, TILE_ELEMENTS // max(1, problem.batch * problem.heads * (rows.stop - rows.start) * size))
+    for first in range(0, len(blocks), together):
+        some = blocks[first:first + together]
+        if some[-1] - some[0] == len(some) - 1:
+            yield Tile(rows, slice(some[0] * size, min((some[-1] + 1) * size, problem.seqlen_k)), masked)
+        else:
+            cols = (torch.tensor(some)[:, None] * size + torch.arange(size)).flatten()
+            yield Tile(rows, cols[cols < problem.seqlen_k], masked)
 
 
 def full_precision(x: Tensor) -> torch.autocast:
@@ -197,6 +219,16 @@ def cut(x: Tensor, axes: str, tile: Tile) -> Tensor:
         x = x[:, :, tile.rows] if x.shape[2] > 1 else x
         return x[..., tile.cols] if x.shape[3] > 1 else x
     return x[:, :, tile.rows if axes == ROWS else tile.cols]
+
+
+def accumulate(out: Tensor, axes: str, tile: Tile, part: Tensor) -> None:
+    """cut(out, axes, tile) += part, also where the cut gathers."""
+    by_cols = axes == COLS or (axes == BOTH and out.shape[3] > 1)
+    if isinstance(tile.cols, slice) or not by_cols:
+        cut(out, axes, tile).add_(part)
+    else:
+        within = out[:, :, tile.rows] if axes == BOTH and out.shape[2] > 1 else out
+        within.index_add_(2 if axes == COLS else 3, tile.cols, part)
 
 
 @dataclass(frozen=True)
@@ -243,7 +275,7 @@ class BlockSum(torch.autograd.Function):
             for tile in terms.tiles:
                 parts = terms.function(tile, *(cut(x, axes, tile) for x, axes in zip(inputs, terms.inputs, strict=True)))
                 for out, axes, part in zip(outputs, terms.outputs, parts, strict=True):
-                    cut(out, axes, tile).add_(part)
+                    accumulate(out, axes, tile, part)
         return tuple(outputs)
 
     @staticmethod

@@ -7,12 +7,31 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilewise.trace.graph import Node, evaluate
+from tilewise.trace.evaluate import evaluate
+from tilewise.trace.graph import Graph, leaves
+from tilewise.trace.intervals import Bounds, Interval, point
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
 
 
-def tile_classes(bands: Sequence[Node], values: Mapping[str, Any], seqlen_q: int, seqlen_k: int, tile_q: int,
+def tile_classes(mask: Graph | None, bands: Sequence[Graph], values: Mapping[str, Any], batch: int, heads: int,
+                 lengths: tuple[int, int], tile: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
+    """EMPTY, PARTIAL or FULL for every tile of a mask: uint8 [b, h, tiles_q, tiles_k].
+
+    A tile said EMPTY shows no score, one said FULL shows all of its scores; PARTIAL promises nothing. b and h are 1 where
+    the mask does not depend on the sequence or the head. lengths, tile: (queries, keys); values: all leaves but q and k.
+
+    A mask with intervals (`masks.Band`) is decided by them. Any other by interval arithmetic on its graph: on the host
+    coarse tiles come first and only those found PARTIAL are looked into, so that a mask costs what its boundary is long, not
+    what the matrix has of tiles.
+    """
+    if mask is None or bands:
+        return band_classes(bands, values, *lengths, *tile, device)
+    return _grid_classes(Bounds(values), mask, batch if "b" in leaves(mask) else 1, heads if "h" in leaves(mask) else 1,
+                         lengths, tile, torch.device(device))
+
+
+def band_classes(bands: Sequence[Graph], values: Mapping[str, Any], seqlen_q: int, seqlen_k: int, tile_q: int,
                  tile_k: int, device: torch.device | str = "cpu") -> Tensor:
     """EMPTY, PARTIAL or FULL for every tile, from bands over q (`masks.Band`): uint8 [b, h, tiles_q, tiles_k].
 
@@ -40,7 +59,44 @@ def tile_classes(bands: Sequence[Node], values: Mapping[str, Any], seqlen_q: int
     return classes
 
 
-def hidden_rows(bands: Sequence[Node], values: Mapping[str, Any], n_cols: int, device: torch.device | str) -> Tensor:
+CHUNK = 1 << 18                         # tiles decided at a time
+COARSE = 16                             # tiles along each side of a coarse tile
+
+
+def _grid_classes(bounds: Bounds, mask: Graph, batch: int, heads: int, lengths: tuple[int, int], tile: tuple[int, int],
+                  device: torch.device) -> Tensor:
+    rows, cols = (-(-length // size) for length, size in zip(lengths, tile, strict=True))
+    if device.type != "cpu" or min(rows, cols) <= COARSE**2:  # elsewhere, knowing which are PARTIAL would wait for the device
+        classes = torch.empty((batch, heads, rows, cols), dtype=torch.uint8, device=device)
+        step = max(1, CHUNK // max(1, batch * heads * cols))
+        k = _span(torch.arange(cols, device=device), tile[1], lengths[1])
+        for first in range(0, rows if cols else 0, step):
+            q = _span(torch.arange(first, min(first + step, rows), device=device)[:, None], tile[0], lengths[0])
+            classes[:, :, first:first + step] = _decide(bounds, mask, dict(q=q, k=k), device)
+        return classes
+    coarse = _grid_classes(bounds, mask, batch, heads, lengths, (tile[0] * COARSE, tile[1] * COARSE), device)
+    classes = coarse[:, :, :, None, :, None].repeat(1, 1, 1, COARSE, 1, COARSE)
+    inside = torch.arange(COARSE)
+    for chunk in (coarse == PARTIAL).nonzero().split(CHUNK // COARSE**2):
+        b, h, i, j = chunk.T
+        leaves = dict(q=_span((i[:, None] * COARSE + inside)[:, :, None], tile[0], lengths[0]),
+                      k=_span((j[:, None] * COARSE + inside)[:, None, :], tile[1], lengths[1]),
+                      b=point(b[:, None, None]), h=point(h[:, None, None]))
+        classes[b, h, i, :, j, :] = _decide(bounds, mask, leaves, device)
+    return classes.flatten(4, 5).flatten(2, 3)[:, :, :rows, :cols]
+
+
+def _span(tile: Tensor, size: int, length: int) -> Interval:
+    """The indices of tiles, inside the sequence."""
+    return Interval((tile * size).clamp(max=length - 1), (tile * size + (size - 1)).clamp(max=length - 1))
+
+
+def _decide(bounds: Bounds, mask: Graph, leaves: Mapping[str, Interval], device: torch.device) -> Tensor:
+    surely, possibly = (torch.as_tensor(x, device=device).byte() for x in bounds.of(mask, leaves))
+    return surely + possibly
+
+
+def hidden_rows(bands: Sequence[Graph], values: Mapping[str, Any], n_cols: int, device: torch.device | str) -> Tensor:
     """Which rows no column can see: bool [b, h, rows]. values: all leaves, the rows' index as [rows, 1].
 
     Such rows may be padding, which may hold anything: no backend lets them into a product.

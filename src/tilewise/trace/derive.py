@@ -1,21 +1,26 @@
 """Derivatives of score functions: the graph of d(score function)/d(score), by the chain rule."""
 from __future__ import annotations
 
-from tilewise.trace.graph import Expr, tanh, where, wrap
+import math
+
+from tilewise.trace.graph import Expr, cast, function, power, where, wrap
 
 
 def derivative(expr: Expr) -> Expr | None:
     """d expr / d s; None where expr does not depend on s."""
-    if expr.op == "var":
-        return wrap(1.0) if expr.value == "s" else None
-    if expr.op == "load" or not expr.args:
-        return None
-    inner = [derivative(a) for a in expr.args]
-    if all(d is None for d in inner):
-        return None
-    if expr.op not in RULES:
-        raise TypeError(f"score function: {expr.op} of the score has no derivative rule")
-    return RULES[expr.op](expr.args, inner)
+    done: dict[int, Expr | None] = {}
+
+    def visit(node: Expr) -> Expr | None:
+        if node.op == "var":
+            return wrap(1.0) if node.value == "s" else None
+        if not node.args or node.op == "load" or node.kind != "f":
+            return None  # integers and booleans are constant almost everywhere, and so is what they select
+        if id(node) not in done:
+            inner = [visit(a) for a in node.args]
+            done[id(node)] = None if all(d is None for d in inner) else RULES[node.op](node, node.args, inner)
+        return done[id(node)]
+
+    return visit(expr)
 
 
 def _sum(a: Expr | None, b: Expr | None) -> Expr | None:
@@ -26,26 +31,49 @@ def _times(a: Expr, d: Expr | None) -> Expr | None:
     return None if d is None else a * d
 
 
-def _divide(args, d):
+def _divide(node, args, d):
     a, b = args
-    numerator = None if d[1] is None else -(a * d[1]) / b
-    numerator = _sum(d[0], numerator)
-    return None if numerator is None else numerator / b
+    numerator = None if d[1] is None else -(node * d[1])
+    return _sum(d[0], numerator) / b
 
 
-def _select(args, d):
-    zero = wrap(0.0)
-    return where(args[0], zero if d[1] is None else d[1], zero if d[2] is None else d[2])
+def _power(node, args, d):
+    a, b = args
+    of_base = None if d[0] is None else b * power(a, b - 1.0) * d[0]
+    return _sum(of_base, None if d[1] is None else node * function("log", a) * d[1])
+
+
+def _select(condition: Expr, d: list[Expr | None]) -> Expr:
+    return where(condition, *(wrap(0.0) if x is None else x for x in d))
 
 
 RULES = {
-    "add": lambda args, d: _sum(d[0], d[1]),
-    "sub": lambda args, d: _sum(d[0], None if d[1] is None else -d[1]),
-    "neg": lambda args, d: -d[0],
-    "mul": lambda args, d: _sum(_times(args[1], d[0]), _times(args[0], d[1])),
+    "add": lambda node, args, d: _sum(d[0], d[1]),
+    "sub": lambda node, args, d: _sum(d[0], None if d[1] is None else -d[1]),
+    "neg": lambda node, args, d: -d[0],
+    "mul": lambda node, args, d: _sum(_times(args[1], d[0]), _times(args[0], d[1])),
     "div": _divide,
-    "tanh": lambda args, d: (1.0 - tanh(args[0]) * tanh(args[0])) * d[0],
-    "abs": lambda args, d: where(args[0] < 0.0, -d[0], d[0]),
-    "where": _select,
+    "pow": _power,
+    "mod": lambda node, args, d: _sum(d[0], None if d[1] is None else -(function("floor", args[0] / args[1]) * d[1])),
+    "floordiv": lambda node, args, d: None,
+    "floor": lambda node, args, d: None,
+    "ceil": lambda node, args, d: None,
+    "abs": lambda node, args, d: _select(args[0] < 0.0, [-d[0], d[0]]),
+    "min": lambda node, args, d: _select(args[0] < args[1], d),
+    "max": lambda node, args, d: _select(args[0] > args[1], d),
+    "where": lambda node, args, d: _select(args[0], d[1:]),
+    "exp": lambda node, args, d: node * d[0],
+    "exp2": lambda node, args, d: node * math.log(2) * d[0],
+    "log": lambda node, args, d: d[0] / args[0],
+    "log2": lambda node, args, d: d[0] / (args[0] * math.log(2)),
+    "sqrt": lambda node, args, d: 0.5 * d[0] / node,
+    "rsqrt": lambda node, args, d: -0.5 * node * node * node * d[0],
+    "sin": lambda node, args, d: function("cos", args[0]) * d[0],
+    "cos": lambda node, args, d: -(function("sin", args[0]) * d[0]),
+    "erf": lambda node, args, d: 2 / math.sqrt(math.pi) * function("exp", -(args[0] * args[0])) * d[0],
+    "tanh": lambda node, args, d: (1.0 - node * node) * d[0],
+    "sigmoid": lambda node, args, d: node * (1.0 - node) * d[0],
+    "to_float": lambda node, args, d: None,
+    "to_fp16": lambda node, args, d: cast("float", d[0]),
+    "to_bf16": lambda node, args, d: cast("float", d[0]),
 }
-

@@ -10,41 +10,44 @@ q and k are int32 blocks of indices inside the sequence, b and h scalars; captur
 """
 from __future__ import annotations
 
-from tilewise.trace.graph import Node
+from collections.abc import Callable
 
-BINARY = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==",
-          "and": "&", "or": "|"}
-CALLS = {"abs": "tl.abs", "min": "tl.minimum", "max": "tl.maximum", "where": "tl.where", "tanh": "tanh",
-         "floordiv": "floor_divide", "mod": "floor_remainder"}
-KINDS = {"i": "tl.int32", "f": "tl.float32", "b": "tl.int1"}
+from tilewise.trace.graph import Graph, kind
+
+SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==",
+           "ne": "!=", "and": "&", "or": "|", "xor": "^"}
+CALLS = {"abs": "tl.abs", "min": "tl.minimum", "max": "tl.maximum", "where": "tl.where", "tanh": "tanh", "pow": "power",
+         **{name: f"tl.{name}" for name in ("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "erf", "sigmoid",
+                                            "floor", "ceil")}}
+CASTS = {"to_bool": "({} != 0)", "to_int": "{}.to(tl.int32)", "to_float": "{}.to(tl.float32)",
+         "to_fp16": "{}.to(tl.float16).to(tl.float32)", "to_bf16": "{}.to(tl.bfloat16).to(tl.float32)"}
+TYPES = {"i": "tl.int32", "l": "tl.int64", "f": "tl.float32", "b": "tl.int1"}
 
 INDICES = {"score": "s, b, h, q, k", "score_gradient": "s, b, h, q, k", "mask": "b, h, q, k", "keys": "b, h, q",
            "queries": "b, h, k"}
 
 
-def function(name: str, results: tuple[Node, ...]) -> str:
+def function(name: str, results: tuple[Graph, ...]) -> str:
     """Source of the device function `name` returning the values of the graphs `results`."""
     lines: list[str] = []
-    names: dict[Node, str] = {}
-    values = [_emit(node, lines, names) for node in results]
+    names: dict[Graph, str] = {}
+    values = [_emit(graph, lines, names) for graph in results]
     arguments = f"{INDICES[name]}, nq, nk, captured, ints, floats"
     body = "".join(f"    {line}\n" for line in lines)
     return f"@triton.jit\ndef {name}({arguments}):\n{body}    return {', '.join(values)}\n"
 
 
-def _emit(node: Node, lines: list[str], names: dict[Node, str]) -> str:
-    """Appends what computes `node` and returns the name of its value. Equal subgraphs are computed once."""
-    if isinstance(node, str):
-        return _leaf(node)
-    if node not in names:
-        if node[0] == "load":
-            value = _load(node, lines, names)
-        else:
-            arguments = [_emit(a, lines, names) for a in node[1:]]
-            value = _operation(node[0], arguments)
-        names[node] = f"v{len(names)}"
-        lines.append(f"{names[node]} = {value}")
-    return names[node]
+def _emit(graph: Graph, lines: list[str], names: dict[Graph, str]) -> str:
+    """Appends what computes `graph` and returns the name of its value. Each node is computed once."""
+    if isinstance(graph, str):
+        return _leaf(graph)
+    if graph not in names:
+        def operand(x: Graph) -> str:
+            return _emit(x, lines, names)
+        value = _load(graph.args, operand) if graph.op == "load" else _operation(graph.op, graph.args, operand)
+        names[graph] = f"v{len(names)}"
+        lines.append(f"{names[graph]} = {value}")
+    return names[graph]
 
 
 def _leaf(name: str) -> str:
@@ -55,19 +58,26 @@ def _leaf(name: str) -> str:
     return name
 
 
-def _operation(op: str, arguments: list[str]) -> str:
-    if op in BINARY:
-        return f"{arguments[0]} {BINARY[op]} {arguments[1]}"
+def _operation(op: str, args: tuple[Graph, ...], operand: Callable[[Graph], str]) -> str:
+    values = [operand(a) for a in args]
+    if op in SYMBOLS:
+        return f"{values[0]} {SYMBOLS[op]} {values[1]}"
     if op == "neg":
-        return f"-{arguments[0]}"
+        return f"-{values[0]}"
     if op == "not":
-        return f"{arguments[0]} == 0"
-    return f"{CALLS[op]}({', '.join(arguments)})"
+        return f"{values[0]} == 0" if kind(args[0]) == "b" else f"~{values[0]}"
+    if op in ("floordiv", "mod"):
+        name = "floor_divide" if op == "floordiv" else "floor_remainder"
+        return f"{name}{'_floats' if kind(args[0]) == 'f' else ''}({', '.join(values)})"
+    if op in CASTS:
+        # a scalar argument has no .to: adding zero makes it a value of the language
+        return CASTS[op].format(f"({values[0]} + 0)" if isinstance(args[0], str) else values[0])
+    return f"{CALLS[op]}({', '.join(values)})"
 
 
-def _load(node: Node, lines: list[str], names: dict[Node, str]) -> str:
-    kind, slot = node[1][1], node[1][2:]
-    pointer = f"captured[{slot}]"
-    for index, stride in zip(node[2::2], node[3::2], strict=True):
-        pointer += f" + {_emit(index, lines, names)}.to(tl.int64) * {_leaf(stride)}"
-    return f"tl.load({pointer}).to({KINDS[kind]})"
+def _load(args: tuple[Graph, ...], operand: Callable[[Graph], str]) -> str:
+    name = str(args[0])
+    pointer = f"captured[{name[2:]}]"
+    for index, stride in zip(args[1::2], args[2::2], strict=True):
+        pointer += f" + {operand(index)}.to(tl.int64) * {operand(stride)}"
+    return f"tl.load({pointer}).to({TYPES[name[1]]})"

@@ -1,14 +1,16 @@
 """Expression graphs over the indices of one attention score, and the programs they are lowered to.
 
 A mask or a score function says, for one score, what becomes of it. As a graph it can be evaluated in torch on any block
-of indices (`evaluate`), differentiated (`derive.py`) and emitted as kernel source (`emit_triton.py`): one definition
-for every backend.
+of indices (`evaluate.py`), bounded over whole tiles (`bounds.py`), differentiated (`derive.py`) and emitted as kernel source
+(`emit_triton.py`): one definition for every backend. A user's torch function becomes a graph in `capture.py`.
 
 The leaves are
     b h q k     sequence, query head, query index, key index; indices count from 0 inside their own sequence
     nq nk       number of queries and of keys of that sequence
     s           the score (score functions only)
     numbers and captured tensors.
+
+Every node has a kind, "b" boolean, "i" integer or "f" floating, and converts its arguments as torch would.
 
 `lower` turns graphs into a `Program`: a canonical text in which numbers and tensors are named slots, and their values
 beside it. Kernels are cached by the text, so another length, window or tensor never compiles anything again.
@@ -17,56 +19,75 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Node = str | tuple  # a parsed program: a leaf's name, or (operation, argument, ...)
+ARITHMETIC: dict[str, Callable] = {
+    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "floordiv": operator.floordiv, "mod": operator.mod}
+COMPARISONS: dict[str, Callable] = {
+    "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge, "eq": operator.eq, "ne": operator.ne}
+BITWISE: dict[str, Callable] = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
+OF_FLOATS = ("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "erf", "tanh", "sigmoid", "floor", "ceil")
+CASTS = {"bool": "b", "int": "i", "float": "f", "fp16": "f", "bf16": "f"}  # the last two round
 
 
 class Expr:
     """One node. `op` is "var", "int", "float", "captured" (with `value`) or an operation (with `args`)."""
 
-    __slots__ = ("args", "op", "value")
+    __slots__ = ("args", "kind", "op", "value")
 
-    def __init__(self, op: str, *args: Expr, value: Any = None):
-        self.op, self.args, self.value = op, args, value
+    def __init__(self, op: str, kind: str, *args: Expr, value: Any = None):
+        self.op, self.kind, self.args, self.value = op, kind, args, value
 
-    def __add__(self, other): return Expr("add", self, wrap(other))
-    def __radd__(self, other): return Expr("add", wrap(other), self)
-    def __sub__(self, other): return Expr("sub", self, wrap(other))
-    def __rsub__(self, other): return Expr("sub", wrap(other), self)
-    def __mul__(self, other): return Expr("mul", self, wrap(other))
-    def __rmul__(self, other): return Expr("mul", wrap(other), self)
-    def __truediv__(self, other): return Expr("div", self, wrap(other))
-    def __floordiv__(self, other): return Expr("floordiv", self, wrap(other))
-    def __mod__(self, other): return Expr("mod", self, wrap(other))
-    def __neg__(self): return Expr("neg", self)
-    def __abs__(self): return Expr("abs", self)
-    def __lt__(self, other): return Expr("lt", self, wrap(other))
-    def __le__(self, other): return Expr("le", self, wrap(other))
-    def __gt__(self, other): return Expr("gt", self, wrap(other))
-    def __ge__(self, other): return Expr("ge", self, wrap(other))
-    def __and__(self, other): return Expr("and", self, wrap(other))
-    def __or__(self, other): return Expr("or", self, wrap(other))
-    def __invert__(self): return Expr("not", self)
+    def __add__(self, other): return arithmetic("add", self, other)
+    def __radd__(self, other): return arithmetic("add", other, self)
+    def __sub__(self, other): return arithmetic("sub", self, other)
+    def __rsub__(self, other): return arithmetic("sub", other, self)
+    def __mul__(self, other): return arithmetic("mul", self, other)
+    def __rmul__(self, other): return arithmetic("mul", other, self)
+    def __truediv__(self, other): return Expr("div", "f", cast("float", self), cast("float", other))
+    def __rtruediv__(self, other): return Expr("div", "f", cast("float", other), cast("float", self))
+    def __floordiv__(self, other): return arithmetic("floordiv", self, other)
+    def __rfloordiv__(self, other): return arithmetic("floordiv", other, self)
+    def __mod__(self, other): return arithmetic("mod", self, other)
+    def __rmod__(self, other): return arithmetic("mod", other, self)
+    def __pow__(self, other): return power(self, other)
+    def __rpow__(self, other): return power(other, self)
+    def __neg__(self): return Expr("neg", self.kind, self)
+    def __abs__(self): return Expr("abs", self.kind, self)
+    def __lt__(self, other): return comparison("lt", self, other)
+    def __le__(self, other): return comparison("le", self, other)
+    def __gt__(self, other): return comparison("gt", self, other)
+    def __ge__(self, other): return comparison("ge", self, other)
+    def __and__(self, other): return bitwise("and", self, other)
+    def __rand__(self, other): return bitwise("and", other, self)
+    def __or__(self, other): return bitwise("or", self, other)
+    def __ror__(self, other): return bitwise("or", other, self)
+    def __xor__(self, other): return bitwise("xor", self, other)
+    def __rxor__(self, other): return bitwise("xor", other, self)
+    def __invert__(self): return Expr("not", self.kind, self)
 
     def __bool__(self):
         raise TypeError("an index expression has no truth value: write & | ~ instead of and, or, not, "
                         "and where() instead of if")
+
+    @property
+    def constant(self) -> bool:
+        return self.op in ("int", "float")
 
 
 def wrap(value: Any) -> Expr:
     """A Python number as a leaf; an expression as it is."""
     if isinstance(value, Expr):
         return value
-    return Expr("float" if isinstance(value, float) else "int", value=value)
+    return Expr("float", "f", value=value) if isinstance(value, float) else Expr("int", "i", value=value)
 
 
 def var(name: str) -> Expr:
-    return Expr("var", value=name)
+    return Expr("var", "f" if name == "s" else "i", value=name)
 
 
 class Captured(NamedTuple):
@@ -78,43 +99,116 @@ class Captured(NamedTuple):
 
 def load(captured: Captured, *indices: Expr) -> Expr:
     """captured.tensor[indices]; the indices must lie inside the tensor."""
-    return Expr("load", Expr("captured", value=captured), *indices)
+    dtype = captured.tensor.dtype
+    kind = "b" if dtype == torch.bool else "f" if dtype.is_floating_point else "i"
+    return Expr("load", kind, Expr("captured", kind, value=captured), *indices)
+
+
+# ---- operations, with torch's conversions -----------------------------------------------------------------------------
+
+def cast(target: str, value: Any) -> Expr:
+    """To "bool", "int" (towards zero), "float" (exact), "fp16" or "bf16" (rounded)."""
+    x = wrap(value)
+    if target in ("bool", "int", "float") and x.kind == CASTS[target]:
+        return x
+    if x.constant and target in ("int", "float"):
+        return wrap({"int": int, "float": float}[target](x.value))
+    return Expr("to_" + target, CASTS[target], x)
+
+
+def promoted(a: Any, b: Any) -> tuple[Expr, Expr, str]:
+    """Both arguments in the wider of their kinds, and that kind."""
+    a, b = wrap(a), wrap(b)
+    kind = max(a.kind, b.kind, key="bif".index)
+    target = {"b": "bool", "i": "int", "f": "float"}[kind]
+    return cast(target, a), cast(target, b), kind
+
+
+def arithmetic(op: str, a: Any, b: Any) -> Expr:
+    a, b, kind = promoted(a, b)
+    if kind == "b":  # torch: True + True is True
+        if op not in ("add", "mul"):
+            raise TypeError(f"{op} of two booleans")
+        return bitwise("or" if op == "add" else "and", a, b)
+    if a.constant and b.constant and not (op in ("floordiv", "mod") and b.value == 0):
+        return wrap(ARITHMETIC[op](a.value, b.value))
+    return Expr(op, kind, a, b)
+
+
+def comparison(op: str, a: Any, b: Any) -> Expr:
+    a, b, _ = promoted(a, b)
+    return Expr(op, "b", a, b)
+
+
+def bitwise(op: str, a: Any, b: Any) -> Expr:
+    a, b, kind = promoted(a, b)
+    if kind == "f":
+        raise TypeError(f"{op} of floating numbers")
+    return Expr(op, kind, a, b)
+
+
+def power(a: Any, b: Any) -> Expr:
+    """a ** b; a small whole exponent becomes products."""
+    a, b = wrap(a), wrap(b)
+    if b.constant and b.value == int(b.value) and 1 <= b.value <= 8:
+        result = cast("float", a) if b.kind == "f" else a
+        for _ in range(int(b.value) - 1):
+            result = result * a
+        return result
+    return Expr("pow", "f", cast("float", a), cast("float", b))
+
+
+def function(op: str, x: Any) -> Expr:
+    """One of OF_FLOATS."""
+    return Expr(op, "f", cast("float", x))
 
 
 def equal(a: Any, b: Any) -> Expr:
-    return Expr("eq", wrap(a), wrap(b))
+    return comparison("eq", a, b)
 
 
 def minimum(a: Any, b: Any) -> Expr:
-    return Expr("min", wrap(a), wrap(b))
+    a, b, kind = promoted(a, b)
+    return Expr("min", kind, a, b)
 
 
 def maximum(a: Any, b: Any) -> Expr:
-    return Expr("max", wrap(a), wrap(b))
+    a, b, kind = promoted(a, b)
+    return Expr("max", kind, a, b)
 
 
 def where(condition: Expr, a: Any, b: Any) -> Expr:
-    return Expr("where", condition, wrap(a), wrap(b))
+    a, b, kind = promoted(a, b)
+    return Expr("where", kind, condition, a, b)
 
 
 def tanh(x: Expr) -> Expr:
-    return Expr("tanh", x)
+    return function("tanh", x)
 
 
 def substitute(expr: Expr, score: Expr) -> Expr:
     """`expr` with the leaf s replaced by `score`: how score functions are composed."""
-    if expr.op == "var":
-        return score if expr.value == "s" else expr
-    if not expr.args:
-        return expr
-    return Expr(expr.op, *(substitute(a, score) for a in expr.args), value=expr.value)
+    done: dict[int, Expr] = {}
 
+    def visit(node: Expr) -> Expr:
+        if node.op == "var":
+            return score if node.value == "s" else node
+        if not node.args:
+            return node
+        if id(node) not in done:
+            done[id(node)] = Expr(node.op, node.kind, *[visit(a) for a in node.args], value=node.value)
+        return done[id(node)]
+
+    return visit(expr)
+
+
+# ---- programs -----------------------------------------------------------------------------------------------------------
 
 class Program(NamedTuple):
     """A canonical text and the values of its slots.
 
-    Slots: `ti0 tf1 tb2` captured tensors (integer, floating, boolean), `i0` integers (32-bit), `n1` strides of captured
-    tensors (64-bit; they count along with the integers), `f0` floats.
+    Slots: `ti0 tl1 tf2 tb3` captured tensors (32-bit and 64-bit integer, floating, boolean), `i0` integers (32-bit), `n1`
+    strides of captured tensors (64-bit; they count along with the integers), `f0` floats.
     """
     text: str
     captured: list[Tensor]
@@ -124,16 +218,19 @@ class Program(NamedTuple):
 
 
 def lower(sections: Sequence[Sequence[Expr]]) -> Program:
-    """Groups of graphs as one program; `parse(program.text)` gives back the groups."""
+    """Groups of graphs as one program; `parse(program.text)` gives back the groups.
+
+    The text lists the operations, equal ones once, then each group's results: "add q i0;le k %0|%1|%0 %0".
+    """
     slots = _Slots()
-    groups = ["(" + " ".join([slots.text(e) for e in section]) + ")" for section in sections]
-    return Program("(" + " ".join(groups) + ")", slots.captured, slots.ints, slots.floats, slots.loads)
+    groups = [" ".join([slots.name(e) for e in section]) for section in sections]
+    return Program("|".join([";".join(slots.lines), *groups]), slots.captured, slots.ints, slots.floats, slots.loads)
 
 
 class _Slots:
-    """Gives out the slots of one program: one for each leaf and for each tensor, however often it occurs.
+    """Gives out the names of one program: one for each leaf, tensor and operation, however often it occurs.
 
-    Leaves are told apart by identity, in lists: torch.compile would compile again for other values or other id()s.
+    Nodes are told apart by identity, in lists: torch.compile would compile again for other values or other id()s.
     """
 
     def __init__(self):
@@ -141,35 +238,41 @@ class _Slots:
         self.ints: list[int] = []
         self.floats: list[float] = []
         self.loads: list[Expr] = []
-        self.leaves: list[Expr] = []        # numbers seen, and
-        self.names: list[str] = []          # the names of their slots
-        self.strides: dict[tuple[str, int], str] = {}
+        self.seen: list[Expr] = []          # nodes seen, and
+        self.names: list[str] = []          # their names
+        self.lines: list[str] = []          # operations, and
+        self.numbers: dict[str, str] = {}   # the names of their results
+        self.strides: dict[str, str] = {}
 
-    def text(self, expr: Expr) -> str:
+    def name(self, expr: Expr) -> str:
         if expr.op == "var":
             return expr.value
+        place = self.position(self.seen, expr)
+        if place < len(self.names):
+            return self.names[place]
         if expr.op == "int":
-            slot = self.position(self.leaves, expr)
-            if slot == len(self.names):
-                self.leaves.append(expr)
-                self.names.append(self.integer("i", expr.value))
-            return self.names[slot]
-        if expr.op == "float":
-            slot = self.position(self.leaves, expr)
-            if slot == len(self.names):
-                self.leaves.append(expr)
-                self.names.append(f"f{len(self.floats)}")
-                self.floats.append(expr.value)
-            return self.names[slot]
-        if expr.op == "load":
-            tensor = expr.args[0].value.tensor
-            self.loads.append(expr)
-            name = self.tensor(tensor)
-            text = "(load " + name
-            for axis, index in enumerate(expr.args[1:]):
-                text += f" {self.text(index)} {self.stride(name, axis, tensor.stride(axis))}"
-            return text + ")"
-        return "(" + expr.op + " " + " ".join([self.text(a) for a in expr.args]) + ")"
+            name = self.integer("i", expr.value)
+        elif expr.op == "float":
+            name = f"f{len(self.floats)}"
+            self.floats.append(expr.value)
+        else:
+            line = self.load(expr) if expr.op == "load" else " ".join([expr.op, *[self.name(a) for a in expr.args]])
+            if line not in self.numbers:
+                self.numbers[line] = f"%{len(self.lines)}"
+                self.lines.append(line)
+            name = self.numbers[line]
+        self.seen.append(expr)
+        self.names.append(name)
+        return name
+
+    def load(self, expr: Expr) -> str:
+        self.loads.append(expr)
+        tensor = expr.args[0].value.tensor
+        name = self.tensor(tensor)
+        line = "load " + name
+        for axis, index in enumerate(expr.args[1:]):
+            line += f" {self.name(index)} {self.stride(name, axis, tensor.stride(axis))}"
+        return line
 
     @staticmethod
     def position(seen: list, wanted: Any) -> int:
@@ -180,9 +283,10 @@ class _Slots:
         return slot
 
     def stride(self, tensor: str, axis: int, value: int) -> str:
-        if (tensor, axis) not in self.strides:
-            self.strides[tensor, axis] = self.integer("n", value)
-        return self.strides[tensor, axis]
+        key = f"{tensor} {axis}"
+        if key not in self.strides:
+            self.strides[key] = self.integer("n", value)
+        return self.strides[key]
 
     def integer(self, kind: str, value: int) -> str:
         self.ints.append(value)
@@ -192,83 +296,57 @@ class _Slots:
         slot = self.position(self.captured, tensor)
         if slot == len(self.captured):
             self.captured.append(tensor)
-        kind = "b" if tensor.dtype == torch.bool else "f" if tensor.dtype.is_floating_point else "i"
+        dtype = tensor.dtype
+        kind = "b" if dtype == torch.bool else "f" if dtype.is_floating_point else "l" if dtype == torch.int64 else "i"
         return f"t{kind}{slot}"
 
 
-@functools.lru_cache(maxsize=1024)
-def parse(text: str) -> tuple[tuple[Node, ...], ...]:
-    """The groups of graphs in a program's text, as nested tuples."""
-    stack: list[list] = [[]]
-    for token in text.replace("(", " ( ").replace(")", " ) ").split():
-        if token == "(":
-            stack.append([])
-        elif token == ")":
-            closed = tuple(stack.pop())
-            stack[-1].append(closed)
-        else:
-            stack[-1].append(token)
-    return stack[0][0]
+class Node:
+    """An operation of a parsed program; equal ones are the same object. A leaf is its name, a string."""
+
+    __slots__ = ("args", "kind", "leaves", "op")
+
+    def __init__(self, op: str, args: tuple[Node | str, ...]):
+        self.op, self.args = op, args
+        self.leaves: frozenset[str] = frozenset().union(*map(leaves, args))
+        self.kind = _kind(op, args)
 
 
-def leaves(node: Node) -> set[str]:
+Graph = Node | str
+
+
+def leaves(graph: Graph) -> frozenset[str]:
     """The names of a graph's leaves."""
-    return {node} if isinstance(node, str) else set().union(*(leaves(a) for a in node[1:]))
+    return frozenset([graph]) if isinstance(graph, str) else graph.leaves
 
 
-TORCH: Mapping[str, Callable] = {
-    "add": operator.add, "sub": operator.sub, "mul": operator.mul, "div": operator.truediv, "neg": operator.neg,
-    "floordiv": operator.floordiv, "mod": operator.mod, "abs": abs,
-    "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge, "eq": operator.eq,
-    "and": operator.and_, "or": operator.or_,
-    "not": lambda a: torch.logical_not(a) if isinstance(a, Tensor) else not a,
-    "min": lambda a, b: _choose(a, b, torch.minimum, min), "max": lambda a, b: _choose(a, b, torch.maximum, max),
-    "where": lambda c, a, b: torch.where(c, a, b) if isinstance(c, Tensor) else (a if c else b),
-    "tanh": torch.tanh,
-}
+def kind(graph: Graph) -> str:
+    """ "b", "i" or "f"."""
+    if isinstance(graph, Node):
+        return graph.kind
+    if graph[0] == "t":
+        return "i" if graph[1] == "l" else graph[1]
+    return "f" if graph == "s" or (graph[0] == "f" and graph[1:].isdigit()) else "i"
 
 
-def _choose(a: Any, b: Any, of_tensors: Callable, of_numbers: Callable) -> Any:
-    tensor = a if isinstance(a, Tensor) else b
-    if not isinstance(tensor, Tensor):
-        return of_numbers(a, b)
-    return of_tensors(*(x if isinstance(x, Tensor) else torch.full_like(tensor, x) for x in (a, b)))
+def _kind(op: str, args: tuple[Graph, ...]) -> str:
+    if op in COMPARISONS:
+        return "b"
+    if op in OF_FLOATS or op in ("div", "pow"):
+        return "f"
+    return CASTS[op[3:]] if op.startswith("to_") else kind(args[-1] if op == "where" else args[0])
 
 
-def evaluate(node: Node, values: Mapping[str, Any], memo: dict | None = None) -> Any:
-    """The value of a parsed graph in torch.
+@functools.lru_cache(maxsize=1024)
+def parse(text: str) -> tuple[tuple[Graph, ...], ...]:
+    """The groups of graphs in a program's text."""
+    lines, *groups = text.split("|")
+    nodes: list[Node] = []
 
-    values: leaf name -> number or tensor; index tensors broadcast against each other, as in b [B, 1, 1, 1] and
-    k [1, 1, 1, N]; "float" -> the dtype to compute in. Returns a number or a tensor of the broadcast shape of the leaves used.
-    """
-    if isinstance(node, str):
-        return values[node]
-    memo = {} if memo is None else memo
-    if node not in memo:
-        if node[0] == "load":
-            indices = [evaluate(i, values, memo) for i in node[2::2]]
-            loaded = values[node[1]][tuple(indices)]
-            memo[node] = loaded.to(values["float"]) if loaded.is_floating_point() else loaded
-        else:
-            memo[node] = TORCH[node[0]](*[evaluate(a, values, memo) for a in node[1:]])
-    return memo[node]
+    def graph(name: str) -> Graph:
+        return nodes[int(name[1:])] if name[0] == "%" else name
 
-
-def slot_values(captured: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float],
-                dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """The values of a program's slots, by name, for `evaluate` in fp32, or fp64 for fp64 scores."""
-    values: dict[str, Any] = {"float": torch.promote_types(dtype, torch.float32)}
-    values |= {f"f{i}": x for i, x in enumerate(floats)}
-    for i, x in enumerate(ints):
-        values[f"i{i}"] = values[f"n{i}"] = x
-    for i, t in enumerate(captured):
-        for kind in "ifb":
-            values[f"t{kind}{i}"] = t
-    return values
-
-
-def leaf_values(slots: Mapping[str, Any], batch: int, heads: int, nq: int, nk: int,
-                device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Slots, and the leaves b [B, 1, 1, 1], h [1, H, 1, 1], nq, nk: all but q, k and s."""
-    return {**slots, "b": torch.arange(batch, device=device)[:, None, None, None],
-            "h": torch.arange(heads, device=device)[:, None, None], "nq": nq, "nk": nk}
+    for line in lines.split(";") if lines else []:
+        op, *args = line.split(" ")
+        nodes.append(Node(op, tuple(map(graph, args))))
+    return tuple(tuple(map(graph, group.split(" "))) if group else () for group in groups)

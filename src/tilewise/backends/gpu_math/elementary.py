@@ -28,3 +28,25 @@ def floor_divide(a, b):
 def floor_remainder(a, b):
     """a % b with the sign of b, as in Python and torch."""
     return a - floor_divide(a, b) * b
+
+
+@triton.jit
+def floor_divide_floats(a, b):
+    """a // b of floating numbers."""
+    return tl.floor(a / b)
+
+
+@triton.jit
+def floor_remainder_floats(a, b):
+    """a % b of floating numbers, with the sign of b."""
+    return a - tl.floor(a / b) * b
+
+
+@triton.jit
+def power(a, b):
+    """a ** b; NaN where a is negative and b not whole."""
+    magnitude = tl.exp2(b * tl.log2(tl.abs(a)))
+    whole = tl.floor(b) == b
+    odd = tl.floor(b * 0.5) * 2.0 != b
+    of_negative = tl.where(whole, tl.where(odd, -magnitude, magnitude), float("nan"))
+    return tl.where(b == 0.0, 1.0, tl.where(a < 0.0, of_negative, magnitude))

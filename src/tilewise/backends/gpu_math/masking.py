@@ -3,7 +3,8 @@
 A row block's visible columns lie in one or two intervals (`masks.Band`). In tiles, each interval is
     [start, full_start) partial    [full_start, full_end) full    [full_end, end) partial
 and a kernel walks all full tiles first, without a mask, then all partial ones with it. Rows and columns are queries and
-keys, or keys and queries where a kernel walks along the queries.
+keys, or keys and queries where a kernel walks along the queries. Masks without intervals come with lists of tiles instead
+(`trace/tile_lists.py`): then ranges are of positions in the list.
 """
 import triton
 import triton.language as tl
@@ -38,21 +39,24 @@ def after(start, full_start, full_end, end, previous_end):
 
 
 @triton.jit
-def tile_ranges(INTERVALS: tl.constexpr, BANDS: tl.constexpr, b, h, rows, n_rows, nq, nk, n, program,
-                BLOCK: tl.constexpr):
-    """Two disjoint ranges of tiles, as eight numbers, then the first column visible and the end of the visible ones.
+def visits(INTERVALS: tl.constexpr, VISIT: tl.constexpr, LIST, b, h, heads, rows, block, n_rows, nq, nk, n, program,
+           BLOCK: tl.constexpr):
+    """The tiles that a block of rows visits, as ten numbers: two disjoint ranges, then the first and the end of the columns
+    that may be visible. Columns outside them must not be loaded: padding may hold NaN.
 
-    For a block of rows; INTERVALS: the emitted `keys` or `queries`. Rows beyond n_rows are clamped, so that no lookup leaves
-    its table, and do not count. Columns outside first to end must not be loaded: padding may hold NaN.
+    VISIT  0: all tiles;  1, 2: so many intervals, by INTERVALS, the emitted `keys` or `queries`;
+           "list": those in LIST (`trace/tile_lists.py`), whose range is given by positions; "list b", "list h", "list bh": each
+           sequence, head has its own
+    rows: the block's indices; beyond n_rows they are clamped, so that no lookup leaves its table, and do not count.
     """
-    if BANDS == 0:
+    if VISIT == 0:
         tiles = (n + BLOCK - 1) // BLOCK
         return 0, 0, n // BLOCK, tiles, tiles, tiles, tiles, tiles, 0, n
-    else:
+    elif VISIT == 1 or VISIT == 2:
         live = rows < n_rows
         bands = INTERVALS(b, h, tl.minimum(rows, n_rows - 1), nq, nk, program[0], program[1], program[2])
         s0, f0, g0, e0, first, last = tile_range(bands[0], bands[1], bands[2], bands[3], live, n, BLOCK)
-        if BANDS == 1:
+        if VISIT == 1:
             return s0, f0, g0, e0, e0, e0, e0, e0, first, last + 1
         else:
             s1, f1, g1, e1, first_1, last_1 = tile_range(bands[4], bands[5], bands[6], bands[7], live, n, BLOCK)
@@ -61,43 +65,52 @@ def tile_ranges(INTERVALS: tl.constexpr, BANDS: tl.constexpr, b, h, rows, n_rows
             c0, c1, c2, c3 = tl.where(swap, s0, s1), tl.where(swap, f0, f1), tl.where(swap, g0, g1), tl.where(swap, e0, e1)
             c0, c1, c2, c3 = after(c0, c1, c2, c3, a3)
             return a0, a1, a2, a3, c0, c1, c2, c3, tl.minimum(first, first_1), tl.maximum(last, last_1) + 1
+    else:
+        row = block
+        per_row = tl.cdiv(n_rows, rows.numel)
+        if VISIT == "list h" or VISIT == "list bh":
+            row += h * per_row
+        if VISIT == "list b":
+            row += b * per_row
+        if VISIT == "list bh":
+            row += b * heads * per_row
+        start = LIST + 2 * row
+        f, p, e = tl.load(start), tl.load(start + 1), tl.load(start + 2)
+        return f, f, p, e, e, e, e, e, 0, n
 
 
 @triton.jit
-def full_count(r):
-    return r[2] - r[1] + r[6] - r[5]
+def count(r, MASKED: tl.constexpr, ASCENDING: tl.constexpr):
+    """How many tiles of the visits r are full, or MASKED: partial, or ASCENDING: either."""
+    if ASCENDING:
+        return r[3] - r[0] + r[7] - r[4]
+    elif MASKED:
+        return r[1] - r[0] + r[3] - r[2] + r[5] - r[4] + r[7] - r[6]
+    else:
+        return r[2] - r[1] + r[6] - r[5]
 
 
 @triton.jit
-def full_tile(r, t):
-    """The t-th full tile of the ranges r."""
-    first = r[2] - r[1]
-    return tl.where(t < first, r[1] + t, r[5] + t - first)
+def tile(r, t, LIST, VISIT: tl.constexpr, MASKED: tl.constexpr, ASCENDING: tl.constexpr):
+    """The t-th of those tiles."""
+    if VISIT == 0 or VISIT == 1 or VISIT == 2:
+        return tile_in_ranges(r, t, MASKED, ASCENDING)
+    else:
+        return tl.load(LIST + tile_in_ranges(r, t, MASKED, ASCENDING))
 
 
 @triton.jit
-def partial_count(r):
-    return r[1] - r[0] + r[3] - r[2] + r[5] - r[4] + r[7] - r[6]
-
-
-@triton.jit
-def partial_tile(r, t):
-    """The t-th partial tile of the ranges r."""
-    c0 = r[1] - r[0]
-    c1 = c0 + r[3] - r[2]
-    c2 = c1 + r[5] - r[4]
-    first = tl.where(t < c0, r[0] + t, r[2] + t - c0)
-    second = tl.where(t < c2, r[4] + t - c1, r[6] + t - c2)
-    return tl.where(t < c1, first, second)
-
-
-@triton.jit
-def all_count(r):
-    return r[3] - r[0] + r[7] - r[4]
-
-
-@triton.jit
-def any_tile(r, t):
-    """The t-th tile of the ranges r in ascending order, full or partial."""
-    first = r[3] - r[0]
-    return tl.where(t < first, r[0] + t, r[4] + t - first)
+def tile_in_ranges(r, t, MASKED: tl.constexpr, ASCENDING: tl.constexpr):
+    if ASCENDING:
+        first = r[3] - r[0]
+        return tl.where(t < first, r[0] + t, r[4] + t - first)
+    elif MASKED:
+        c0 = r[1] - r[0]
+        c1 = c0 + r[3] - r[2]
+        c2 = c1 + r[5] - r[4]
+        first = tl.where(t < c0, r[0] + t, r[2] + t - c0)
+        second = tl.where(t < c2, r[4] + t - c1, r[6] + t - c2)
+        return tl.where(t < c1, first, second)
+    else:
+        first = r[2] - r[1]
+        return tl.where(t < first, r[1] + t, r[5] + t - first)

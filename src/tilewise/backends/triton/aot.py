@@ -84,7 +84,7 @@ def example(width: str, head_dim: int, features: str) -> tuple[Problem, Operands
 
 def _case(kernel: Any, problem: Problem, values: Mapping[str, Any], arch: str, width: str, features: str,
           config: Config) -> Case:
-    flat = flatten(kernel, problem.program, {**values, **launch.constants(problem, config)})
+    flat = flatten(kernel, problem.program, {**values, **launch.settled(problem, values, config)})
     # strides of real tensors: as aligned as the inputs' rows
     flat["ALIGN"] = 16
     point = entry(kernel, problem.program)

@@ -64,10 +64,10 @@ def tile_gradients(s, dp, lse, delta, scale, b, h, heads, rows, cols, first_row,
 
 
 @triton.jit
-def key_gradients(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DK, DV_, DBIAS, q_strides, k_strides, v_strides, bias_strides,
+def key_gradients(Q, K, V, BIAS, RNG, LIST, DO, LSE, DELTA, DK, DV_, DBIAS, q_strides, k_strides, v_strides, bias_strides,
                   do_strides, dk_strides, dv_strides, scale, heads, group, nq, nk, dropout, captured, ints, floats,
                   SCORE: tl.constexpr, SCORE_GRADIENT: tl.constexpr, MASK: tl.constexpr, QUERIES: tl.constexpr,
-                  BANDS: tl.constexpr, BIAS_COLS: tl.constexpr, DBIAS_MODE: tl.constexpr, DROPOUT: tl.constexpr,
+                  VISIT: tl.constexpr, BIAS_COLS: tl.constexpr, DBIAS_MODE: tl.constexpr, DROPOUT: tl.constexpr,
                   RAW: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr,
                   D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
                   BLOCK_DV: tl.constexpr):
@@ -82,10 +82,10 @@ def key_gradients(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DK, DV_, DBIAS, q_strides,
     for member in range(group):
         h = h_kv * group + member
         column_sum = tl.zeros([BLOCK_N], tl.float32)
-        r = masking.tile_ranges(QUERIES, BANDS, b, h, cols, nk, nq, nk, nq, program, BLOCK_M)
+        r = masking.visits(QUERIES, VISIT, LIST, b, h, heads, cols, first_col // BLOCK_N, nk, nq, nk, nq, program, BLOCK_M)
         for MASKED in tl.static_range(2):
-            for t in range(masking.partial_count(r) if MASKED else masking.full_count(r)):
-                first_row = (masking.partial_tile(r, t) if MASKED else masking.full_tile(r, t)) * BLOCK_M
+            for t in range(masking.count(r, MASKED, False)):
+                first_row = masking.tile(r, t, LIST, VISIT, MASKED, False) * BLOCK_M
                 rows = first_row + tl.arange(0, BLOCK_M)
                 q = load_rows_between(Q, q_strides, b, h, first_row, r[8], r[9], BLOCK_M, D, BLOCK_D, MASKED)
                 s = tl.dot(k, tl.trans(q), input_precision=PRECISION)          # [BLOCK_N, BLOCK_M]
@@ -113,10 +113,10 @@ def key_gradients(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DK, DV_, DBIAS, q_strides,
 
 
 @triton.jit
-def query_gradients(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DQ, DBIAS, q_strides, k_strides, v_strides, bias_strides,
+def query_gradients(Q, K, V, BIAS, RNG, LIST, DO, LSE, DELTA, DQ, DBIAS, q_strides, k_strides, v_strides, bias_strides,
                     do_strides, dq_strides, dbias_strides, scale, heads, group, nq, nk, dropout, captured, ints, floats,
                     SCORE: tl.constexpr, SCORE_GRADIENT: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr,
-                    BANDS: tl.constexpr, BIAS_COLS: tl.constexpr, DBIAS_MODE: tl.constexpr, DROPOUT: tl.constexpr,
+                    VISIT: tl.constexpr, BIAS_COLS: tl.constexpr, DBIAS_MODE: tl.constexpr, DROPOUT: tl.constexpr,
                     RAW: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
                     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
     b, h, h_kv, first_row = place(tl.program_id(0), tl.cdiv(nq, BLOCK_M), heads, group, BLOCK_M, True)
@@ -127,10 +127,10 @@ def query_gradients(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DQ, DBIAS, q_strides, k_
     lse, delta = load_statistics(LSE, DELTA, b, h, heads, rows, nq, NATURAL)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    r = masking.tile_ranges(KEYS, BANDS, b, h, rows, nq, nq, nk, nk, program, BLOCK_N)
+    r = masking.visits(KEYS, VISIT, LIST, b, h, heads, rows, first_row // BLOCK_M, nq, nq, nk, nk, program, BLOCK_N)
     for MASKED in tl.static_range(2):
-        for t in range(masking.partial_count(r) if MASKED else masking.full_count(r)):
-            first_col = (masking.partial_tile(r, t) if MASKED else masking.full_tile(r, t)) * BLOCK_N
+        for t in range(masking.count(r, MASKED, False)):
+            first_col = masking.tile(r, t, LIST, VISIT, MASKED, False) * BLOCK_N
             cols = first_col + tl.arange(0, BLOCK_N)
             k = load_rows_between(K, k_strides, b, h_kv, first_col, r[8], r[9], BLOCK_N, D, BLOCK_D, MASKED)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)              # [BLOCK_M, BLOCK_N]
@@ -159,9 +159,9 @@ def store_tile(X, strides, b, h, rows, cols, nq, nk, x):
 
 
 @triton.jit
-def bias_gradient(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DBIAS, q_strides, k_strides, v_strides, bias_strides, do_strides,
+def bias_gradient(Q, K, V, BIAS, RNG, LIST, DO, LSE, DELTA, DBIAS, q_strides, k_strides, v_strides, bias_strides, do_strides,
                   dbias_strides, scale, heads, group, nq, nk, dropout, sum_batch, sum_heads, captured, ints, floats,
-                  SCORE: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr, BANDS: tl.constexpr,
+                  SCORE: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr, VISIT: tl.constexpr,
                   BIAS_COLS: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, NATURAL: tl.constexpr,
                   PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
                   BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
@@ -177,7 +177,7 @@ def bias_gradient(Q, K, V, BIAS, RNG, DO, LSE, DELTA, DBIAS, q_strides, k_stride
     for index in range(sum_batch * sum_heads):
         b = bias_b * sum_batch + index // sum_heads
         h = bias_h * sum_heads + index % sum_heads
-        r = masking.tile_ranges(KEYS, BANDS, b, h, rows, nq, nq, nk, nk, program, BLOCK_N)
+        r = masking.visits(KEYS, VISIT, LIST, b, h, heads, rows, first_row // BLOCK_M, nq, nq, nk, nk, program, BLOCK_N)
         tile = first_col // BLOCK_N
         if ((tile >= r[0]) & (tile < r[3])) | ((tile >= r[4]) & (tile < r[7])):
             q = load_rows(Q, q_strides, b, h, first_row, nq, BLOCK_M, D, BLOCK_D)

@@ -19,7 +19,8 @@ from tilewise.trace.graph import leaves, parse
 
 HEADER = """import triton
 import triton.language as tl
-from tilewise.backends.gpu_math.elementary import floor_divide, floor_remainder, tanh
+from tilewise.backends.gpu_math.elementary import (
+    floor_divide, floor_divide_floats, floor_remainder, floor_remainder_floats, power, tanh)
 from {module} import {kernel}
 
 
@@ -95,7 +96,7 @@ def slots(program: str) -> dict[str, tuple[tuple[str, str | None], ...]]:
     types = {"t": None, "i": "i32", "n": "i64", "f": "fp32"}
     found: dict[str, dict[int, tuple[str, str | None]]] = {"t": {}, "i": {}, "f": {}}
     for group in parse(program):
-        for leaf in frozenset().union(*map(leaves, group)):
+        for leaf in frozenset[str]().union(*map(leaves, group)):
             digits = leaf[2:] if leaf[0] == "t" else leaf[1:]
             if digits.isdigit():
                 kind = "i" if leaf[0] == "n" else leaf[0]

@@ -14,9 +14,9 @@ from tilewise.backends.triton.tiles import load_rows, load_rows_between, place, 
 
 
 @triton.jit
-def forward(Q, K, V, BIAS, SINKS, RNG, OUT, LSE, q_strides, k_strides, v_strides, bias_strides, out_strides,
+def forward(Q, K, V, BIAS, SINKS, RNG, LIST, OUT, LSE, q_strides, k_strides, v_strides, bias_strides, out_strides,
             scale, heads, group, nq, nk, dropout, captured, ints, floats,
-            SCORE: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr, BANDS: tl.constexpr,
+            SCORE: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr, VISIT: tl.constexpr,
             BIAS_COLS: tl.constexpr, HAS_SINKS: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, NATURAL: tl.constexpr,
             ASCENDING: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
             BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
@@ -28,18 +28,10 @@ def forward(Q, K, V, BIAS, SINKS, RNG, OUT, LSE, q_strides, k_strides, v_strides
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-    r = masking.tile_ranges(KEYS, BANDS, b, h, rows, nq, nq, nk, nk, program, BLOCK_N)
+    r = masking.visits(KEYS, VISIT, LIST, b, h, heads, rows, first_row // BLOCK_M, nq, nq, nk, nk, program, BLOCK_N)
     for MASKED in tl.static_range(ASCENDING, 2):
-        if MASKED:
-            count = masking.all_count(r) if ASCENDING else masking.partial_count(r)
-        else:
-            count = masking.full_count(r)
-        for t in range(count):
-            if MASKED:
-                tile = masking.any_tile(r, t) if ASCENDING else masking.partial_tile(r, t)
-            else:
-                tile = masking.full_tile(r, t)
-            first_col = tile * BLOCK_N
+        for t in range(masking.count(r, MASKED, ASCENDING)):
+            first_col = masking.tile(r, t, LIST, VISIT, MASKED, ASCENDING) * BLOCK_N
             cols = first_col + tl.arange(0, BLOCK_N)
             k = load_rows_between(K, k_strides, b, h_kv, first_col, r[8], r[9], BLOCK_N, D, BLOCK_D, MASKED)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)              # [BLOCK_M, BLOCK_N]

@@ -16,6 +16,7 @@ from tilewise.backends.triton.entry import entry, flatten
 from tilewise.backends.triton.forward_kernel import forward as forward_kernel
 from tilewise.problem import Operands, Problem
 from tilewise.state import sink_gradient
+from tilewise.trace.tile_lists import Question, tile_list
 
 Run = Callable[[Any, Problem, Callable[[Config], int], Mapping[str, Any]], None]
 
@@ -32,10 +33,33 @@ def run(kernel: Any, problem: Problem, programs: Callable[[Config], int], values
     bias = values.get("BIAS")
     if bias is not None and bias.itemsize > values["Q"].itemsize:  # rows are judged with a bias as wide as the inputs
         config = config._replace(num_stages=1)
-    flat = flatten(kernel, problem.program, {**values, **constants(problem, config)})
+    flat = flatten(kernel, problem.program, values | settled(problem, values, config))
     # Triton launches on the current device, whatever device the tensors are on
     with torch.cuda.device(problem.device) if problem.device.type == "cuda" else contextlib.nullcontext():
         entry(kernel, problem.program)[(grid,)](**flat, num_warps=config.num_warps, num_stages=config.num_stages)
+
+
+def settled(problem: Problem, values: Mapping[str, Any], config: Config) -> dict[str, Any]:
+    """The arguments of a kernel that follow from the configuration."""
+    return constants(problem, config) | (values["visits"](config) if "visits" in values else {})
+
+
+def visits(problem: Problem, x: Operands, transposed: bool = False, ascending: bool = False) -> Callable[[Config], dict]:
+    """How blocks of queries, or of keys if `transposed`, find the tiles they visit (`masking.visits`)."""
+    graphs = problem.graphs
+    bands = graphs.queries if transposed else graphs.keys
+
+    def of(config: Config) -> dict[str, Any]:
+        if bands or graphs.mask is None:
+            return dict(VISIT=len(bands) // 4, LIST=None)
+        listed = tile_list(Question(
+            problem.program, graphs.mask, tuple(x.ints), tuple(x.floats), problem.batch, problem.heads,
+            (problem.seqlen_q, problem.seqlen_k), (config.BLOCK_M, config.BLOCK_N), transposed, ascending, problem.device),
+            x.captured)
+        own = ("b" if listed.per_batch else "") + ("h" if listed.per_head else "")
+        return dict(VISIT=f"list {own}".strip(), LIST=listed.tiles)
+
+    return of
 
 
 def config_name(kernel: Any, values: Mapping[str, Any]) -> str:
@@ -48,7 +72,7 @@ def forward(problem: Problem, x: Operands, run: Run = run) -> tuple[Tensor, Tens
     lse = problem.empty_lse()
     run(forward_kernel, problem, per_query_block(problem), arguments(problem, x) | dict(
         OUT=out, LSE=lse, SINKS=x.sinks, out_strides=strides(out), HAS_SINKS=problem.has_sinks,
-        BANDS=len(problem.graphs.keys) // 4, ASCENDING=int(problem.batch_invariant)))
+        ASCENDING=int(problem.batch_invariant), visits=visits(problem, x, ascending=problem.batch_invariant)))
     return out, lse
 
 
@@ -67,18 +91,19 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
     dbias = _allocate_dbias(problem, x, mode)
     common = arguments(problem, x) | dict(DO=dout, LSE=lse, DELTA=delta, do_strides=strides(dout), DBIAS=dbias,
                                           dbias_strides=(0, 0, 0) if dbias is None else strides(dbias))
-    row_bands, col_bands = len(problem.graphs.keys) // 4, len(problem.graphs.queries) // 4
     for part in parts(problem):
         run(bwd.key_gradients, problem, per_key_block(problem), common | dict(
-            DK=dk, DV_=dv, dk_strides=strides(dk), dv_strides=strides(dv), BANDS=col_bands, PART=part,
+            DK=dk, DV_=dv, dk_strides=strides(dk), dv_strides=strides(dv), PART=part,
+            visits=visits(problem, x, transposed=True),
             DBIAS_MODE=mode if mode == "over_rows" and part != " dv" else None))
     run(bwd.query_gradients, problem, per_query_block(problem), common | dict(
-        DQ=dq, dq_strides=strides(dq), BANDS=row_bands, DBIAS_MODE=mode if mode in ("direct", "over_cols") else None))
+        DQ=dq, dq_strides=strides(dq), DBIAS_MODE=mode if mode in ("direct", "over_cols") else None,
+        visits=visits(problem, x)))
     if mode == "summed" and x.bias is not None:
         batch, heads = x.bias.shape[:2]
         run(bwd.bias_gradient, problem,
             lambda c: batch * heads * blocks(problem.seqlen_q, c.BLOCK_M) * blocks(problem.seqlen_k, c.BLOCK_N),
-            common | dict(BANDS=row_bands, sum_batch=problem.batch // max(1, batch), sum_heads=problem.heads // heads))
+            common | dict(VISIT=len(problem.graphs.keys) // 4, LIST=None, sum_batch=problem.batch // max(1, batch), sum_heads=problem.heads // heads))
     if dbias is not None and x.bias is not None:
         dbias = dbias.sum_to_size(x.bias.shape).to(x.bias.dtype)
     dsinks = sink_gradient(x.sinks, lse, delta) if needs.sinks and x.sinks is not None else None

@@ -1,0 +1,406 @@
+"""A user's torch function becomes an expression graph: it is run once, on stand-ins that record what is done to them.
+
+    mask_mod(b, h, q_idx, kv_idx) -> boolean             score_mod(score, b, h, q_idx, kv_idx) -> number
+
+Arguments behave like zero-dimensional tensors (FlexAttention's signature). Tensors of the enclosing scope may be indexed by
+any index expression. Whatever cannot become a graph raises `CaptureError`, which names the operation and the line.
+"""
+from __future__ import annotations
+
+import inspect
+import linecache
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from tilewise.trace import graph
+from tilewise.trace.graph import BITWISE, COMPARISONS, OF_FLOATS, Captured, Expr, cast, function, load, var, where, wrap
+
+INDICES = ("b", "h", "q", "k")
+MAX_DIMS = 4
+
+
+class CaptureError(TypeError):
+    """A function that cannot become a graph."""
+
+
+def mask_graph(fn: Callable) -> Expr:
+    """The graph of mask_mod(b, h, q_idx, kv_idx)."""
+    result = run(fn, INDICES, "mask_mod(b, h, q_idx, kv_idx)")
+    if isinstance(result, bool):
+        return graph.equal(wrap(0), wrap(int(not result)))
+    if not isinstance(result, Expr) or result.kind != "b":
+        raise CaptureError(f"{describe(fn)}: a mask_mod returns a boolean for each score, got {_what(result)}")
+    return result
+
+
+def score_graph(fn: Callable) -> Expr:
+    """The graph of score_mod(score, b, h, q_idx, kv_idx)."""
+    result = run(fn, ("s", *INDICES), "score_mod(score, b, h, q_idx, kv_idx)")
+    if isinstance(result, (int, float)) and not isinstance(result, bool):
+        result = wrap(float(result))
+    if not isinstance(result, Expr) or result.kind == "b":
+        raise CaptureError(f"{describe(fn)}: a score_mod returns a score, a number, got {_what(result)}")
+    return cast("float", result)
+
+
+def run(fn: Callable, names: Sequence[str], signature: str) -> Any:
+    """fn's result on stand-ins, as an Expr where it is a traced value or a tensor."""
+    if not callable(fn):
+        raise CaptureError(f"expected a function {signature}, got {fn!r}")
+    try:
+        inspect.signature(fn).bind(*names)
+    except TypeError as error:
+        raise CaptureError(f"{describe(fn)}: expected {signature}: {error}") from None
+    with Recorder(fn) as recorder:
+        result = fn(*[Traced(var(name), recorder) for name in names])
+    return recorder.expr(result) if isinstance(result, (Traced, Tensor)) else result
+
+
+class Recorder(TorchFunctionMode):
+    """Sees every torch function while a user's function runs."""
+
+    def __init__(self, fn: Callable):
+        super().__init__()
+        self.fn = fn
+        self.constants: dict[tuple[type, Any], Expr] = {}
+        self.tensors: dict[int, Captured] = {}
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", str(func))
+        if any(isinstance(x, (Traced, Rows)) for x in _flat((args, kwargs.values()))):
+            return self.call(name, args, kwargs)
+        if name in RANDOM:
+            raise self.error(f"{name}: random numbers are not supported (for dropout use dropout_p)")
+        if name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE:
+            raise self.error(f"{name}: writing into tensors is not supported")
+        return func(*args, **kwargs)
+
+    def call(self, name: str, args: Sequence, kwargs: dict) -> Any:
+        """A function of traced values."""
+        plain = name.strip("_")
+        if name in ("__setitem__", *IN_PLACE) or (name.endswith("_") and not name.endswith("__")):
+            raise self.error(f"{plain}: writing into tensors is not supported")
+        if plain == "getitem":
+            return self.index(*args)
+        if plain in RANDOM:
+            raise self.error(f"{plain}: random numbers are not supported (for dropout use dropout_p)")
+        rule = RULES.get(plain)
+        if rule is None:
+            raise self.error(f"{plain} is not supported in mask and score functions")
+        try:
+            return Traced(rule(self, *args, **kwargs), self)
+        except CaptureError:
+            raise
+        except TypeError as error:
+            raise self.error(f"{plain}: {error}") from None
+
+    def expr(self, x: Any) -> Expr:
+        """An argument as a node; equal numbers are one node, and so are the same tensors."""
+        if isinstance(x, Traced):
+            return x.expr
+        if isinstance(x, Expr):
+            return x
+        if isinstance(x, bool):
+            return cast("bool", self.expr(int(x)))
+        if isinstance(x, (int, float)):
+            if isinstance(x, int) and not -2**31 <= x < 2**31:
+                raise self.error(f"{x} is beyond 32 bits, in which indices are computed")
+            return self.constants.setdefault((type(x), x), wrap(x))
+        if isinstance(x, Tensor) and x.dim() == 0:
+            return load(self.captured(x))
+        if isinstance(x, (Tensor, Rows)):
+            raise self.error(f"a tensor of {x.dim()} dimensions among indices: index it, down to one number")
+        raise self.error(f"{type(x).__name__} among index expressions is not supported")
+
+    def captured(self, tensor: Tensor) -> Captured:
+        if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
+            raise self.error(f"a captured tensor must be a plain floating, integer or boolean tensor, got {tensor.dtype}, "
+                             f"{tensor.layout}")
+        return self.tensors.setdefault(id(tensor), Captured(tensor, f"{describe(self.fn)}: {self.name_of(tensor)}"))
+
+    def name_of(self, tensor: Tensor) -> str:
+        """What the function calls a tensor that it captures."""
+        inner = getattr(self.fn, "__func__", self.fn)
+        code = getattr(inner, "__code__", None)
+        if code is not None:
+            cells = zip(code.co_freevars, getattr(inner, "__closure__", None) or (), strict=False)
+            for name, cell in cells:
+                if cell.cell_contents is tensor:
+                    return name
+            for name in code.co_names:
+                if getattr(inner, "__globals__", {}).get(name) is tensor:
+                    return name
+        return f"captured tensor {list(tensor.shape)}"
+
+    def index(self, base: Any, key: Any) -> Any:
+        """base[key] for a tensor, or for rows of one."""
+        rows = base if isinstance(base, Rows) else Rows(base, (), self)
+        if isinstance(base, Traced):
+            raise self.error("an index expression cannot be indexed")
+        indices = list(rows.indices)
+        for one in key if isinstance(key, tuple) else (key,):
+            if one is None or one is Ellipsis or isinstance(one, (slice, list)):
+                raise self.error("indexing by slices, lists, None or ... is not supported: give one index per dimension")
+            if len(indices) == rows.tensor.dim():
+                raise self.error(f"too many indices for a tensor of {rows.tensor.dim()} dimensions")
+            size = rows.tensor.shape[len(indices)]
+            if isinstance(one, int) and not isinstance(one, bool) and -size <= one < 0:
+                one += size
+            expr = self.expr(one)
+            if expr.kind != "i":
+                raise self.error("an index must be a whole number: floor it and call .int(), or use torch.where for booleans")
+            indices.append(expr)
+        if len(indices) < rows.tensor.dim():
+            return Rows(rows.tensor, tuple(indices), self)
+        if len(indices) > MAX_DIMS:
+            raise self.error(f"captured tensors have at most {MAX_DIMS} dimensions, got {len(indices)}")
+        return Traced(load(self.captured(rows.tensor), *indices), self)
+
+    def error(self, message: str) -> CaptureError:
+        """The error, with the line of the user's code that is running."""
+        frame = sys._getframe(1)
+        while frame is not None and (frame.f_code.co_filename == __file__ or _of_torch(frame.f_code.co_filename)):
+            frame = frame.f_back  # type: ignore[assignment]
+        where = describe(self.fn)
+        if frame is None:
+            return CaptureError(f"{where}: {message}")
+        line = linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+        return CaptureError(f"{where}, line {frame.f_lineno}: {message}" + (f"\n    {line}" if line else ""))
+
+
+TORCH = str(Path(torch.__file__).parent)
+
+
+def _of_torch(filename: str) -> bool:
+    return filename.startswith(TORCH)
+
+
+def describe(fn: Callable) -> str:
+    """A function's name, for errors."""
+    return getattr(fn, "__qualname__", type(fn).__name__).replace("<locals>.", "")
+
+
+def _what(result: Any) -> str:
+    if isinstance(result, Expr):
+        return {"b": "a boolean", "i": "a whole number", "f": "a floating number"}[result.kind]
+    return type(result).__name__
+
+
+def _flat(values: Any):
+    for x in values:
+        if isinstance(x, (tuple, list)) or type(x).__name__ == "dict_values":
+            yield from _flat(x)
+        else:
+            yield x
+
+
+class Rows:
+    """A captured tensor with fewer indices than dimensions: `bias[h]`, waiting for the rest."""
+
+    def __init__(self, tensor: Tensor, indices: tuple[Expr, ...], recorder: Recorder):
+        self.tensor, self.indices, self.recorder = tensor, indices, recorder
+
+    def __getitem__(self, key):
+        return self.recorder.index(self, key)
+
+    def __getattr__(self, name: str):
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise self.recorder.error(f"{name} of a whole row of a captured tensor: index it, down to one number")
+
+    def dim(self) -> int:
+        return self.tensor.dim() - len(self.indices)
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        rows = next(x for x in _flat((args, (kwargs or {}).values())) if isinstance(x, Rows))
+        raise rows.recorder.error(f"{func.__name__} of a whole row of a captured tensor: index it, down to one number")
+
+
+class Traced:
+    """Stands for an argument, or what became of it: a zero-dimensional tensor whose value is not known."""
+
+    shape, ndim, is_cuda = torch.Size(()), 0, False
+
+    def __init__(self, expr: Expr, recorder: Recorder):
+        self.expr, self.recorder = expr, recorder
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        traced = next(x for x in _flat((args, kwargs.values())) if isinstance(x, (Traced, Rows)))
+        return traced.recorder.call(func.__name__, args, kwargs)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return {"b": torch.bool, "i": torch.int64, "f": torch.float32}[self.expr.kind]
+
+    @property
+    def device(self) -> torch.device:
+        raise self.recorder.error("device: make tensors outside the function")
+
+    def dim(self) -> int:
+        return 0
+
+    def size(self) -> torch.Size:
+        return torch.Size(())
+
+    def __getattr__(self, name: str) -> Callable:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self.recorder.call(name, (self, *args), kwargs)
+
+    def _no_value(self, *_):
+        raise self.recorder.error("the value of an index expression is not known when the function is captured: write "
+                                  "torch.where(condition, a, b) instead of if, and & | ~ instead of and, or, not")
+
+    __bool__ = __int__ = __float__ = __index__ = __iter__ = __len__ = __contains__ = _no_value
+
+    def __getitem__(self, key):
+        return self.recorder.index(self, key)
+
+    def __setitem__(self, key, value):
+        raise self.recorder.error("writing into tensors is not supported")
+
+    def __hash__(self):
+        return id(self)
+
+
+def _operator(name: str, reflected: bool = False) -> Callable:
+    def apply(self, other=None):
+        args = (other, self) if reflected else (self,) if other is None else (self, other)
+        return self.recorder.call(name, args, {})
+    return apply
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+    setattr(Traced, f"__{_name}__", _operator(_name))
+    setattr(Traced, f"__r{_name}__", _operator(_name, reflected=True))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "invert"):
+    setattr(Traced, f"__{_name}__", _operator(_name))
+
+
+# ---- what functions become ----------------------------------------------------------------------------------------------
+
+def _binary(op: Callable, swap: bool = False) -> Callable:
+    def rule(recorder: Recorder, input: Any, other: Any, *, out=None) -> Expr:
+        a, b = recorder.expr(input), recorder.expr(other)
+        return op(b, a) if swap else op(a, b)
+    return rule
+
+
+def _unary(op: Callable) -> Callable:
+    return lambda recorder, input: op(recorder.expr(input))
+
+
+def _logical(op: str) -> Callable:
+    return _binary(lambda a, b: graph.bitwise(op, cast("bool", a), cast("bool", b)))
+
+
+def _add(recorder: Recorder, input: Any, other: Any, *, alpha=1) -> Expr:
+    other = recorder.expr(other)
+    return recorder.expr(input) + (other if alpha == 1 else other * recorder.expr(alpha))
+
+
+def _sub(recorder: Recorder, input: Any, other: Any, *, alpha=1) -> Expr:
+    other = recorder.expr(other)
+    return recorder.expr(input) - (other if alpha == 1 else other * recorder.expr(alpha))
+
+
+def _div(recorder: Recorder, input: Any, other: Any, *, rounding_mode=None) -> Expr:
+    a, b = recorder.expr(input), recorder.expr(other)
+    if rounding_mode is None:
+        return a / b
+    if rounding_mode == "floor":
+        return a // b
+    raise TypeError(f"rounding_mode={rounding_mode!r} is not supported")
+
+
+def _where(recorder: Recorder, condition: Any, input: Any, other: Any) -> Expr:
+    chosen = recorder.expr(condition)
+    if chosen.kind != "b":
+        raise TypeError("expected a boolean condition")
+    return where(chosen, recorder.expr(input), recorder.expr(other))
+
+
+def _extreme(op: Callable) -> Callable:
+    def rule(recorder: Recorder, input: Any, other: Any = None) -> Expr:
+        if other is None:
+            raise TypeError("a reduction is not supported: a mask or score function sees one score")
+        return op(recorder.expr(input), recorder.expr(other))
+    return rule
+
+
+def _clamp(recorder: Recorder, input: Any, min: Any = None, max: Any = None) -> Expr:
+    x = recorder.expr(input)
+    x = x if min is None else graph.maximum(x, recorder.expr(min))
+    return x if max is None else graph.minimum(x, recorder.expr(max))
+
+
+DTYPES = {torch.bool: "bool", torch.float32: "float", torch.float16: "fp16", torch.bfloat16: "bf16",
+          **dict.fromkeys((torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8), "int")}
+
+
+def _to(recorder: Recorder, input: Any, dtype: Any = None, *_, **__) -> Expr:
+    x = recorder.expr(input)
+    if isinstance(dtype, (Tensor, Traced)):
+        dtype = dtype.dtype
+    if dtype is None or isinstance(dtype, (torch.device, str)):
+        return x
+    if dtype not in DTYPES:
+        raise TypeError(f"{dtype} is not supported: scores are computed in fp32")
+    return cast(DTYPES[dtype], x)
+
+
+def _filled(value: Any) -> Callable:
+    def rule(recorder: Recorder, _like: Any, *_, dtype=None, **__) -> Expr:
+        return _to(recorder, value, dtype)
+    return rule
+
+
+def _square(recorder: Recorder, input: Any) -> Expr:
+    x = recorder.expr(input)
+    return x * x
+
+
+RULES: dict[str, Callable[..., Expr]] = {
+    **dict.fromkeys(("add",), _add), **dict.fromkeys(("sub", "subtract"), _sub),
+    "rsub": lambda recorder, input, other: recorder.expr(other) - recorder.expr(input),
+    **dict.fromkeys(("mul", "multiply"), _binary(lambda a, b: a * b)),
+    **dict.fromkeys(("div", "divide", "truediv", "true_divide"), _div),
+    **dict.fromkeys(("floordiv", "floor_divide"), _binary(lambda a, b: a // b)),
+    **dict.fromkeys(("mod", "remainder"), _binary(lambda a, b: a % b)),
+    "pow": _binary(graph.power), "square": _square,
+    **{name: _binary(lambda a, b, op=name: graph.comparison(op, a, b)) for name in COMPARISONS},
+    **{long: _binary(lambda a, b, op=short: graph.comparison(op, a, b)) for long, short in dict(
+        less="lt", less_equal="le", greater="gt", greater_equal="ge", not_equal="ne").items()},
+    **{name: _binary(lambda a, b, op=name: graph.bitwise(op, a, b)) for name in BITWISE},
+    **{f"bitwise_{name}": _binary(lambda a, b, op=name: graph.bitwise(op, a, b)) for name in BITWISE},
+    **{f"logical_{name}": _logical(name) for name in BITWISE},
+    **dict.fromkeys(("invert", "bitwise_not"), _unary(lambda x: ~x)),
+    "logical_not": _unary(lambda x: ~cast("bool", x)),
+    "where": _where, "clamp": _clamp, "clip": _clamp,
+    "clamp_min": lambda recorder, input, min: _clamp(recorder, input, min),
+    "clamp_max": lambda recorder, input, max: _clamp(recorder, input, None, max),
+    **dict.fromkeys(("min", "minimum"), _extreme(graph.minimum)), **dict.fromkeys(("max", "maximum"), _extreme(graph.maximum)),
+    "relu": _unary(lambda x: graph.maximum(x, wrap(0))),
+    **dict.fromkeys(("neg", "negative"), _unary(lambda x: -x)), **dict.fromkeys(("abs", "absolute"), _unary(abs)),
+    **{name: _unary(lambda x, op=name: x if x.kind == "i" and op in ("floor", "ceil") else function(op, x))
+       for name in OF_FLOATS},
+    "reciprocal": _unary(lambda x: 1.0 / x),
+    **dict.fromkeys(("to", "type", "type_as"), _to),
+    **{name: _unary(lambda x, target=target: cast(target, x)) for name, target in dict(
+        float="float", int="int", long="int", bool="bool", half="fp16", bfloat16="bf16").items()},
+    **dict.fromkeys(("zeros_like", "new_zeros"), _filled(0.0)), **dict.fromkeys(("ones_like", "new_ones"), _filled(1.0)),
+    **dict.fromkeys(("clone", "contiguous"), _unary(lambda x: x)),
+}
+RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial",
+          "normal", "poisson", "dropout"}
+IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__iand__", "__ior__", "__ixor__"}

@@ -1,0 +1,282 @@
+"""Interval arithmetic on graphs: the least and the greatest value that a graph can take while its leaves range over intervals.
+
+Bounds are sound, not always tight: a node's arguments are taken to vary independently. Rounding is monotone, so rounded
+bounds of rounded operations hold; library functions are widened by a few roundings.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilewise.trace.evaluate import OPERATIONS
+from tilewise.trace.graph import Graph, Node, kind
+
+WIDENED = 1e-6
+LARGEST = 2**31 - 1
+
+
+class Interval(NamedTuple):
+    """lo and hi, numbers or tensors that broadcast; a point where they are the same object. Booleans: surely, possibly."""
+    lo: Any
+    hi: Any
+
+
+def point(x: Any) -> Interval:
+    return Interval(x, x)
+
+
+class Bounds:
+    """Bounds of the nodes of one program.
+
+    values: a program's leaves except q and k (`evaluate.leaf_values`). Range minima and maxima of captured tensors are kept
+    from one question to the next.
+    """
+
+    def __init__(self, values: Mapping[str, Any]):
+        self.values = values
+        self.windows: dict[tuple, tuple[Tensor, Tensor]] = {}
+
+    def of(self, graph: Graph, leaves: Mapping[str, Interval]) -> Interval:
+        """The bounds of `graph`; leaves: intervals of q, k and whatever else shall not have its one value."""
+        return self._of(graph, leaves, {})
+
+    def _of(self, graph: Graph, leaves: Mapping[str, Interval], memo: dict[Node, Interval]) -> Interval:
+        if isinstance(graph, str):
+            return leaves[graph] if graph in leaves else point(self.values[graph])
+        if graph not in memo:
+            if graph.op == "load":
+                memo[graph] = self.load(str(graph.args[0]), [self._of(i, leaves, memo) for i in graph.args[1::2]])
+            else:
+                memo[graph] = _apply(graph, [self._of(a, leaves, memo) for a in graph.args], self.values["float"])
+        return memo[graph]
+
+    def load(self, name: str, indices: list[Interval]) -> Interval:
+        """The least and greatest entry of a captured tensor in a box of indices, cut to the tensor."""
+        table = self.values[name]
+        if table.numel() == 0:
+            return point(torch.zeros((), dtype=table.dtype, device=table.device))
+        cut = [Interval(*(_clamp(x, size - 1) for x in i)) if i.lo is not i.hi else point(_clamp(i.lo, size - 1))
+               for i, size in zip(indices, table.shape, strict=True)]
+        least, greatest = self._extremes(name, (), cut)
+        if table.dtype == torch.bool:
+            return Interval(least, greatest)
+        if table.is_floating_point():
+            least, greatest = least.to(self.values["float"]), greatest.to(self.values["float"])
+            return Interval(torch.nan_to_num(least, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf),
+                            torch.nan_to_num(greatest, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf))
+        return Interval(least.long(), greatest.long())
+
+    def _extremes(self, name: str, levels: tuple[int, ...], box: list[Interval]) -> tuple[Tensor, Tensor]:
+        """Over a box; two windows of length 2^level cover a range along one dimension, dimension after dimension."""
+        done = len(levels)
+        if done == len(box):
+            least, greatest = self._window(name, levels)
+            at = tuple(_clamp(i.lo, size - 1) for i, size in zip(box, least.shape, strict=True))
+            return least[at], greatest[at]
+        lo, hi = box[done]
+        if lo is hi:
+            return self._extremes(name, (*levels, 0), box)
+        length = torch.as_tensor(hi - lo + 1)
+        level = torch.log2(length.clamp(min=1).double()).floor().long()
+        size = self.values[name].shape[done]
+        if level.device.type == "cpu":
+            present = level.unique().tolist()
+        else:  # finding out which are needed would wait for the device
+            present = list(range(size.bit_length()))
+        found: tuple[Tensor, Tensor] | None = None
+        for n in present:
+            ends = [self._extremes(name, (*levels, n), [*box[:done], point(at), *box[done + 1:]])
+                    for at in (lo, hi - (2**n - 1))]
+            least, greatest = torch.minimum(ends[0][0], ends[1][0]), torch.maximum(ends[0][1], ends[1][1])
+            if found is not None:
+                least, greatest = (torch.where(level == n, new, old) for new, old in zip((least, greatest), found, strict=True))
+            found = least, greatest
+        assert found is not None
+        return found
+
+    def _window(self, name: str, levels: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Minima and maxima of a tensor over windows of 2^level entries along each dimension, by doubling."""
+        key = (name, levels)
+        if key not in self.windows:
+            longest = max(range(len(levels)), key=lambda d: levels[d], default=0)
+            if not levels or levels[longest] == 0:
+                table = self.values[name]
+                self.windows[key] = table, table
+            else:
+                half = 2**(levels[longest] - 1)
+                smaller = (*levels[:longest], levels[longest] - 1, *levels[longest + 1:])
+                least, greatest = self._window(name, smaller)
+                n = max(0, least.shape[longest] - half)
+                self.windows[key] = (
+                    torch.minimum(least.narrow(longest, 0, n), least.narrow(longest, half, n)),
+                    torch.maximum(greatest.narrow(longest, 0, n), greatest.narrow(longest, half, n)))
+        return self.windows[key]
+
+
+def _clamp(x: Any, most: int) -> Any:
+    return x.clamp(0, max(most, 0)) if isinstance(x, Tensor) else min(max(x, 0), max(most, 0))
+
+
+def _least(*values: Any) -> Any:
+    return _fold(OPERATIONS["min"], values)
+
+
+def _greatest(*values: Any) -> Any:
+    return _fold(OPERATIONS["max"], values)
+
+
+def _fold(op: Callable, values: tuple) -> Any:
+    result = values[0]
+    for x in values[1:]:
+        result = op(*_matched(result, x))
+    return result
+
+
+def _matched(a: Any, b: Any) -> tuple[Any, Any]:
+    """Tensors of one dtype, where both are tensors."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor) and a.dtype != b.dtype:
+        dtype = torch.promote_types(a.dtype, b.dtype)
+        return a.to(dtype), b.to(dtype)
+    return a, b
+
+
+def _apply(node: Node, args: list[Interval], dtype: torch.dtype) -> Interval:
+    op = node.op
+    if all(a.lo is a.hi for a in args) and op != "to_float":
+        value = OPERATIONS[op](*(a.lo for a in args))
+        return _sound(op, point(value)) if op in LIBRARY else point(value)
+    if op == "to_float":
+        x = args[0]
+        lo, hi = (v.to(dtype) if isinstance(v, Tensor) else float(v) for v in x)
+        return point(lo) if x.lo is x.hi else Interval(lo, hi)
+    if op in BITWISE_RULES:
+        return (BITWISE_RULES if kind(node) == "b" else INTEGER_RULES)[op](*args)
+    return _sound(op, RULES[op](*args))
+
+
+def _sound(op: str, x: Interval) -> Interval:
+    """Widened where the operation is a library's, and everything where it may be NaN."""
+    lo, hi = x
+    if op in LIBRARY:
+        lo, hi = lo - (abs(lo) * WIDENED + 1e-30), hi + (abs(hi) * WIDENED + 1e-30)
+    if isinstance(lo, Tensor) and lo.is_floating_point():
+        lo, hi = torch.where(lo.isnan(), -torch.inf, lo), torch.where(hi.isnan(), torch.inf, hi)
+    elif isinstance(lo, float) and (lo != lo or hi != hi):
+        lo, hi = -float("inf"), float("inf")
+    return Interval(lo, hi)
+
+
+def _ends(x: Interval) -> tuple:
+    return (x.lo,) if x.lo is x.hi else (x.lo, x.hi)
+
+
+def _product(a: Interval, b: Interval) -> Interval:
+    values = [_finite_product(x, y) for x in _ends(a) for y in _ends(b)]
+    return Interval(_least(*values), _greatest(*values))
+
+
+def _finite_product(x: Any, y: Any) -> Any:
+    """0 times infinity is 0 at the end of an interval."""
+    value = x * y
+    return torch.where(value.isnan(), 0.0, value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _quotient(op: str) -> Callable:
+    def rule(a: Interval, b: Interval) -> Interval:
+        positive, negative = b.lo > 0, b.hi < 0
+        certain = positive | negative
+        one = 1.0 if op == "div" else 1
+        safe = [_select(certain, y, one) for y in _ends(b)]
+        values = [OPERATIONS[op](x, y) for x in _ends(a) for y in safe]
+        bound = _greatest(*(abs(x) for x in _ends(a))) if op == "floordiv" and _whole(a) else float("inf")
+        return Interval(_select(certain, _least(*values), -bound - 1 if op == "floordiv" and _whole(a) else -bound),
+                        _select(certain, _greatest(*values), bound))
+    return rule
+
+
+def _whole(a: Interval) -> bool:
+    return not (a.lo.is_floating_point() if isinstance(a.lo, Tensor) else isinstance(a.lo, float))
+
+
+def _remainder(a: Interval, b: Interval) -> Interval:
+    """b > 0: exact while a stays inside one period."""
+    divisor = _select(b.lo > 0, b.lo, 1)
+    constant = (b.lo == b.hi) & (b.lo > 0)
+    same = constant & (a.lo // divisor == a.hi // divisor)
+    step = 1 if _whole(b) else 0
+    low = _select(b.lo > 0, 0, _least(b.lo + step, 0))
+    high = _greatest(b.hi - step, 0)
+    return Interval(_select(same, a.lo % divisor, low), _select(same, a.hi % divisor, high))
+
+
+def _power(a: Interval, b: Interval) -> Interval:
+    positive = a.lo > 0
+    values = [_select(positive, x, 1.0) ** y for x in _ends(a) for y in _ends(b)]
+    return Interval(_select(positive, _least(*values), -float("inf")), _select(positive, _greatest(*values), float("inf")))
+
+
+def _select(condition: Any, a: Any, b: Any) -> Any:
+    if not isinstance(condition, Tensor):
+        return a if condition else b
+    return torch.where(condition, *_matched(*(x if isinstance(x, Tensor) else torch.as_tensor(x, device=condition.device)
+                                              for x in (a, b))))
+
+
+def _increasing(op: str) -> Callable:
+    return lambda a: Interval(OPERATIONS[op](a.lo), OPERATIONS[op](a.hi))
+
+
+def _not(a: Any) -> Any:
+    return ~a if isinstance(a, Tensor) else not a
+
+
+def _equal(a: Interval, b: Interval) -> Interval:
+    return Interval((a.lo == a.hi) & (b.lo == b.hi) & (a.lo == b.lo), (a.lo <= b.hi) & (b.lo <= a.hi))
+
+
+def _negated(x: Interval) -> Interval:
+    return Interval(_not(x.hi), _not(x.lo))
+
+
+def _chosen(c: Interval, a: Interval, b: Interval) -> Interval:
+    low, high = _least(a.lo, b.lo), _greatest(a.hi, b.hi)
+    return Interval(_select(c.lo, a.lo, _select(_not(c.hi), b.lo, low)), _select(c.lo, a.hi, _select(_not(c.hi), b.hi, high)))
+
+
+def _anything(*_: Interval) -> Interval:
+    return Interval(-LARGEST - 1, LARGEST)
+
+
+def _integer_and(a: Interval, b: Interval) -> Interval:
+    """Of numbers >= 0, not above either."""
+    fits = (a.lo >= 0) & (b.lo >= 0)
+    return Interval(_select(fits, 0, -LARGEST - 1), _select(fits, _least(a.hi, b.hi), LARGEST))
+
+
+LIBRARY = ("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "erf", "tanh", "sigmoid", "pow")
+RULES: dict[str, Callable[..., Interval]] = {
+    "add": lambda a, b: Interval(a.lo + b.lo, a.hi + b.hi), "sub": lambda a, b: Interval(a.lo - b.hi, a.hi - b.lo),
+    "mul": _product, "div": _quotient("div"), "floordiv": _quotient("floordiv"), "mod": _remainder, "pow": _power,
+    "neg": lambda a: Interval(-a.hi, -a.lo),
+    "abs": lambda a: Interval(_greatest(a.lo, -a.hi, 0), _greatest(-a.lo, a.hi)),
+    "lt": lambda a, b: Interval(a.hi < b.lo, a.lo < b.hi), "le": lambda a, b: Interval(a.hi <= b.lo, a.lo <= b.hi),
+    "gt": lambda a, b: Interval(a.lo > b.hi, a.hi > b.lo), "ge": lambda a, b: Interval(a.lo >= b.hi, a.hi >= b.lo),
+    "eq": _equal, "ne": lambda a, b: _negated(_equal(a, b)),
+    "min": lambda a, b: Interval(_least(a.lo, b.lo), _least(a.hi, b.hi)),
+    "max": lambda a, b: Interval(_greatest(a.lo, b.lo), _greatest(a.hi, b.hi)), "where": _chosen,
+    **{op: _increasing(op) for op in ("exp", "exp2", "log", "log2", "sqrt", "erf", "tanh", "sigmoid", "floor", "ceil", "to_int",
+                                      "to_fp16", "to_bf16")},
+    "rsqrt": lambda a: Interval(OPERATIONS["rsqrt"](a.hi), OPERATIONS["rsqrt"](a.lo)),
+    **dict.fromkeys(("sin", "cos"), lambda a: Interval(-1.0, 1.0)),
+    "to_bool": lambda a: Interval((a.lo > 0) | (a.hi < 0), _not((a.lo == 0) & (a.hi == 0))),
+}
+BITWISE_RULES: dict[str, Callable[..., Interval]] = {
+    "and": lambda a, b: Interval(a.lo & b.lo, a.hi & b.hi), "or": lambda a, b: Interval(a.lo | b.lo, a.hi | b.hi),
+    "xor": lambda a, b: Interval((a.lo & _not(b.hi)) | (_not(a.hi) & b.lo),
+                                 _not((a.lo & b.lo) | (_not(a.hi) & _not(b.hi)))), "not": _negated,
+}
+INTEGER_RULES: dict[str, Callable[..., Interval]] = {
+    "and": _integer_and, "or": _anything, "xor": _anything, "not": lambda a: Interval(-a.hi - 1, -a.lo - 1)}

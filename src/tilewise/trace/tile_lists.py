@@ -1,0 +1,91 @@
+"""Which tiles a kernel visits under a mask without intervals: per block of rows a list of columns' tiles.
+
+A list is one int32 tensor. Its first 2 R + 1 entries are positions in the tensor itself, for R rows of tiles: row r has
+its FULL tiles from entry 2 r, its PARTIAL ones from entry 2 r + 1, up to entry 2 r + 2; both in ascending order.
+"""
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tilewise.trace.bounds import FULL, PARTIAL, tile_classes
+from tilewise.trace.evaluate import leaf_values, slot_values
+from tilewise.trace.graph import Graph
+
+CAPACITY = 64 << 20                     # bytes up to which a list is as long as the grid, so that no one waits for its length
+KEPT = 64                               # lists remembered
+
+
+class TileList(NamedTuple):
+    """tiles: as above; per_batch, per_head: whether each sequence, each head has rows of its own."""
+    tiles: Tensor
+    per_batch: bool
+    per_head: bool
+
+
+class Question(NamedTuple):
+    """What a list depends on beside the captured tensors."""
+    program: str
+    mask: Graph                         # of the program
+    ints: tuple[int, ...]
+    floats: tuple[float, ...]
+    batch: int
+    heads: int
+    lengths: tuple[int, int]            # queries, keys
+    tile: tuple[int, int]               # likewise
+    transposed: bool                    # rows are keys
+    all_partial: bool                   # one ascending list
+    device: torch.device
+
+
+_lists: OrderedDict[tuple, tuple[list, TileList]] = OrderedDict()
+
+
+def tile_list(question: Question, captured: Sequence[Tensor]) -> TileList:
+    """The list for a question, remembered for as long as no captured tensor is written to."""
+    key = (*question, *map(id, captured))
+    inference = any(t.is_inference() for t in captured)  # such tensors do not say when they are written to
+    state = [] if inference else [(weakref.ref(t), t._version) for t in captured]
+    if not inference and key in _lists:
+        found, result = _lists[key]
+        if all(a() is b() and m == n for (a, m), (b, n) in zip(found, state, strict=True)):
+            _lists.move_to_end(key)
+            return result
+    if question.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("mask: its tiles are not known yet and cannot be found while a CUDA graph is captured: call once "
+                           "with the same mask and shapes before capturing")
+    result = _build(question, captured)
+    if not inference:
+        _lists[key] = state, result
+        while len(_lists) > KEPT:
+            _lists.popitem(last=False)
+    return result
+
+
+def _build(question: Question, captured: Sequence[Tensor]) -> TileList:
+    _, mask, ints, floats, batch, heads, lengths, tile, transposed, all_partial, device = question
+    values = leaf_values(slot_values(captured, ints, floats), batch, heads, *lengths, device)
+    classes = tile_classes(mask, (), values, batch, heads, lengths, tile, device)
+    if transposed:
+        classes = classes.mT
+    rows, cols = classes.shape[2:]
+    if cols and (lengths[0] if transposed else lengths[1]) % (tile[0] if transposed else tile[1]):
+        classes[..., -1].clamp_(max=PARTIAL)  # full tiles are not checked for the end of the sequence
+    if all_partial:
+        classes = classes.clamp(max=PARTIAL)
+    kept = torch.stack([classes == FULL, classes == PARTIAL], 3).flatten(0, 3)          # [2 R, tiles in a row]
+    head = len(kept) + 1
+    starts = torch.zeros(head, dtype=torch.int32, device=device)
+    starts[1:] = kept.sum(1).cumsum(0)
+    if device.type == "cpu" or 4 * kept.numel() // 2 > CAPACITY:
+        columns = kept.nonzero()[:, 1].int()
+    else:
+        columns = torch.empty(classes.numel() + 1, dtype=torch.int32, device=device)    # the last entry takes what is not kept
+        place = torch.where(kept, kept.flatten().cumsum(0).view_as(kept) - 1, classes.numel())
+        columns[place] = torch.arange(cols, dtype=torch.int32, device=device).expand_as(kept)
+    return TileList(torch.cat([starts + head, columns]), classes.shape[0] > 1, classes.shape[1] > 1)
