@@ -31,7 +31,7 @@ def poisoned(monkeypatch):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """The tiled backend cuts even short sequences into several tiles."""
-    from tilewise.backends import tiled
+    from tilewise.backends.tiled import walk as tiled
     monkeypatch.setattr(tiled, "LONGEST_TILE", 32)
     monkeypatch.setattr(tiled, "SHORTEST_TILE", 16)
 

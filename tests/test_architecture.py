@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "tilewise"
 # Rooms from the bottom up: a module imports from its own row or rows above it in this table, never below.
 LAYERS = [
     ["trace"],
-    ["rng", "masks", "score_mods", "state", "draw"],
+    ["rng", "masks", "score_mods", "block_mask", "state", "draw"],
     ["problem"],
     ["backends"],
     ["reference"],
@@ -23,7 +23,7 @@ LAYERS = [
     ["ops"],
     ["api"],
     ["__init__"],
-    ["models", "inspect", "doctor"],
+    ["models", "inspect", "doctor", "compat"],
     ["train", "bench"],
     ["demo", "mask_text"],
     ["cli"],

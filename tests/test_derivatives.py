@@ -7,7 +7,7 @@ import tilewise as tw
 
 @pytest.fixture(autouse=True)
 def tiny_tiles(monkeypatch):
-    from tilewise.backends import tiled
+    from tilewise.backends.tiled import walk as tiled
     monkeypatch.setattr(tiled, "LONGEST_TILE", 4)
     monkeypatch.setattr(tiled, "SHORTEST_TILE", 2)
 

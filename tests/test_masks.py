@@ -110,7 +110,7 @@ def test_drawings(tmp_path):
     (lambda: tw.documents(torch.zeros(3)), TypeError, "documents: ids_q: .* got torch.float32"),
     (lambda: tw.documents(torch.zeros(3, dtype=torch.int32), torch.zeros(1, 3, dtype=torch.int32)), ValueError,
      "documents: ids_k: expected as many dimensions as ids_q"),
-    (lambda: tw.causal() & True, TypeError, "&: expected a mask on both sides, got bool"),
+    (lambda: tw.causal() & True, TypeError, "&: expected a mask or a mask function on both sides, got bool"),
     (lambda: tw.causal() and tw.full(), TypeError, "combine masks with & | ~"),
     (lambda: tw.alibi([1.0]), TypeError, "alibi: slopes: expected a floating tensor"),
     (lambda: tw.alibi(torch.ones(2, requires_grad=True)), ValueError, "alibi: slopes: .* requires_grad"),

@@ -1,5 +1,16 @@
 """Tilewise: exact attention, computed tile by tile."""
 from tilewise.api import attention, explain
+from tilewise.block_mask import (
+    BlockMask,
+    axial,
+    bigbird,
+    block_mask,
+    butterfly,
+    global_blocks,
+    local,
+    random_blocks,
+    strided,
+)
 from tilewise.masks import Mask, causal, chunked, documents, full, key_lengths, mask_mod, prefix, window
 from tilewise.plan import Plan
 from tilewise.rng import Rng

@@ -15,7 +15,7 @@ from torch import Tensor
 from tilewise import backends, reference
 from tilewise.backends import Gradients, Needs, flat_dims, over_leading
 from tilewise.plan import choose
-from tilewise.problem import Operands, Problem, Settings, describe
+from tilewise.problem import Graphs, Operands, Problem, Settings, describe
 
 
 def attention(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor]:
@@ -50,9 +50,9 @@ class Native(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         out, lse, *tensors = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
-        needs = Needs(bias=ctx.needs_input_grad[6], sinks=ctx.needs_input_grad[7])
+        needs = Needs(ctx.needs_input_grad[6], ctx.needs_input_grad[7], tuple(ctx.needs_input_grad[9:]))
         gradients = NativeBackward.apply(ctx.module, ctx.problem, ctx.numbers, needs, out, lse, dout, dlse, *tensors)
-        return (None, None, None, *gradients, *[None] * (len(tensors) - len(gradients)))
+        return None, None, None, *gradients[:5], None, *gradients[5:]
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -69,7 +69,8 @@ class NativeBackward(torch.autograd.Function):
     @staticmethod
     def forward(module: ModuleType, problem: Problem, numbers: Sequence, needs: Needs, out: Tensor, lse: Tensor,
                 dout: Tensor, dlse: Tensor | None, *tensors: Tensor | None):
-        return tuple(module.backward(problem, operands(tensors, numbers), out, lse, dout, dlse, needs))
+        *gradients, captured = module.backward(problem, operands(tensors, numbers), out, lse, dout, dlse, needs)
+        return *gradients, *(captured or [None] * (len(tensors) - 6))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -128,27 +129,30 @@ def _(q, k, v, bias, sinks, rng, captured, ints, floats, *settings_and_backend):
 
 @torch.library.custom_op("tilewise::attention_backward", mutates_args=())
 def attention_backward_op(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, needs_bias: bool, needs_sinks: bool,
-                          q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, rng: Tensor | None,
+                          needs_captured: Sequence[bool], q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, rng: Tensor | None,
                           captured: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], scale: float,
                           dropout: int, program: str, layout: str, precision: str, deterministic: bool,
                           batch_invariant: bool, backend: str) -> list[Tensor]:
-    """[dq, dk, dv], then dbias and dsinks where needed."""
+    """[dq, dk, dv], then dbias, dsinks and the gradients of captured tensors where needed."""
     x = Operands(q, k, v, bias, sinks, rng, captured, ints, floats)
     problem = describe(x, Settings(scale, dropout, program, layout, precision, deterministic, batch_invariant))
     module = backends.load(choose(problem, backend))
-    gradients: Gradients = module.backward(problem, x, out, lse, dout, dlse, Needs(needs_bias, needs_sinks))
+    gradients: Gradients = module.backward(problem, x, out, lse, dout, dlse,
+                                            Needs(needs_bias, needs_sinks, tuple(needs_captured)))
     return ([arranged(problem, g) for g in gradients[:3]]
-            + [g.contiguous() for g in gradients[3:] if g is not None])
+            + [g.contiguous() for g in (gradients.bias, gradients.sinks, *gradients.captured) if g is not None])
 
 
 @attention_backward_op.register_fake
-def _(dout, dlse, out, lse, needs_bias, needs_sinks, q, k, v, bias, sinks, rng, captured, ints, floats, *settings_and_backend):
+def _(dout, dlse, out, lse, needs_bias, needs_sinks, needs_captured, q, k, v, bias, sinks, rng, captured, ints, floats,
+      *settings_and_backend):
     problem = describe(Operands(q, k, v, bias, sinks, rng, captured, ints, floats), Settings(*settings_and_backend[:-1]))
     gradients = [problem.empty(problem.heads, problem.seqlen_q, problem.head_dim),
                  problem.empty(problem.kv_heads, problem.seqlen_k, problem.head_dim),
                  problem.empty(problem.kv_heads, problem.seqlen_k, problem.head_dim_v)]
     return gradients + [torch.empty_like(t, memory_format=torch.contiguous_format)
-                        for t, needed in ((bias, needs_bias), (sinks, needs_sinks)) if needed]
+                        for t, needed in zip((bias, sinks, *captured), (needs_bias, needs_sinks, *needs_captured), strict=True)
+                        if needed]
 
 
 def _save(ctx, inputs, output):
@@ -160,13 +164,15 @@ def _save(ctx, inputs, output):
 def _backward(ctx, dout, dlse):
     saved = ctx.saved_tensors
     tensors, captured, (out, lse) = saved[:6], saved[6:6 + ctx.captured], saved[6 + ctx.captured:]
-    needs = ctx.needs_input_grad[3:5]
+    learned = {lookup.slot for lookup in Graphs.of(ctx.rest[4]).learned}
+    of_captured = [slot in learned and needed for slot, needed in enumerate(ctx.needs_input_grad[6])]
+    needs = (*ctx.needs_input_grad[3:5], of_captured)
     found = iter(torch.ops.tilewise.attention_backward(dout, dlse, out, lse, *needs, *tensors, list(captured), *ctx.rest))
     dq, dk, dv = next(found), next(found), next(found)
-    dbias, dsinks = (next(found) if needed else None for needed in needs)
+    dbias, dsinks, *dcaptured = (next(found) if needed else None for needed in (*needs[:2], *of_captured))
     # torch takes an empty list for a list of tensors, and wants a list back
     nothing: list = [[] if isinstance(value, (list, tuple)) and not value else None for value in ctx.rest]
-    return dq, dk, dv, dbias, dsinks, None, [None] * ctx.captured, *nothing
+    return dq, dk, dv, dbias, dsinks, None, dcaptured, *nothing
 
 
 attention_op.register_autograd(_backward, setup_context=_save)

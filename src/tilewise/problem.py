@@ -16,8 +16,10 @@ from torch import Tensor
 from tilewise import masks, rng
 from tilewise.masks import Mask
 from tilewise.score_mods import Mods, ScoreMod, compose
-from tilewise.trace.derive import derivative
-from tilewise.trace.graph import Graph, Program, lower, parse, wrap
+from tilewise.trace.checks import check_indices
+from tilewise.trace.derive import derivative, lookups
+from tilewise.trace.graph import Graph, Node, Program, lower, parse, wrap
+from tilewise.trace.learned import Learned
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 512
@@ -31,11 +33,14 @@ class Graphs(NamedTuple):
     mask: Graph | None
     keys: tuple[Graph, ...]              # per band lo, hi, inner_lo, inner_hi over q; none: decided by the mask's graph
     queries: tuple[Graph, ...]           # per band the same over k
+    learned: tuple[Learned, ...]         # lookups of floating tensors on which the score depends
 
     @staticmethod
     def of(text: str) -> Graphs:
-        score, gradient, mask, keys, queries = _groups(text)
-        return Graphs(score[0] if score else None, gradient[0] if gradient else None, mask[0] if mask else None, keys, queries)
+        score, gradient, mask, keys, queries, *lookups = _groups(text)
+        learned = tuple(Learned(load, factor) for load, factor in lookups if isinstance(load, Node))
+        return Graphs(score[0] if score else None, gradient[0] if gradient else None, mask[0] if mask else None, keys, queries,
+                      learned)
 
 
 def _groups(text: str) -> tuple[tuple[Graph, ...], ...]:
@@ -161,6 +166,8 @@ def _program(mask: Mask | None, score: ScoreMod | None) -> Program:
         sections[2] = [mask.element]
         sections[3] = [x for band in mask.keys for x in band]
         sections[4] = [x for band in mask.queries for x in band]
+    if score is not None:
+        sections += [list(pair) for pair in lookups(score.expr)]
     return lower(sections)
 
 
@@ -265,13 +272,17 @@ def _rng_tensor(source: Any, t: int, device: torch.device) -> Tensor | None:
 
 def _check_captured(program: Program, sizes: dict[str, int], device: torch.device) -> None:
     """Captured tensors are on the device and as long as what indexes them."""
+    names = [""] * len(program.captured)
     for expr in program.loads:
         captured, *indices = expr.args
-        tensor, name, limit = captured.value
+        tensor, name, limit, whole = captured.value
+        for slot in range(len(names)):
+            if program.captured[slot] is tensor:
+                names[slot] = name
         if tensor.device != device:
             raise ValueError(f"{name}: expected a tensor on q's device {device}, got {tensor.device}")
         for axis, index in enumerate(indices):
-            if index.op == "var" and tensor.shape[axis] != sizes[index.value]:
+            if whole and index.op == "var" and tensor.shape[axis] != sizes[index.value]:
                 raise ValueError(f"{name}: expected size {sizes[index.value]} in dimension {axis} "
                                  f"({LEAF_NAMES[index.value]}), got {list(tensor.shape)}")
         if limit is not None and tensor.device.type == "cpu" and not torch.compiler.is_compiling() and tensor.numel():
@@ -279,6 +290,10 @@ def _check_captured(program: Program, sizes: dict[str, int], device: torch.devic
             if low < 0 or high > sizes[limit]:
                 raise ValueError(f"{name}: expected values from 0 to {sizes[limit]} ({LEAF_NAMES[limit]}), "
                                  f"got values from {low} to {high}")
+
+
+    if not torch.compiler.is_compiling():
+        check_indices(program.text, program.captured, program.ints, program.floats, names, sizes)
 
 
 LEAF_NAMES = {"b": "the batch size", "h": "the number of query heads", "q": "S_q", "k": "S_k", "nq": "S_q", "nk": "S_k"}

@@ -40,14 +40,11 @@ def softcap(cap: float) -> ScoreMod:
 def alibi(slopes: Tensor) -> ScoreMod:
     """s - slope * |p - j|, p = i + S_k - S_q (Press et al. 2022): a penalty that grows with distance.
 
-    slopes: floating tensor [H] or [B, H], without gradient.
+    slopes: floating tensor [H] or [B, H].
     """
     if not isinstance(slopes, Tensor) or not slopes.dtype.is_floating_point or slopes.dim() not in (1, 2):
         got = f"{slopes.dtype} {list(slopes.shape)}" if isinstance(slopes, Tensor) else type(slopes).__name__
         raise TypeError(f"alibi: slopes: expected a floating tensor [H] or [B, H], got {got}")
-    if slopes.requires_grad:
-        raise ValueError("alibi: slopes: expected a tensor without requires_grad: slopes are constants; pass a learned "
-                         "penalty as bias, which has a gradient")
     captured = Captured(slopes, "alibi: slopes")
     slope = load(captured, H) if slopes.dim() == 1 else load(captured, B, H)
     return ScoreMod("alibi(...)", S - slope * abs(P - K))

@@ -30,6 +30,7 @@ class Needs(NamedTuple):
     """Which gradients are wanted beside those of q, k and v, which are always computed."""
     bias: bool
     sinks: bool
+    captured: tuple[bool, ...] = ()     # of each captured tensor; missing ones are not
 
 
 class Gradients(NamedTuple):
@@ -39,6 +40,7 @@ class Gradients(NamedTuple):
     v: Tensor
     bias: Tensor | None
     sinks: Tensor | None
+    captured: Sequence[Tensor | None] = ()
 
 
 def load(name: str) -> ModuleType:

@@ -1,6 +1,7 @@
 """The table of attention cases: what the contract suite runs on every backend, and what benchmarks time."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 import tilewise as tw
+from tilewise import backends
+from tilewise.problem import make
 
 Options = dict[str, Any]
 
@@ -17,7 +20,8 @@ Options = dict[str, Any]
 class Case:
     """One call of `tw.attention`.
 
-    options: keyword arguments from a `Maker`, which draws tensors from a seeded generator on the right device.
+    options: keyword arguments from a `Maker`, which draws tensors from a seeded generator on the right device. With "table",
+        a tensor with gradient, "score_mod" is a function of it that returns the score function.
     """
     name: str
     batch: int = 2
@@ -68,12 +72,22 @@ class Call:
     def differentiable(self) -> dict[str, Tensor]:
         """The tensors that have gradients, by name."""
         named = {"q": self.q, "k": self.k, "v": self.v}
-        return named | {name: self.options[name] for name in ("bias", "sinks") if name in self.options}
+        return named | {name: self.options[name] for name in ("bias", "sinks", "table") if name in self.options}
+
+    def supported(self, backend: str) -> bool:
+        """Whether the backend says that it computes this."""
+        return backends.load(backend).supports(make(self.q, self.k, self.v, **self.arguments({}), layout=self.case.layout)[0]) is None
+
+    def arguments(self, tensors: dict[str, Tensor]) -> Options:
+        """The options with the differentiable tensors replaced by `tensors`."""
+        options = self.options | {name: tensors[name] for name in ("bias", "sinks", "table") if name in tensors}
+        if "table" in options:
+            options["score_mod"] = options["score_mod"](options.pop("table"))
+        return options
 
     def run(self, tensors: dict[str, Tensor], backend: str) -> tuple[Tensor, Tensor]:
         """(out, lse) with the differentiable tensors replaced by `tensors`."""
-        options = self.options | {name: tensors[name] for name in ("bias", "sinks") if name in tensors}
-        return tw.attention(tensors["q"], tensors["k"], tensors["v"], **options, layout=self.case.layout, return_lse=True,
+        return tw.attention(tensors["q"], tensors["k"], tensors["v"], **self.arguments(tensors), layout=self.case.layout, return_lse=True,
                             backend=backend)
 
 
@@ -95,11 +109,35 @@ def draw(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", see
     options = case.options(make)
     if "bias" in options:
         options["bias"] = options["bias"].to(dtype)
+    if "table" in options and dtype == torch.float64:
+        options["table"] = options["table"].double()
     return Call(case, q, k, v, options)
 
 
 DOCUMENTS = [[0] * 20 + [1] * 33 + [2] * 17, [3] * 5 + [-1] * 10 + [0] * 55]
 SHUFFLED = [[(i * 7) % 5 - 1 for i in range(70)], [(i // 9) % 3 for i in range(70)]]
+
+
+def in_documents(ids: Tensor) -> Callable:
+    return lambda b, h, q, k: (ids[b, q] == ids[b, k]) & (q >= k)
+
+
+def bucketed(ids: Tensor, of_keys: bool) -> Callable:
+    """A score function that reads its table by query and bucket of the key, or by the bucket of the query alone."""
+    def of(table: Tensor) -> Callable:
+        if of_keys:
+            return lambda s, b, h, q, k: s + table[q, ids[k]] * torch.sigmoid(s)
+        return lambda s, b, h, q, k: s * (1 + table[ids[q]])
+    return of
+
+
+def t5(table: Tensor) -> Callable:
+    """Relative position buckets, logarithmic beyond 8 (T5, Raffel et al. 2020)."""
+    def score_mod(s, b, h, q, k):
+        distance = (q - k).abs()
+        far = 8 + (torch.log(distance.clamp(min=8).float() / 8) / math.log(16) * 8).int()
+        return s + table[torch.where(distance < 8, distance, far.clamp(max=15)), h]
+    return score_mod
 
 
 def with_neg_inf(bias: Tensor) -> Tensor:
@@ -169,6 +207,36 @@ CASES = (
     Case("chunked whole", seqlen_q=90, options=lambda m: dict(mask=tw.chunked(2**40))),
     Case("empty batch", batch=0, options=lambda m: dict(causal=True)),
     Case("batch invariant", options=lambda m: dict(causal=True, batch_invariant=True)),
+    Case("function", options=lambda m: dict(mask=lambda b, h, q, k: (q >= k) & ((q - k) % 4 == 0))),
+    Case("function of documents", seqlen_q=50, seqlen_k=50, options=lambda m: dict(
+        mask=in_documents(m.integers(0, 4, 2, 50).sort(-1).values))),
+    Case("function of heads", heads=4, kv_heads=2, options=lambda m: dict(mask=lambda b, h, q, k: (q - k).abs() <= 9 * (h + 1))),
+    Case("function of sequences and heads", seqlen_q=40, options=lambda m: dict(
+        mask=lambda b, h, q, k: (q - k).abs() <= 9 * (h + 1) + 8 * b)),
+    Case("function and interval", options=lambda m: dict(causal=True, mask=lambda b, h, q, k: (k < 5) | (q - k < 20))),
+    Case("function hides rows", options=lambda m: dict(mask=lambda b, h, q, k: (q > 40) & (k > 60))),
+    Case("function batch invariant", options=lambda m: dict(
+        mask=lambda b, h, q, k: (q - k).abs() <= 9 * (h + 1), batch_invariant=True)),
+    Case("blocks", options=lambda m: dict(mask=tw.block_mask(m.uniform(5, 9) < 0.5, block_size=(16, 8)), causal=True)),
+    Case("blocks butterfly", seqlen_q=128, seqlen_k=128, batch=1, options=lambda m: dict(
+        mask=tw.block_mask(tw.butterfly(8).to(m.device), block_size=16), dropout_p=0.2, rng=tw.Rng(5))),
+    Case("blocks per head", batch=1, heads=4, kv_heads=2, options=lambda m: dict(
+        mask=tw.block_mask(m.uniform(4, 5, 5) < 0.5, block_size=16), bias=m.normal(4, 70, 70), sinks=m.normal(4))),
+    Case("score function", options=lambda m: dict(
+        score_mod=[lambda s, b, h, q, k: torch.where(q >= k, s, 0.5 * s * torch.tanh(s)) * torch.log(k + 2.0), tw.softcap(5.0)])),
+    Case("table of distances", options=lambda m: dict(
+        table=m.normal(2, 139), score_mod=lambda t: lambda s, b, h, q, k: s + t[h, q - k + 69], causal=True)),
+    Case("table of pairs", heads=4, kv_heads=2, options=lambda m: dict(
+        table=m.normal(70, 70, 4), score_mod=lambda t: lambda s, b, h, q, k: s * (1 + t[k, q, h]))),
+    Case("table of heads", options=lambda m: dict(
+        table=m.normal(2), score_mod=lambda t: lambda s, b, h, q, k: torch.tanh(s * t[h]), causal=True)),
+    Case("table of keys", seqlen_q=40, options=lambda m: dict(
+        table=m.normal(2, 70), score_mod=lambda t: lambda s, b, h, q, k: s + t[b, k])),
+    Case("table of query buckets", options=lambda m: dict(table=m.normal(5), score_mod=bucketed(m.integers(0, 4, 70), False))),
+    Case("table of any index", options=lambda m: dict(
+        table=m.normal(70, 5), score_mod=bucketed(m.integers(0, 4, 70), True), dropout_p=0.1, rng=tw.Rng(2))),
+    Case("table of t5", heads=4, kv_heads=2, options=lambda m: dict(
+        table=m.normal(16, 4), score_mod=t5, mask=lambda b, h, q, k: (q // 16 == k // 16) | (k < 9))),
     Case("window grouped softcap dropout", heads=4, kv_heads=2, options=lambda m: dict(
         causal=True, mask=tw.window(15, None), score_mod=tw.softcap(3.0), dropout_p=0.1, rng=tw.Rng(7))),
     Case("documents alibi sinks", heads=4, kv_heads=1, options=lambda m: dict(

@@ -22,7 +22,7 @@ from tilewise.bench.timing import alive
 
 DEVICE = torch.device("cuda")
 KERNEL_OF = {"out": "forward", "lse": "forward", "dq": "query_gradients", "dk": "key_gradients", "dv": "key_gradients",
-             "dbias": "bias_gradient"}
+             "dbias": "summed_gradient"}
 CAUSAL = Case("causal", seqlen_q=300, seqlen_k=300, heads=4, kv_heads=2, head_dim=64, options=lambda m: dict(causal=True))
 BIASED = Case("shared bias", seqlen_q=100, seqlen_k=130, head_dim=128, options=lambda m: dict(bias=m.normal(2, 100, 130)))
 

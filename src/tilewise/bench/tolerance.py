@@ -3,7 +3,7 @@
     max|x - truth| <= m * max|standard - truth| + 4 eps max(1, max|truth|)
 
 per tensor, over finite entries, infinities in the same places; m is 2 for out and lse, 3 for gradients; lse has fp32's eps;
-sums over rows (sinks, broadcast bias) have eps times the square root of the rows summed.
+sums over rows (sinks, broadcast bias, tables) have eps times the square root of the rows summed.
 """
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def judge(call: Call, results: Results, truth: Results, standard: Results) -> li
 
 def _verdict(name: str, x: Tensor, truth: Tensor, standard: Tensor, dtype: torch.dtype, rows: int, call: Call) -> Verdict:
     eps = torch.finfo(torch.float32 if name == "lse" and dtype != torch.float64 else dtype).eps
-    if name == "dsinks" or (name == "dbias" and call.options["bias"].numel() < rows * call.k.shape[-3]):
+    if name in ("dsinks", "dtable") or (name == "dbias" and call.options["bias"].numel() < rows * call.k.shape[-3]):
         eps *= rows ** 0.5
     if x.shape != truth.shape:
         return Verdict(name, 0.0, 0.0, f"shape {list(x.shape)}, expected {list(truth.shape)}")

@@ -123,7 +123,8 @@ class Recorder(TorchFunctionMode):
         if tensor.is_complex() or tensor.is_quantized or tensor.layout != torch.strided:
             raise self.error(f"a captured tensor must be a plain floating, integer or boolean tensor, got {tensor.dtype}, "
                              f"{tensor.layout}")
-        return self.tensors.setdefault(id(tensor), Captured(tensor, f"{describe(self.fn)}: {self.name_of(tensor)}"))
+        name = f"{describe(self.fn)}: {self.name_of(tensor)}"
+        return self.tensors.setdefault(id(tensor), Captured(tensor, name, whole=False))
 
     def name_of(self, tensor: Tensor) -> str:
         """What the function calls a tensor that it captures."""

@@ -1,4 +1,4 @@
-"""Derivatives of score functions: the graph of d(score function)/d(score), by the chain rule."""
+"""Derivatives of score functions by the chain rule, as graphs: with respect to the score and to what they look up."""
 from __future__ import annotations
 
 import math
@@ -6,13 +6,31 @@ import math
 from tilewise.trace.graph import Expr, cast, function, power, where, wrap
 
 
-def derivative(expr: Expr) -> Expr | None:
-    """d expr / d s; None where expr does not depend on s."""
+def lookups(expr: Expr) -> list[tuple[Expr, Expr]]:
+    """(lookup, d expr / d lookup) for each lookup of a floating tensor on which expr depends smoothly."""
+    found: dict[int, Expr] = {}
+
+    def visit(node: Expr) -> None:
+        if id(node) not in found:
+            found[id(node)] = node
+            for a in node.args:
+                visit(a)
+
+    visit(expr)
+    loads = [node for node in found.values() if node.op == "load" and node.kind == "f"]
+    pairs = [(node, derivative(expr, node)) for node in loads]
+    return [(node, d) for node, d in pairs if d is not None]
+
+
+def derivative(expr: Expr, lookup: Expr | None = None) -> Expr | None:
+    """d expr / d s, or / d lookup, a node of expr; None where expr does not depend on it."""
     done: dict[int, Expr | None] = {}
 
     def visit(node: Expr) -> Expr | None:
+        if node is lookup:
+            return wrap(1.0)
         if node.op == "var":
-            return wrap(1.0) if node.value == "s" else None
+            return wrap(1.0) if node.value == "s" and lookup is None else None
         if not node.args or node.op == "load" or node.kind != "f":
             return None  # integers and booleans are constant almost everywhere, and so is what they select
         if id(node) not in done:
@@ -32,9 +50,7 @@ def _times(a: Expr, d: Expr | None) -> Expr | None:
 
 
 def _divide(node, args, d):
-    a, b = args
-    numerator = None if d[1] is None else -(node * d[1])
-    return _sum(d[0], numerator) / b
+    return _sum(d[0], None if d[1] is None else -(node * d[1])) / args[1]
 
 
 def _power(node, args, d):

@@ -5,6 +5,8 @@
     mask(b, h, q, k, nq, nk, captured, ints, floats)     -> visible
     keys(b, h, q, nq, nk, captured, ints, floats)        -> lo, hi, inner_lo, inner_hi of each band, one after another
     queries(b, h, k, nq, nk, captured, ints, floats)     -> likewise
+    factor(s, b, h, q, k, ...)                           -> d score / d entry of one lookup
+    place(b, h, q, k, ...)                               -> where its entry lies in the table, in elements
 
 q and k are int32 blocks of indices inside the sequence, b and h scalars; captured, ints and floats are tuples.
 """
@@ -12,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from tilewise.trace.graph import Graph, kind
+from tilewise.trace.graph import Graph, Node, kind
 
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==",
            "ne": "!=", "and": "&", "or": "|", "xor": "^"}
@@ -24,14 +26,18 @@ CASTS = {"to_bool": "({} != 0)", "to_int": "{}.to(tl.int32)", "to_float": "{}.to
 TYPES = {"i": "tl.int32", "l": "tl.int64", "f": "tl.float32", "b": "tl.int1"}
 
 INDICES = {"score": "s, b, h, q, k", "score_gradient": "s, b, h, q, k", "mask": "b, h, q, k", "keys": "b, h, q",
-           "queries": "b, h, k"}
+           "queries": "b, h, k", "factor": "s, b, h, q, k", "place": "b, h, q, k"}
 
 
 def function(name: str, results: tuple[Graph, ...]) -> str:
     """Source of the device function `name` returning the values of the graphs `results`."""
     lines: list[str] = []
     names: dict[Graph, str] = {}
-    values = [_emit(graph, lines, names) for graph in results]
+    lookup = results[0]
+    if name == "place" and isinstance(lookup, Node):
+        values = [_offset(lookup.args, lambda x: _emit(x, lines, names))]
+    else:
+        values = [_emit(graph, lines, names) for graph in results]
     arguments = f"{INDICES[name]}, nq, nk, captured, ints, floats"
     body = "".join(f"    {line}\n" for line in lines)
     return f"@triton.jit\ndef {name}({arguments}):\n{body}    return {', '.join(values)}\n"
@@ -77,7 +83,10 @@ def _operation(op: str, args: tuple[Graph, ...], operand: Callable[[Graph], str]
 
 def _load(args: tuple[Graph, ...], operand: Callable[[Graph], str]) -> str:
     name = str(args[0])
-    pointer = f"captured[{name[2:]}]"
-    for index, stride in zip(args[1::2], args[2::2], strict=True):
-        pointer += f" + {operand(index)}.to(tl.int64) * {operand(stride)}"
-    return f"tl.load({pointer}).to({TYPES[name[1]]})"
+    return f"tl.load(captured[{name[2:]}] + {_offset(args, operand)}).to({TYPES[name[1]]})"
+
+
+def _offset(args: tuple[Graph, ...], operand: Callable[[Graph], str]) -> str:
+    """Where an entry lies in its tensor, in elements."""
+    terms = [f"{operand(index)}.to(tl.int64) * {operand(stride)}" for index, stride in zip(args[1::2], args[2::2], strict=True)]
+    return " + ".join(terms) if terms else "0"

@@ -91,10 +91,15 @@ def var(name: str) -> Expr:
 
 
 class Captured(NamedTuple):
-    """A tensor read by a graph: `name` for error messages; `limit`: a leaf that its values must not exceed, if any."""
+    """A tensor read by a graph.
+
+    name for error messages; limit: a leaf that its values must not exceed, if any; whole: a dimension indexed by a leaf must
+    have its size, otherwise it may be longer.
+    """
     tensor: Tensor
     name: str
     limit: str | None = None
+    whole: bool = True
 
 
 def load(captured: Captured, *indices: Expr) -> Expr:

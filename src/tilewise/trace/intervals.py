@@ -5,7 +5,7 @@ bounds of rounded operations hold; library functions are widened by a few roundi
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 from tilewise.trace.evaluate import OPERATIONS
 from tilewise.trace.graph import Graph, Node, kind
 
+ORDER = {"ge": True, "gt": True, "le": False, "lt": False}    # whether the first argument is the larger
 WIDENED = 1e-6
 LARGEST = 2**31 - 1
 
@@ -39,19 +40,52 @@ class Bounds:
         self.values = values
         self.windows: dict[tuple, tuple[Tensor, Tensor]] = {}
 
-    def of(self, graph: Graph, leaves: Mapping[str, Interval]) -> Interval:
+    def of(self, graph: Graph, leaves: Mapping[Graph, Interval]) -> Interval:
         """The bounds of `graph`; leaves: intervals of q, k and whatever else shall not have its one value."""
         return self._of(graph, leaves, {})
 
-    def _of(self, graph: Graph, leaves: Mapping[str, Interval], memo: dict[Node, Interval]) -> Interval:
+    def _of(self, graph: Graph, leaves: Mapping[Graph, Interval], memo: dict[Node, Interval]) -> Interval:
+        if graph in leaves:
+            return leaves[graph]
         if isinstance(graph, str):
-            return leaves[graph] if graph in leaves else point(self.values[graph])
+            return point(self.values[graph])
         if graph not in memo:
             if graph.op == "load":
                 memo[graph] = self.load(str(graph.args[0]), [self._of(i, leaves, memo) for i in graph.args[1::2]])
+            elif graph.op == "where":
+                memo[graph] = self.choice(graph, leaves, memo)
             else:
                 memo[graph] = _apply(graph, [self._of(a, leaves, memo) for a in graph.args], self.values["float"])
         return memo[graph]
+
+    def choice(self, node: Node, leaves: Mapping[Graph, Interval], memo: dict[Node, Interval]) -> Interval:
+        """where(condition, a, b): each side under what the condition says there, as in where(q >= k, q - k, 0)."""
+        condition, a, b = node.args
+        sides = []
+        for side, holds in ((a, True), (b, False)):
+            known = dict(self._known(condition, holds, side, leaves, memo))
+            sides.append(self._of(side, {**leaves, **known}, {} if known else memo))
+        return _chosen(self._of(condition, leaves, memo), *sides)
+
+    def _known(self, condition: Graph, holds: bool, side: Graph, leaves: Mapping[Graph, Interval],
+               memo: dict[Node, Interval]) -> Iterator[tuple[Graph, Interval]]:
+        """Narrower intervals of nodes of `side`, where a comparison, or each of several, holds or not."""
+        if isinstance(condition, str) or isinstance(side, str):
+            return
+        if condition.op == ("and" if holds else "or"):
+            for part in condition.args:
+                yield from self._known(part, holds, side, leaves, memo)
+        if condition.op not in ORDER:
+            return
+        x, y = condition.args if ORDER[condition.op] == holds else condition.args[::-1]  # now x >= y, or x > y
+        of_x, of_y = self._of(x, leaves, memo), self._of(y, leaves, memo)
+        yield x, _cut(of_x, of_y.lo, None)
+        yield y, _cut(of_y, None, of_x.hi)
+        for node in descendants(side):
+            if node.op == "sub" and node.args == (x, y):
+                yield node, _cut(self._of(node, leaves, memo), 0, None)
+            elif node.op == "sub" and node.args == (y, x):
+                yield node, _cut(self._of(node, leaves, memo), None, 0)
 
     def load(self, name: str, indices: list[Interval]) -> Interval:
         """The least and greatest entry of a captured tensor in a box of indices, cut to the tensor."""
@@ -114,6 +148,25 @@ class Bounds:
                     torch.minimum(least.narrow(longest, 0, n), least.narrow(longest, half, n)),
                     torch.maximum(greatest.narrow(longest, 0, n), greatest.narrow(longest, half, n)))
         return self.windows[key]
+
+
+def descendants(graph: Graph) -> set[Node]:
+    """All nodes of a graph."""
+    found: set[Node] = set()
+    waiting = [graph]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, Node) and node not in found:
+            found.add(node)
+            waiting.extend(node.args)
+    return found
+
+
+def _cut(x: Interval, least: Any, most: Any) -> Interval:
+    """The part of an interval from `least` to `most`; where nothing is left the value never counts."""
+    lo = x.lo if least is None else _greatest(x.lo, least)
+    hi = x.hi if most is None else _least(x.hi, most)
+    return Interval(_least(lo, hi), _greatest(lo, hi))
 
 
 def _clamp(x: Any, most: int) -> Any:

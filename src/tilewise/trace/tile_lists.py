@@ -73,7 +73,7 @@ def _build(question: Question, captured: Sequence[Tensor]) -> TileList:
     classes = tile_classes(mask, (), values, batch, heads, lengths, tile, device)
     if transposed:
         classes = classes.mT
-    rows, cols = classes.shape[2:]
+    cols = classes.shape[3]
     if cols and (lengths[0] if transposed else lengths[1]) % (tile[0] if transposed else tile[1]):
         classes[..., -1].clamp_(max=PARTIAL)  # full tiles are not checked for the end of the sequence
     if all_partial:

@@ -3,7 +3,7 @@
     preprocess        delta = rowsum(dO * O) - dlse                                  per block of queries
     key_gradients     dK, dV, summed over the heads of a group                       per block of keys
     query_gradients   dQ                                                             per block of queries
-    bias_gradient     dbias where bias broadcasts over sequences or heads            per tile of bias
+    summed_gradient   dbias where bias is shared, gradients of captured tensors      see there
 
 Probabilities are recomputed from q, k and lse. The paper adds dQ atomically from the key loop; a second kernel costs two
 more products and always gives the same bits. Legend as in `forward_kernel.py`; LSE, DELTA [B, H, S_q] fp32 contiguous.
@@ -159,37 +159,103 @@ def store_tile(X, strides, b, h, rows, cols, nq, nk, x):
 
 
 @triton.jit
-def bias_gradient(Q, K, V, BIAS, RNG, LIST, DO, LSE, DELTA, DBIAS, q_strides, k_strides, v_strides, bias_strides, do_strides,
-                  dbias_strides, scale, heads, group, nq, nk, dropout, sum_batch, sum_heads, captured, ints, floats,
-                  SCORE: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr, VISIT: tl.constexpr,
-                  BIAS_COLS: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, NATURAL: tl.constexpr,
-                  PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-                  BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """One tile of dbias, summed in fixed order over the sum_batch sequences and sum_heads heads that share it."""
-    tiles_n = tl.cdiv(nk, BLOCK_N)
+def summed_gradient(Q, K, V, BIAS, RNG, DO, LSE, DELTA, SUMS, SCALE, q_strides, k_strides, v_strides, bias_strides, do_strides,
+                    sums_bias_strides, scale, heads, group, nq, nk, dropout, sum_batch, sum_heads, captured, ints, floats,
+                    SCORE: tl.constexpr, FACTOR: tl.constexpr, PLACE: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr,
+                    VISIT: tl.constexpr, PATTERN: tl.constexpr, BIAS_COLS: tl.constexpr, DROPOUT: tl.constexpr,
+                    RAW: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+                    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Sums, in fixed order, of the terms dS * factor of a gradient: of a bias, or of a captured tensor (`trace/learned.py`).
+
+    PATTERN       a program                               takes tiles                    and stores
+    "direct"      a tile of the matrix                    of sum_batch x sum_heads       the tile of sums
+    "rows"        a block of queries of one head          of all keys                    sums over keys      [B, H, S_q]
+    "cols"        a block of keys of one head             of all queries                 sums over queries   [B, H, S_k]
+    "diagonal"    an offset of tiles from the diagonal    along the diagonal             the tile of sums    [B, H, offsets, ..]
+    "largest"     a block of queries of one head          of all keys                    maxima of |term|    [B, H, S_q]
+    "any"         a block of queries of one head          of all keys                    term * SCALE, rounded, added to entries
+
+    The last adds integers, whose sum does not depend on their order.
+    """
     pid = tl.program_id(0)
-    first_col = pid % tiles_n * BLOCK_N
-    bias_b, bias_h, _h, first_row = place(pid // tiles_n, tl.cdiv(nq, BLOCK_M), heads // sum_heads, 1, BLOCK_M, True)
+    tiles_m, tiles_n = tl.cdiv(nq, BLOCK_M), tl.cdiv(nk, BLOCK_N)
     program = (captured, ints, floats)
-    rows = first_row + tl.arange(0, BLOCK_M)
-    cols = first_col + tl.arange(0, BLOCK_N)
+    if PATTERN == "direct":
+        per_head, count = tiles_m * tiles_n, sum_batch * sum_heads
+    elif PATTERN == "cols":
+        per_head, count = tiles_n, tiles_m
+    elif PATTERN == "diagonal":
+        per_head, count = offsets(tiles_m, tiles_n, BLOCK_M, BLOCK_N), tl.maximum(tiles_m, tiles_n)
+    else:
+        per_head, count = tiles_m, tiles_n
+    first = pid % per_head
+    own_heads = heads // sum_heads
+    own_h, own_b = pid // per_head % own_heads, pid // per_head // own_heads
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    for index in range(sum_batch * sum_heads):
-        b = bias_b * sum_batch + index // sum_heads
-        h = bias_h * sum_heads + index % sum_heads
-        r = masking.visits(KEYS, VISIT, LIST, b, h, heads, rows, first_row // BLOCK_M, nq, nq, nk, nk, program, BLOCK_N)
-        tile = first_col // BLOCK_N
-        if ((tile >= r[0]) & (tile < r[3])) | ((tile >= r[4]) & (tile < r[7])):
-            q = load_rows(Q, q_strides, b, h, first_row, nq, BLOCK_M, D, BLOCK_D)
-            k = load_rows(K, k_strides, b, h // group, first_col, nk, BLOCK_N, D, BLOCK_D)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            do = load_rows(DO, do_strides, b, h, first_row, nq, BLOCK_M, DV, BLOCK_DV)
-            v = load_rows(V, v_strides, b, h // group, first_col, nk, BLOCK_N, DV, BLOCK_DV)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            lse, delta = load_statistics(LSE, DELTA, b, h, heads, rows, nq, NATURAL)
-            _kept, ds, _raw = tile_gradients(
-                s, dp, lse[:, None], delta[:, None], scale, b, h, heads, rows[:, None], cols[None, :], first_row,
-                first_col, nq, nk, BIAS, bias_strides, RNG, dropout, program, SCORE, None, MASK, BIAS_COLS, DROPOUT, RAW,
-                NATURAL, True, BLOCK_M, BLOCK_N, False)
-            total += ds
-    store_tile(DBIAS, dbias_strides, bias_b, bias_h, rows, cols, nq, nk, total)
+    for t in tl.range(count):
+        b, h = own_b, own_h
+        if PATTERN == "direct":
+            b, h = own_b * sum_batch + t // sum_heads, own_h * sum_heads + t % sum_heads
+            m, n = first // tiles_n, first % tiles_n
+        elif PATTERN == "cols":
+            m, n = t, first
+        elif PATTERN == "diagonal":
+            m, n = on_diagonal(first, t, tiles_n, BLOCK_M, BLOCK_N)
+        else:
+            m, n = first, t
+        rows, cols = m * BLOCK_M + tl.arange(0, BLOCK_M), n * BLOCK_N + tl.arange(0, BLOCK_N)
+        if (m >= 0) & (m < tiles_m) & (n >= 0) & (n < tiles_n):
+            r = masking.visits(KEYS, VISIT, None, b, h, heads, rows, m, nq, nq, nk, nk, program, BLOCK_N)
+            if ((n >= r[0]) & (n < r[3])) | ((n >= r[4]) & (n < r[7])):
+                q = load_rows(Q, q_strides, b, h, m * BLOCK_M, nq, BLOCK_M, D, BLOCK_D)
+                k = load_rows(K, k_strides, b, h // group, n * BLOCK_N, nk, BLOCK_N, D, BLOCK_D)
+                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                do = load_rows(DO, do_strides, b, h, m * BLOCK_M, nq, BLOCK_M, DV, BLOCK_DV)
+                v = load_rows(V, v_strides, b, h // group, n * BLOCK_N, nk, BLOCK_N, DV, BLOCK_DV)
+                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+                lse, delta = load_statistics(LSE, DELTA, b, h, heads, rows, nq, NATURAL)
+                _kept, _ds, terms = tile_gradients(
+                    s, dp, lse[:, None], delta[:, None], scale, b, h, heads, rows[:, None], cols[None, :], m * BLOCK_M,
+                    n * BLOCK_N, nq, nk, BIAS, bias_strides, RNG, dropout, program, SCORE, FACTOR, MASK, BIAS_COLS, DROPOUT,
+                    RAW, NATURAL, True, BLOCK_M, BLOCK_N, False)
+                if PATTERN == "any":
+                    place = PLACE(b, h, tl.minimum(rows, nq - 1)[:, None], tl.minimum(cols, nk - 1)[None, :], nq, nk, captured,
+                                  ints, floats)
+                    fixed = tl.floor(terms * tl.load(SCALE) + 0.5).to(tl.int64)
+                    places = SUMS + place + tl.zeros([BLOCK_M, BLOCK_N], tl.int64)
+                    tl.atomic_add(places, fixed, mask=terms != 0.0, sem="relaxed")
+                elif PATTERN == "largest":
+                    total = tl.maximum(total, tl.abs(terms))
+                else:
+                    total += terms
+    if PATTERN == "direct":
+        store_tile(SUMS, sums_bias_strides, own_b, own_h, first // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M),
+                   first % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N), nq, nk, total)
+    elif PATTERN == "cols":
+        cols = first * BLOCK_N + tl.arange(0, BLOCK_N)
+        tl.store(SUMS + (pid // per_head).to(tl.int64) * nk + cols, tl.sum(total, 0), mask=cols < nk)
+    elif PATTERN == "diagonal":
+        inside = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(SUMS + pid.to(tl.int64) * (BLOCK_M * BLOCK_N) + inside, total)
+    elif PATTERN != "any":
+        rows = first * BLOCK_M + tl.arange(0, BLOCK_M)
+        reduced = tl.max(total, 1) if PATTERN == "largest" else tl.sum(total, 1)
+        tl.store(SUMS + (pid // per_head).to(tl.int64) * nq + rows, reduced, mask=rows < nq)
+
+
+@triton.jit
+def offsets(tiles_m, tiles_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """How many distances from the diagonal tiles have, in units of the smaller side."""
+    if BLOCK_N >= BLOCK_M:
+        return tiles_m + (tiles_n - 1) * (BLOCK_N // BLOCK_M)
+    else:
+        return (tiles_m - 1) * (BLOCK_M // BLOCK_N) + tiles_n
+
+
+@triton.jit
+def on_diagonal(offset, t, tiles_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The t-th tile at an offset, which counts from the last keys of the first queries; maybe outside the matrix."""
+    if BLOCK_N >= BLOCK_M:
+        return offset - (tiles_n - 1 - t) * (BLOCK_N // BLOCK_M), t
+    else:
+        return t, t * (BLOCK_M // BLOCK_N) + tiles_n - 1 - offset

@@ -88,7 +88,7 @@ def missing(problem: Problem, arch: str) -> str | None:
 def needed(problem: Problem) -> list[str]:
     """The kernels of a forward and a backward pass."""
     return ["forward", "preprocess", *("key_gradients" + part for part in parts(problem)), "query_gradients",
-            *(["bias_gradient"] if problem.bias_shape is not None else [])]
+            *(["summed_gradient"] if problem.bias_shape is not None or problem.graphs.learned else [])]
 
 
 def parts(problem: Problem) -> tuple[str, ...]:

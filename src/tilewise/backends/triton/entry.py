@@ -25,7 +25,8 @@ from {module} import {kernel}
 
 
 """
-GRAPHS = {"SCORE": "score", "SCORE_GRADIENT": "score_gradient", "MASK": "mask", "KEYS": "keys", "QUERIES": "queries"}
+GRAPHS = {"SCORE": "score", "SCORE_GRADIENT": "score_gradient", "MASK": "mask", "KEYS": "keys", "QUERIES": "queries",
+          "FACTOR": "factor", "PLACE": "place"}
 SCALARS = {"scale": "fp32", "heads": "i32", "group": "i32", "nq": "i32", "nk": "i32", "dropout": "i32",
            "sum_batch": "i32", "sum_heads": "i32"}
 MAX_ALIGN = 16
@@ -39,11 +40,14 @@ class Parameter(NamedTuple):
 
 
 @functools.lru_cache(maxsize=512)
-def entry(kernel: Any, program: str) -> Any:
-    """The entry point of a kernel (a @triton.jit function of this package) for a program's text."""
-    source = source_of(kernel, program)
+def entry(kernel: Any, program: str, lookup: int | None = None) -> Any:
+    """The entry point of a kernel (a @triton.jit function of this package) for a program's text.
+
+    lookup: the number of the lookup whose gradient is wanted, in `Graphs.learned`.
+    """
+    source = source_of(kernel, program, lookup)
     name = f"{kernel.fn.__name__}_entry"
-    path = f"<tilewise {name} {program}>"
+    path = f"<tilewise {name} {lookup} {program}>"
     linecache.cache[path] = (len(source), None, source.splitlines(keepends=True), path)  # Triton reads the source again
     namespace: dict[str, Any] = {"__name__": f"tilewise.generated.{name}"}
     exec(compile(source, path, "exec", dont_inherit=True), namespace)
@@ -105,10 +109,12 @@ def slots(program: str) -> dict[str, tuple[tuple[str, str | None], ...]]:
     return {"captured": in_order["t"], "ints": in_order["i"], "floats": in_order["f"]}
 
 
-def source_of(kernel: Any, program: str) -> str:
+def source_of(kernel: Any, program: str, lookup: int | None = None) -> str:
     """The source of an entry point: the program's graphs as device functions, then the entry itself."""
     name = kernel.fn.__name__
-    graphs = dict(zip(GRAPHS.values(), parse(program), strict=True))
+    *of_scores, = parse(program)
+    place, factor = ((), ()) if lookup is None else ((graph,) for graph in of_scores[5 + lookup])
+    graphs = dict(zip(GRAPHS.values(), (*of_scores[:5], factor, place), strict=True))
     arguments, fixed, passed, scaled, functions = [], [], [], [], []
     for parameter in parameters(kernel, program):
         arguments += [flat if kind is None else f"{flat}: {kind if kind == 'tl.constexpr' else repr(kind)}"

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from tilewise.backends.triton.entry import entry, flatten
 from tilewise.backends.triton.forward_kernel import forward as forward_kernel
 from tilewise.problem import Operands, Problem
 from tilewise.state import sink_gradient
+from tilewise.trace.evaluate import leaf_values, slot_values
+from tilewise.trace.learned import Learned, from_offset_tiles, gather, sums_shape
 from tilewise.trace.tile_lists import Question, tile_list
 
 Run = Callable[[Any, Problem, Callable[[Config], int], Mapping[str, Any]], None]
@@ -36,7 +38,8 @@ def run(kernel: Any, problem: Problem, programs: Callable[[Config], int], values
     flat = flatten(kernel, problem.program, values | settled(problem, values, config))
     # Triton launches on the current device, whatever device the tensors are on
     with torch.cuda.device(problem.device) if problem.device.type == "cuda" else contextlib.nullcontext():
-        entry(kernel, problem.program)[(grid,)](**flat, num_warps=config.num_warps, num_stages=config.num_stages)
+        entry(kernel, problem.program, values.get("LOOKUP"))[(grid,)](
+            **flat, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def settled(problem: Problem, values: Mapping[str, Any], config: Config) -> dict[str, Any]:
@@ -100,14 +103,77 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
         DQ=dq, dq_strides=strides(dq), DBIAS_MODE=mode if mode in ("direct", "over_cols") else None,
         visits=visits(problem, x)))
     if mode == "summed" and x.bias is not None:
-        batch, heads = x.bias.shape[:2]
-        run(bwd.bias_gradient, problem,
-            lambda c: batch * heads * blocks(problem.seqlen_q, c.BLOCK_M) * blocks(problem.seqlen_k, c.BLOCK_N),
-            common | dict(VISIT=len(problem.graphs.keys) // 4, LIST=None, sum_batch=problem.batch // max(1, batch), sum_heads=problem.heads // heads))
+        summed(problem, x, common, "direct", x.bias.shape[:2], dbias, None, run)
     if dbias is not None and x.bias is not None:
         dbias = dbias.sum_to_size(x.bias.shape).to(x.bias.dtype)
     dsinks = sink_gradient(x.sinks, lse, delta) if needs.sinks and x.sinks is not None else None
-    return Gradients(dq, dk, dv, dbias, dsinks)
+    return Gradients(dq, dk, dv, dbias, dsinks, captured_gradients(problem, x, common, needs, run))
+
+
+def summed(problem: Problem, x: Operands, common: Mapping[str, Any], pattern: str, leading: Sequence[int], sums: Tensor | None,
+           lookup: int | None, run: Run, scale: Tensor | None = None) -> None:
+    """Launches `summed_gradient`. leading: sequences and heads that have sums of their own; all others share them."""
+    batch, heads = leading
+
+    def programs(c: Config) -> int:
+        m, n = blocks(problem.seqlen_q, c.BLOCK_M), blocks(problem.seqlen_k, c.BLOCK_N)
+        per_head = {"direct": m * n, "cols": n, "diagonal": tile_offsets(problem, c)}.get(pattern, m)
+        return batch * heads * per_head
+
+    run(bwd.summed_gradient, problem, programs, common | dict(
+        PATTERN=pattern, LOOKUP=lookup, SUMS=sums, SCALE=scale, VISIT=len(problem.graphs.keys) // 4,
+        sums_bias_strides=(0, 0, 0) if sums is None or sums.dim() < 4 else strides(sums),
+        sum_batch=problem.batch // max(1, batch), sum_heads=problem.heads // heads))
+
+
+def captured_gradients(problem: Problem, x: Operands, common: Mapping[str, Any], needs: Needs, run: Run) -> list[Tensor | None]:
+    """The gradient of each captured tensor that needs one."""
+    found: list[Tensor | None] = [None] * len(x.captured)
+    for number, lookup in enumerate(problem.graphs.learned):
+        if lookup.slot < len(needs.captured) and needs.captured[lookup.slot]:
+            table = x.captured[lookup.slot]
+            grad = lookup_gradient(problem, x, common, number, lookup, table, run).to(table.dtype)
+            found[lookup.slot] = grad if found[lookup.slot] is None else found[lookup.slot] + grad
+    return found
+
+
+def lookup_gradient(problem: Problem, x: Operands, common: Mapping[str, Any], number: int, lookup: Learned, table: Tensor,
+                    run: Run) -> Tensor:
+    """The gradient of a table by one of its lookups, fp32."""
+    batch, heads, nq, nk = problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_k
+    everyone, device = (batch, heads), problem.device
+    values = leaf_values(slot_values(x.captured, x.ints, x.floats), batch, heads, nq, nk, device)
+    pattern = lookup.pattern
+    if pattern == "any":
+        largest = torch.zeros((batch, heads, nq), device=device)
+        summed(problem, x, common, "largest", everyone, largest, number, run)
+        scale = fixed_point_scale(largest, batch * heads * nq * nk)
+        total = torch.zeros(table.untyped_storage().nbytes() // table.itemsize, dtype=torch.int64, device=device)
+        entries = total.as_strided(table.shape, table.stride())
+        summed(problem, x, common, "any", everyone, entries, number, run, scale)
+        return (entries.double() / scale.double()).float()
+    if pattern == "diagonal":
+        config = choose("summed_gradient", problem, architecture(device))
+        sums = torch.zeros((batch, heads, tile_offsets(problem, config), config.BLOCK_M, config.BLOCK_N), device=device)
+        summed(problem, x, common, pattern, everyone, sums, number, run)
+        return gather(lookup, from_offset_tiles(sums, nq, nk), values, table).float()
+    shape = sums_shape(lookup, table, batch, heads, nq, nk)
+    sums = torch.zeros(shape, device=device)
+    summed(problem, x, common, pattern, shape[:2], sums, number, run)
+    return gather(lookup, sums, values, table).float()
+
+
+def fixed_point_scale(largest: Tensor, terms: int) -> Tensor:
+    """The power of two by which so many terms up to the largest can be multiplied so that their sum fits into 62 bits."""
+    most = (largest.amax().double() * terms).clamp(min=2.0**-60)
+    return torch.exp2((61 - most.log2().ceil()).clamp(-120, 120)).float()
+
+
+def tile_offsets(problem: Problem, config: Config) -> int:
+    """How many distances from the diagonal tiles have (`backward_kernels.offsets`)."""
+    m, n = blocks(problem.seqlen_q, config.BLOCK_M), blocks(problem.seqlen_k, config.BLOCK_N)
+    unit = min(config.BLOCK_M, config.BLOCK_N)
+    return (m - 1) * (config.BLOCK_M // unit) + (n - 1) * (config.BLOCK_N // unit) + 1
 
 
 def per_query_block(problem: Problem) -> Callable[[Config], int]:

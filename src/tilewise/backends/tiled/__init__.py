@@ -1,0 +1,69 @@
+"""The papers' algorithms in torch operations: exact attention on any device, in linear memory, differentiable to any order.
+
+Forward: FlashAttention-2 (Dao 2023, algorithm 1), tile by tile with the online softmax, over all sequences and heads at
+once. Backward (algorithm 2), forward-mode derivative and every further derivative are sums over tiles (`sums.BlockSum`)
+whose own derivatives are again such sums: nothing of size N² is kept at any order.
+
+Products and sums are fp32 (fp64 for fp64).
+
+    walk.py     which tiles, and the scores of one        sums.py   sums over tiles and their derivatives
+    passes.py   forward, backward, forward mode
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tilewise.backends import Gradients, Needs
+from tilewise.backends.tiled.passes import Tiled, gradients_of
+from tilewise.backends.tiled.walk import tile_sizes
+from tilewise.problem import Operands, Problem
+from tilewise.state import AttentionState, sink_gradient
+
+__all__ = ["attention", "backward", "forward", "precision", "supports", "tile_sizes", "volunteers", "workspace"]
+
+
+def supports(problem: Problem) -> str | None:
+    """None, or why it cannot compute the problem; it can on any device."""
+    return "torch's products do not promise batch_invariant bits" if problem.batch_invariant else None
+
+
+volunteers = supports
+
+
+def precision(problem: Problem) -> str:
+    """How fp32 inputs are multiplied: as torch does on this device."""
+    return problem.precision
+
+
+def workspace(problem: Problem) -> tuple[int, int]:
+    """Bytes, forward and backward: lse, wide copies of inputs and gradients, and the tiles in flight."""
+    wide = 8 if problem.dtype == torch.float64 else 4
+    queries = problem.batch * problem.heads * problem.seqlen_q
+    keys = problem.batch * problem.kv_heads * problem.seqlen_k
+    inputs = queries * problem.head_dim + keys * (problem.head_dim + problem.head_dim_v)
+    tile_q, tile_k = tile_sizes(problem)
+    tile = problem.batch * problem.heads * min(tile_q, problem.seqlen_q) * min(tile_k, problem.seqlen_k)
+    return wide * (queries + inputs + 3 * tile), wide * (2 * queries + 2 * inputs + queries * problem.head_dim_v + 6 * tile)
+
+
+def attention(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
+    """out and lse, sinks included, as a differentiable function of the operands: any order, forward and reverse."""
+    state = AttentionState(*Tiled.apply(problem, (x.ints, x.floats), x.q, x.k, x.v, x.bias, x.rng, *x.captured))
+    if x.sinks is not None:
+        state = state.with_sink(x.sinks)
+    return state.out, state.lse
+
+
+def forward(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        return attention(problem, x)
+
+
+def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+             needs: Needs) -> Gradients:
+    with torch.no_grad():
+        gradients, delta = gradients_of(problem, x, out, lse, dout, dlse, needs)
+        if not needs.sinks or x.sinks is None:
+            return gradients
+        return gradients._replace(sinks=sink_gradient(x.sinks, lse, delta))
