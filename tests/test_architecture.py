@@ -15,7 +15,7 @@ SOURCE = ROOT / "src" / "tilewise"
 # Rooms from the bottom up: a module imports from its own row or rows above it in this table, never below.
 LAYERS = [
     ["trace"],
-    ["rng", "masks", "score_mods", "block_mask", "state", "draw"],
+    ["rng", "masks", "score_mods", "block_sparse", "patterns", "state", "draw"],
     ["problem"],
     ["backends"],
     ["reference"],

@@ -60,7 +60,8 @@ def ours(entry: Entry, q, k, v, backend: str):
 def assert_near(x, truth, standard, factor: int):
     """The rule of `bench/tolerance.py`."""
     error, of_standard = ((y.double() - truth).abs().max().item() for y in (x, standard))
-    assert error <= factor * of_standard + 4 * EPS * max(1.0, truth.abs().max().item())
+    largest = max(1.0, truth.abs().max().item())
+    assert error <= factor * of_standard + 4 * EPS * largest
 
 
 @each_entry

@@ -129,7 +129,8 @@ def _(q, k, v, bias, sinks, rng, captured, ints, floats, *settings_and_backend):
 
 @torch.library.custom_op("tilewise::attention_backward", mutates_args=())
 def attention_backward_op(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, needs_bias: bool, needs_sinks: bool,
-                          needs_captured: Sequence[bool], q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, rng: Tensor | None,
+                          needs_captured: Sequence[bool], q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
+                          sinks: Tensor | None, rng: Tensor | None,
                           captured: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], scale: float,
                           dropout: int, program: str, layout: str, precision: str, deterministic: bool,
                           batch_invariant: bool, backend: str) -> list[Tensor]:

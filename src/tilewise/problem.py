@@ -177,8 +177,8 @@ def _whole_mask(causal: bool, mask: Mask | Callable | Tensor | None) -> Mask | N
     elif callable(mask):
         mask = masks.mask_mod(mask)
     if mask is not None and not isinstance(mask, Mask):
-        raise TypeError(f"mask: expected None, a mask such as tw.causal(), a function mask_mod(b, h, q_idx, kv_idx) or a boolean "
-                        f"tensor, got {type(mask).__name__}")
+        raise TypeError("mask: expected None, a mask such as tw.causal(), a function mask_mod(b, h, q_idx, kv_idx) or a "
+                        f"boolean tensor, got {type(mask).__name__}")
     if not isinstance(causal, bool):
         raise TypeError(f"causal: expected True or False, got {causal!r}")
     if causal:

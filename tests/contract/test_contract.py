@@ -7,10 +7,8 @@ import torch
 from support.backends import AVAILABLE, DEVICE
 
 import tilewise as tw
-from tilewise import backends
 from tilewise.bench import tolerance
 from tilewise.bench.cases import CASES, draw
-from tilewise.problem import make
 
 SHORT = ("full", "causal more keys", "causal more queries", "grouped heads", "head dim 40", "documents", "everything",
          "prefix lm bias dropout sinks", "window grouped softcap dropout", "bias with -inf", "values narrower", "no keys")
@@ -44,7 +42,8 @@ def test_tiled_in_fp64(case, dtype, poisoned, small_tiles):
 
 
 @pytest.mark.parametrize("backend", [b for b in AVAILABLE if b != "reference"])
-@pytest.mark.parametrize("name", ["causal", "grouped heads", "bias over batch", "documents", "everything", "table of any index"])
+@pytest.mark.parametrize("name", ["causal", "grouped heads", "bias over batch", "documents", "everything",
+                                  "table of any index"])
 def test_bitwise_repeatable(name, backend, poisoned, small_tiles):
     call = draw(next(c for c in CASES if c.name == name), torch.float32, DEVICE)
     first, second = tolerance.run(call, backend).tensors, tolerance.run(call, backend).tensors

@@ -76,7 +76,8 @@ class Call:
 
     def supported(self, backend: str) -> bool:
         """Whether the backend says that it computes this."""
-        return backends.load(backend).supports(make(self.q, self.k, self.v, **self.arguments({}), layout=self.case.layout)[0]) is None
+        problem, _ = make(self.q, self.k, self.v, **self.arguments({}), layout=self.case.layout)
+        return backends.load(backend).supports(problem) is None
 
     def arguments(self, tensors: dict[str, Tensor]) -> Options:
         """The options with the differentiable tensors replaced by `tensors`."""
@@ -87,8 +88,8 @@ class Call:
 
     def run(self, tensors: dict[str, Tensor], backend: str) -> tuple[Tensor, Tensor]:
         """(out, lse) with the differentiable tensors replaced by `tensors`."""
-        return tw.attention(tensors["q"], tensors["k"], tensors["v"], **self.arguments(tensors), layout=self.case.layout, return_lse=True,
-                            backend=backend)
+        return tw.attention(tensors["q"], tensors["k"], tensors["v"], **self.arguments(tensors), layout=self.case.layout,
+                            return_lse=True, backend=backend)
 
 
 def draw(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Call:
@@ -210,7 +211,8 @@ CASES = (
     Case("function", options=lambda m: dict(mask=lambda b, h, q, k: (q >= k) & ((q - k) % 4 == 0))),
     Case("function of documents", seqlen_q=50, seqlen_k=50, options=lambda m: dict(
         mask=in_documents(m.integers(0, 4, 2, 50).sort(-1).values))),
-    Case("function of heads", heads=4, kv_heads=2, options=lambda m: dict(mask=lambda b, h, q, k: (q - k).abs() <= 9 * (h + 1))),
+    Case("function of heads", heads=4, kv_heads=2, options=lambda m: dict(
+        mask=lambda b, h, q, k: (q - k).abs() <= 9 * (h + 1))),
     Case("function of sequences and heads", seqlen_q=40, options=lambda m: dict(
         mask=lambda b, h, q, k: (q - k).abs() <= 9 * (h + 1) + 8 * b)),
     Case("function and interval", options=lambda m: dict(causal=True, mask=lambda b, h, q, k: (k < 5) | (q - k < 20))),
@@ -219,11 +221,12 @@ CASES = (
         mask=lambda b, h, q, k: (q - k).abs() <= 9 * (h + 1), batch_invariant=True)),
     Case("blocks", options=lambda m: dict(mask=tw.block_mask(m.uniform(5, 9) < 0.5, block_size=(16, 8)), causal=True)),
     Case("blocks butterfly", seqlen_q=128, seqlen_k=128, batch=1, options=lambda m: dict(
-        mask=tw.block_mask(tw.butterfly(8).to(m.device), block_size=16), dropout_p=0.2, rng=tw.Rng(5))),
+        mask=tw.block_mask(tw.patterns.butterfly(8).to(m.device), block_size=16), dropout_p=0.2, rng=tw.Rng(5))),
     Case("blocks per head", batch=1, heads=4, kv_heads=2, options=lambda m: dict(
         mask=tw.block_mask(m.uniform(4, 5, 5) < 0.5, block_size=16), bias=m.normal(4, 70, 70), sinks=m.normal(4))),
     Case("score function", options=lambda m: dict(
-        score_mod=[lambda s, b, h, q, k: torch.where(q >= k, s, 0.5 * s * torch.tanh(s)) * torch.log(k + 2.0), tw.softcap(5.0)])),
+        score_mod=[lambda s, b, h, q, k: torch.where(q >= k, s, 0.5 * s * torch.tanh(s)) * torch.log(k + 2.0),
+                   tw.softcap(5.0)])),
     Case("table of distances", options=lambda m: dict(
         table=m.normal(2, 139), score_mod=lambda t: lambda s, b, h, q, k: s + t[h, q - k + 69], causal=True)),
     Case("table of pairs", heads=4, kv_heads=2, options=lambda m: dict(

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask as TorchBlockMask
 
 from tilewise.api import attention
-from tilewise.block_mask import BlockMask, block_mask, layout_element
+from tilewise.block_sparse import BlockMask, block_mask, layout_element
 from tilewise.masks import Mask, mask_mod
 from tilewise.trace.bounds import FULL, PARTIAL
 
