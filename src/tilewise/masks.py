@@ -284,7 +284,7 @@ def mask_mod(function: Callable) -> Mask:
     it may index tensors of its scope by any index expression, and is compiled into the kernels. Which tiles it shows follows
     by interval arithmetic: nothing of size N² is evaluated. `tw.attention(mask=function)` calls this.
 
-    Raises CaptureError (a TypeError), naming the operation and the line, for what cannot be compiled: branches on indices,
+    Raises CaptureError, naming the operation and the line, for what cannot be compiled: branches on indices,
     writing into tensors, random numbers, functions not known, a result that is not boolean.
     """
     return Mask(getattr(function, "__name__", "mask_mod"), mask_graph(function), (), ())

@@ -60,7 +60,7 @@ def score_mod(function: Callable) -> ScoreMod:
     Arguments behave like zero-dimensional tensors, the score in fp32. The function runs once; its derivative follows from
     its graph. `tw.attention(score_mod=function)` calls this.
 
-    Raises CaptureError (a TypeError), naming the operation and the line, for what cannot be compiled.
+    Raises CaptureError, naming the operation and the line, for what cannot be compiled.
     """
     return ScoreMod(getattr(function, "__name__", "score_mod"), score_graph(function))
 
@@ -79,8 +79,8 @@ def compose(mods: Mods) -> ScoreMod | None:
                         f"got {mods!r}")
     if not mods:
         return None
-    mods = [m if isinstance(m, ScoreMod) else score_mod(m) for m in mods]
-    result = mods[0]
-    for mod in mods[1:]:
+    first, *others = [m if isinstance(m, ScoreMod) else score_mod(m) for m in mods]
+    result = first
+    for mod in others:
         result = ScoreMod(f"{result.name}, {mod.name}", substitute(mod.expr, result.expr))
     return result

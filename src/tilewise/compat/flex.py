@@ -99,7 +99,7 @@ def from_torch(mask: TorchBlockMask) -> BlockMask:
     partial = _layout(mask.kv_num_blocks, mask.kv_indices, blocks)
     element = layout_element(partial, mask.BLOCK_SIZE) & mask_mod(mask.mask_mod).element
     classes = partial.byte() * PARTIAL
-    if mask.full_kv_num_blocks is not None:
+    if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
         full = _layout(mask.full_kv_num_blocks, mask.full_kv_indices, blocks)
         element = element | layout_element(full, mask.BLOCK_SIZE)
         classes = torch.where(full, FULL, classes)

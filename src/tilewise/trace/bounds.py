@@ -78,8 +78,10 @@ def _grid_classes(bounds: Bounds, mask: Graph, batch: int, heads: int, lengths: 
     classes = coarse[:, :, :, None, :, None].repeat(1, 1, 1, COARSE, 1, COARSE)
     inside = torch.arange(COARSE)
     for chunk in (coarse == PARTIAL).nonzero().split(CHUNK // COARSE**2):
+        if not len(chunk):
+            break
         b, h, i, j = chunk.T
-        leaves = dict(q=_span((i[:, None] * COARSE + inside)[:, :, None], tile[0], lengths[0]),
+        leaves: dict[Graph, Interval] = dict(q=_span((i[:, None] * COARSE + inside)[:, :, None], tile[0], lengths[0]),
                       k=_span((j[:, None] * COARSE + inside)[:, None, :], tile[1], lengths[1]),
                       b=point(b[:, None, None]), h=point(h[:, None, None]))
         classes[b, h, i, :, j, :] = _decide(bounds, mask, leaves, device)
@@ -91,7 +93,7 @@ def _span(tile: Tensor, size: int, length: int) -> Interval:
     return Interval((tile * size).clamp(max=length - 1), (tile * size + (size - 1)).clamp(max=length - 1))
 
 
-def _decide(bounds: Bounds, mask: Graph, leaves: Mapping[str, Interval], device: torch.device) -> Tensor:
+def _decide(bounds: Bounds, mask: Graph, leaves: Mapping[Graph, Interval], device: torch.device) -> Tensor:
     surely, possibly = (torch.as_tensor(x, device=device).byte() for x in bounds.of(mask, leaves))
     return surely + possibly
 

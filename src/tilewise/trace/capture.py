@@ -7,6 +7,7 @@ any index expression. Whatever cannot become a graph raises `CaptureError`, whic
 """
 from __future__ import annotations
 
+import contextlib
 import inspect
 import linecache
 import sys
@@ -25,8 +26,8 @@ INDICES = ("b", "h", "q", "k")
 MAX_DIMS = 4
 
 
-class CaptureError(TypeError):
-    """A function that cannot become a graph."""
+class CaptureError(Exception):
+    """A function that cannot become a graph. (No TypeError: torch's operators take those for "try the other side".)"""
 
 
 def mask_graph(fn: Callable) -> Expr:
@@ -51,6 +52,9 @@ def score_graph(fn: Callable) -> Expr:
 
 def run(fn: Callable, names: Sequence[str], signature: str) -> Any:
     """fn's result on stand-ins, as an Expr where it is a traced value or a tensor."""
+    if torch.compiler.is_compiling():
+        raise CaptureError("inside torch.compile a function cannot be captured: make it a mask or score function outside, by "
+                           "tw.mask_mod(function), tw.score_mod(function) or tw.block_mask")
     if not callable(fn):
         raise CaptureError(f"expected a function {signature}, got {fn!r}")
     try:
@@ -59,6 +63,7 @@ def run(fn: Callable, names: Sequence[str], signature: str) -> Any:
         raise CaptureError(f"{describe(fn)}: expected {signature}: {error}") from None
     with Recorder(fn) as recorder:
         result = fn(*[Traced(var(name), recorder) for name in names])
+    recorder.running = False
     return recorder.expr(result) if isinstance(result, (Traced, Tensor)) else result
 
 
@@ -68,24 +73,26 @@ class Recorder(TorchFunctionMode):
     def __init__(self, fn: Callable):
         super().__init__()
         self.fn = fn
-        self.constants: dict[tuple[type, Any], Expr] = {}
+        self.running = True
         self.tensors: dict[int, Captured] = {}
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         name = getattr(func, "__name__", str(func))
+        if kwargs.get("out") is not None:
+            raise self.error("out=: writing into tensors is not supported")
         if any(isinstance(x, (Traced, Rows)) for x in _flat((args, kwargs.values()))):
             return self.call(name, args, kwargs)
         if name in RANDOM:
             raise self.error(f"{name}: random numbers are not supported (for dropout use dropout_p)")
-        if name in ("__setitem__", "__set__") or (name.endswith("_") and not name.endswith("__")) or name in IN_PLACE:
+        if name in IN_PLACE or (name.endswith("_") and not name.endswith("__")):
             raise self.error(f"{name}: writing into tensors is not supported")
         return func(*args, **kwargs)
 
     def call(self, name: str, args: Sequence, kwargs: dict) -> Any:
         """A function of traced values."""
         plain = name.strip("_")
-        if name in ("__setitem__", *IN_PLACE) or (name.endswith("_") and not name.endswith("__")):
+        if name in IN_PLACE or (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None:
             raise self.error(f"{plain}: writing into tensors is not supported")
         if plain == "getitem":
             return self.index(*args)
@@ -102,7 +109,7 @@ class Recorder(TorchFunctionMode):
             raise self.error(f"{plain}: {error}") from None
 
     def expr(self, x: Any) -> Expr:
-        """An argument as a node; equal numbers are one node, and so are the same tensors."""
+        """An argument as a node; the same tensors are one."""
         if isinstance(x, Traced):
             return x.expr
         if isinstance(x, Expr):
@@ -112,7 +119,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(x, (int, float)):
             if isinstance(x, int) and not -2**31 <= x < 2**31:
                 raise self.error(f"{x} is beyond 32 bits, in which indices are computed")
-            return self.constants.setdefault((type(x), x), wrap(x))
+            return wrap(x)
         if isinstance(x, Tensor) and x.dim() == 0:
             return load(self.captured(x))
         if isinstance(x, (Tensor, Rows)):
@@ -133,8 +140,9 @@ class Recorder(TorchFunctionMode):
         if code is not None:
             cells = zip(code.co_freevars, getattr(inner, "__closure__", None) or (), strict=False)
             for name, cell in cells:
-                if cell.cell_contents is tensor:
-                    return name
+                with contextlib.suppress(ValueError):  # a variable not assigned yet
+                    if cell.cell_contents is tensor:
+                        return name
             for name in code.co_names:
                 if getattr(inner, "__globals__", {}).get(name) is tensor:
                     return name
@@ -166,9 +174,9 @@ class Recorder(TorchFunctionMode):
 
     def error(self, message: str) -> CaptureError:
         """The error, with the line of the user's code that is running."""
-        frame = sys._getframe(1)
+        frame = sys._getframe(1) if self.running else None
         while frame is not None and (frame.f_code.co_filename == __file__ or _of_torch(frame.f_code.co_filename)):
-            frame = frame.f_back  # type: ignore[assignment]
+            frame = frame.f_back
         where = describe(self.fn)
         if frame is None:
             return CaptureError(f"{where}: {message}")
@@ -256,7 +264,13 @@ class Traced:
     def __getattr__(self, name: str) -> Callable:
         if name.startswith("__"):
             raise AttributeError(name)
+        if not callable(getattr(Tensor, name, len)):
+            raise self.recorder.error(f"{name} is not supported in mask and score functions")
         return lambda *args, **kwargs: self.recorder.call(name, (self, *args), kwargs)
+
+    def where(self, condition: Any, other: Any) -> Traced:
+        """self where the condition holds."""
+        return self.recorder.call("where", (condition, self, other), {})
 
     def _no_value(self, *_):
         raise self.recorder.error("the value of an index expression is not known when the function is captured: write "
@@ -270,22 +284,34 @@ class Traced:
     def __setitem__(self, key, value):
         raise self.recorder.error("writing into tensors is not supported")
 
+    def __pos__(self):
+        return self
+
     def __hash__(self):
         return id(self)
 
 
 def _operator(name: str, reflected: bool = False) -> Callable:
-    def apply(self, other=None):
-        args = (other, self) if reflected else (self,) if other is None else (self, other)
-        return self.recorder.call(name, args, {})
+    def apply(self, *other):
+        return self.recorder.call(name, (*other, self) if reflected else (self, *other), {})
     return apply
 
 
-for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor"):
+def _refused(name: str) -> Callable:
+    def apply(self, *_):
+        raise self.recorder.error(f"{name} of a whole row of a captured tensor: index it, down to one number")
+    return apply
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift", "matmul",
+              "divmod"):
     setattr(Traced, f"__{_name}__", _operator(_name))
     setattr(Traced, f"__r{_name}__", _operator(_name, reflected=True))
-for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "invert"):
+    setattr(Rows, f"__{_name}__", _refused(_name))
+    setattr(Rows, f"__r{_name}__", _refused(_name))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne", "neg", "abs", "invert", "round"):
     setattr(Traced, f"__{_name}__", _operator(_name))
+    setattr(Rows, f"__{_name}__", _refused(_name))
 
 
 # ---- what functions become ----------------------------------------------------------------------------------------------
@@ -333,7 +359,7 @@ def _where(recorder: Recorder, condition: Any, input: Any, other: Any) -> Expr:
 
 def _extreme(op: Callable) -> Callable:
     def rule(recorder: Recorder, input: Any, other: Any = None) -> Expr:
-        if other is None:
+        if other is None or isinstance(other, (int, float)):
             raise TypeError("a reduction is not supported: a mask or score function sees one score")
         return op(recorder.expr(input), recorder.expr(other))
     return rule
@@ -349,11 +375,11 @@ DTYPES = {torch.bool: "bool", torch.float32: "float", torch.float16: "fp16", tor
           **dict.fromkeys((torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8), "int")}
 
 
-def _to(recorder: Recorder, input: Any, dtype: Any = None, *_, **__) -> Expr:
+def _to(recorder: Recorder, input: Any, *args: Any, dtype: Any = None, **_) -> Expr:
     x = recorder.expr(input)
-    if isinstance(dtype, (Tensor, Traced)):
-        dtype = dtype.dtype
-    if dtype is None or isinstance(dtype, (torch.device, str)):
+    named = [a.dtype if isinstance(a, (Tensor, Traced)) else a for a in (*args, dtype)]
+    dtype = next((a for a in named if isinstance(a, torch.dtype)), None)
+    if dtype is None:
         return x
     if dtype not in DTYPES:
         raise TypeError(f"{dtype} is not supported: scores are computed in fp32")
@@ -361,9 +387,33 @@ def _to(recorder: Recorder, input: Any, dtype: Any = None, *_, **__) -> Expr:
 
 
 def _filled(value: Any) -> Callable:
-    def rule(recorder: Recorder, _like: Any, *_, dtype=None, **__) -> Expr:
-        return _to(recorder, value, dtype)
+    def rule(recorder: Recorder, input: Any, *_, dtype=None, **__) -> Expr:
+        return _to(recorder, value, input.dtype if dtype is None else dtype)
     return rule
+
+
+def _full_like(recorder: Recorder, input: Any, fill_value: Any, *, dtype=None, **_) -> Expr:
+    return _to(recorder, fill_value, input.dtype if dtype is None else dtype)
+
+
+def _new_full(recorder: Recorder, input: Any, size: Any, fill_value: Any, *, dtype=None, **_) -> Expr:
+    return _full_like(recorder, input, fill_value, dtype=dtype)
+
+
+def _masked_fill(recorder: Recorder, input: Any, mask: Any, value: Any) -> Expr:
+    return _where(recorder, mask, value, input)
+
+
+ZERO, NOTHING, ONE = wrap(0), wrap(0.0), wrap(1.0)  # single nodes, so that equal expressions stay equal
+
+
+def _relu(x: Expr) -> Expr:
+    return graph.maximum(x, NOTHING if x.kind == "f" else ZERO)
+
+
+def _sign(x: Expr) -> Expr:
+    zero = NOTHING if x.kind == "f" else ZERO
+    return cast("float" if x.kind == "f" else "int", x > zero) - cast("int", x < zero)
 
 
 def _square(recorder: Recorder, input: Any) -> Expr:
@@ -391,17 +441,19 @@ RULES: dict[str, Callable[..., Expr]] = {
     "clamp_min": lambda recorder, input, min: _clamp(recorder, input, min),
     "clamp_max": lambda recorder, input, max: _clamp(recorder, input, None, max),
     **dict.fromkeys(("min", "minimum"), _extreme(graph.minimum)), **dict.fromkeys(("max", "maximum"), _extreme(graph.maximum)),
-    "relu": _unary(lambda x: graph.maximum(x, wrap(0))),
+    "relu": lambda recorder, input, inplace=False: _relu(recorder.expr(input)), "sign": _unary(_sign),
+    "full_like": _full_like, "new_full": _new_full, "masked_fill": _masked_fill,
     **dict.fromkeys(("neg", "negative"), _unary(lambda x: -x)), **dict.fromkeys(("abs", "absolute"), _unary(abs)),
     **{name: _unary(lambda x, op=name: x if x.kind == "i" and op in ("floor", "ceil") else function(op, x))
        for name in OF_FLOATS},
-    "reciprocal": _unary(lambda x: 1.0 / x),
+    "reciprocal": _unary(lambda x: ONE / x),
     **dict.fromkeys(("to", "type", "type_as"), _to),
     **{name: _unary(lambda x, target=target: cast(target, x)) for name, target in dict(
         float="float", int="int", long="int", bool="bool", half="fp16", bfloat16="bf16").items()},
-    **dict.fromkeys(("zeros_like", "new_zeros"), _filled(0.0)), **dict.fromkeys(("ones_like", "new_ones"), _filled(1.0)),
+    **dict.fromkeys(("zeros_like", "new_zeros"), _filled(0)), **dict.fromkeys(("ones_like", "new_ones"), _filled(1)),
     **dict.fromkeys(("clone", "contiguous"), _unary(lambda x: x)),
 }
 RANDOM = {"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli", "multinomial",
           "normal", "poisson", "dropout"}
-IN_PLACE = {"__iadd__", "__isub__", "__imul__", "__itruediv__", "__ifloordiv__", "__imod__", "__iand__", "__ior__", "__ixor__"}
+IN_PLACE = {"__setitem__", "__set__", *(f"__i{name}__" for name in (
+    "add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift"))}

@@ -24,7 +24,8 @@ def check_indices(text: str, captured: Sequence[Tensor], ints: Sequence[int], fl
     if min(sizes[name] for name in "bhqk") == 0:
         return
     bounds = Bounds(slot_values(captured, ints, floats))
-    leaves = {name: Interval(0, sizes[name] - 1) for name in "bhqk"} | {name: point(sizes[name]) for name in ("nq", "nk")}
+    leaves: dict[Graph, Interval] = {name: Interval(0, sizes[name] - 1) for name in "bhqk"}
+    leaves["nq"], leaves["nk"] = point(sizes["nq"]), point(sizes["nk"])
     leaves["s"] = Interval(-float("inf"), float("inf"))
     for node in _nodes(text):
         elsewhere = captured and captured[0].device.type != "cpu"

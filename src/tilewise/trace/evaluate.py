@@ -23,13 +23,23 @@ def evaluate(graph: Graph, values: Values, memo: dict | None = None) -> Any:
     memo = {} if memo is None else memo
     if graph not in memo:
         if graph.op == "load":
-            loaded = values[graph.args[0]][tuple([evaluate(i, values, memo) for i in graph.args[1::2]])]
-            memo[graph] = loaded.to(values["float"]) if loaded.is_floating_point() else loaded
+            loaded = values[str(graph.args[0])][tuple([evaluate(i, values, memo) for i in graph.args[1::2]])]
+            memo[graph] = _widened(loaded, values["float"])
+        elif graph.op == "where":
+            condition, a, b = (evaluate(arg, values, memo) for arg in graph.args)
+            memo[graph] = _where(condition, a, b, values["float"])
         elif graph.op == "to_float":
             memo[graph] = _cast(evaluate(graph.args[0], values, memo), values["float"])
         else:
             memo[graph] = OPERATIONS[graph.op](*[evaluate(a, values, memo) for a in graph.args])
     return memo[graph]
+
+
+def _widened(loaded: Tensor, floating: torch.dtype) -> Tensor:
+    """As kernels load: integers of 8 and 16 bits would wrap around, and index as masks do."""
+    if loaded.is_floating_point():
+        return loaded.to(floating)
+    return loaded.int() if loaded.dtype in (torch.uint8, torch.int8, torch.int16) else loaded
 
 
 def _cast(x: Any, dtype: torch.dtype) -> Any:
@@ -49,9 +59,17 @@ def _choose(a: Any, b: Any, of_tensors: Callable, of_numbers: Callable) -> Any:
     return of_tensors(*(x if isinstance(x, Tensor) else torch.full_like(tensor, x) for x in (a, b)))
 
 
+def _where(condition: Any, a: Any, b: Any, floating: torch.dtype) -> Any:
+    if not isinstance(condition, Tensor):
+        return a if condition else b
+    if isinstance(a, float) and isinstance(b, float):  # torch would take its default dtype
+        a = torch.tensor(a, dtype=floating, device=condition.device)
+    return torch.where(condition, a, b)
+
+
 def _of_numbers(op: Callable) -> Callable:
     """A torch function that also takes a Python number."""
-    return lambda x: op(x) if isinstance(x, Tensor) else op(torch.tensor(x)).item()
+    return lambda x: op(x) if isinstance(x, Tensor) else op(torch.tensor(x, dtype=torch.float64)).item()
 
 
 OPERATIONS: dict[str, Callable] = {
@@ -60,7 +78,7 @@ OPERATIONS: dict[str, Callable] = {
     "div": lambda a, b: a / b, "neg": lambda a: -a, "abs": abs, "pow": lambda a, b: a ** b,
     "not": lambda a: torch.bitwise_not(a) if isinstance(a, Tensor) else (not a) if isinstance(a, bool) else ~a,
     "min": lambda a, b: _choose(a, b, torch.minimum, min), "max": lambda a, b: _choose(a, b, torch.maximum, max),
-    "where": lambda c, a, b: torch.where(c, a, b) if isinstance(c, Tensor) else (a if c else b),
+    "where": lambda c, a, b: _where(c, a, b, torch.float64),
     "to_bool": lambda a: _cast(a, torch.bool), "to_int": lambda a: _cast(a, torch.int64),
     "to_fp16": lambda a: _rounded(a, torch.float16), "to_bf16": lambda a: _rounded(a, torch.bfloat16),
 }

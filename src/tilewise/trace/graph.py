@@ -18,6 +18,7 @@ beside it. Kernels are cached by the text, so another length, window or tensor n
 from __future__ import annotations
 
 import functools
+import math
 import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -56,8 +57,8 @@ class Expr:
     def __rmod__(self, other): return arithmetic("mod", other, self)
     def __pow__(self, other): return power(self, other)
     def __rpow__(self, other): return power(other, self)
-    def __neg__(self): return Expr("neg", self.kind, self)
-    def __abs__(self): return Expr("abs", self.kind, self)
+    def __neg__(self): return Expr("neg", self.kind, number(self, "neg"))
+    def __abs__(self): return Expr("abs", self.kind, number(self, "abs"))
     def __lt__(self, other): return comparison("lt", self, other)
     def __le__(self, other): return comparison("le", self, other)
     def __gt__(self, other): return comparison("gt", self, other)
@@ -68,7 +69,10 @@ class Expr:
     def __ror__(self, other): return bitwise("or", other, self)
     def __xor__(self, other): return bitwise("xor", self, other)
     def __rxor__(self, other): return bitwise("xor", other, self)
-    def __invert__(self): return Expr("not", self.kind, self)
+    def __invert__(self):
+        if self.kind == "f":
+            raise TypeError("not of a floating number")
+        return Expr("not", self.kind, self)
 
     def __bool__(self):
         raise TypeError("an index expression has no truth value: write & | ~ instead of and, or, not, "
@@ -116,6 +120,8 @@ def cast(target: str, value: Any) -> Expr:
     x = wrap(value)
     if target in ("bool", "int", "float") and x.kind == CASTS[target]:
         return x
+    if target in ("fp16", "bf16"):
+        return Expr("to_" + target, "f", cast("float", x))
     if x.constant and target in ("int", "float"):
         return wrap({"int": int, "float": float}[target](x.value))
     return Expr("to_" + target, CASTS[target], x)
@@ -153,14 +159,23 @@ def bitwise(op: str, a: Any, b: Any) -> Expr:
 
 
 def power(a: Any, b: Any) -> Expr:
-    """a ** b; a small whole exponent becomes products."""
+    """a ** b; a small whole exponent becomes products. Of two whole numbers it is whole."""
     a, b = wrap(a), wrap(b)
-    if b.constant and b.value == int(b.value) and 1 <= b.value <= 8:
-        result = cast("float", a) if b.kind == "f" else a
+    a = cast("int", a) if a.kind == "b" else a
+    if b.constant and math.isfinite(b.value) and b.value == int(b.value) and 1 <= b.value <= 8:
+        result = factor = cast("float", a) if b.kind == "f" else a
         for _ in range(int(b.value) - 1):
-            result = result * a
+            result = result * factor
         return result
+    if a.kind == "i" and b.kind != "f":
+        return cast("int", Expr("pow", "f", cast("float", a), cast("float", b)) + 0.5)
     return Expr("pow", "f", cast("float", a), cast("float", b))
+
+
+def number(x: Expr, op: str) -> Expr:
+    if x.kind == "b":
+        raise TypeError(f"{op} of a boolean")
+    return x
 
 
 def function(op: str, x: Any) -> Expr:

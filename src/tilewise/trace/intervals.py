@@ -17,10 +17,14 @@ from tilewise.trace.graph import Graph, Node, kind
 ORDER = {"ge": True, "gt": True, "le": False, "lt": False}    # whether the first argument is the larger
 WIDENED = 1e-6
 LARGEST = 2**31 - 1
+DEPTH = 2  # choices inside choices that are looked at separately; deeper ones would double the work each
 
 
 class Interval(NamedTuple):
-    """lo and hi, numbers or tensors that broadcast; a point where they are the same object. Booleans: surely, possibly."""
+    """lo and hi, numbers or tensors that broadcast; a point where they are the same object. Both NaN: anything, NaN included.
+
+    Booleans: surely, possibly.
+    """
     lo: Any
     hi: Any
 
@@ -39,6 +43,7 @@ class Bounds:
     def __init__(self, values: Mapping[str, Any]):
         self.values = values
         self.windows: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self.depth = 0
 
     def of(self, graph: Graph, leaves: Mapping[Graph, Interval]) -> Interval:
         """The bounds of `graph`; leaves: intervals of q, k and whatever else shall not have its one value."""
@@ -63,8 +68,10 @@ class Bounds:
         condition, a, b = node.args
         sides = []
         for side, holds in ((a, True), (b, False)):
-            known = dict(self._known(condition, holds, side, leaves, memo))
+            known = dict(self._known(condition, holds, side, leaves, memo)) if self.depth < DEPTH else {}
+            self.depth += bool(known)
             sides.append(self._of(side, {**leaves, **known}, {} if known else memo))
+            self.depth -= bool(known)
         return _chosen(self._of(condition, leaves, memo), *sides)
 
     def _known(self, condition: Graph, holds: bool, side: Graph, leaves: Mapping[Graph, Interval],
@@ -99,8 +106,7 @@ class Bounds:
             return Interval(least, greatest)
         if table.is_floating_point():
             least, greatest = least.to(self.values["float"]), greatest.to(self.values["float"])
-            return Interval(torch.nan_to_num(least, nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf),
-                            torch.nan_to_num(greatest, nan=torch.inf, posinf=torch.inf, neginf=-torch.inf))
+            return _both(least, greatest)
         return Interval(least.long(), greatest.long())
 
     def _extremes(self, name: str, levels: tuple[int, ...], box: list[Interval]) -> tuple[Tensor, Tensor]:
@@ -184,6 +190,8 @@ def _greatest(*values: Any) -> Any:
 def _fold(op: Callable, values: tuple) -> Any:
     result = values[0]
     for x in values[1:]:
+        if isinstance(x, float) and x != x and isinstance(result, float):
+            return x
         result = op(*_matched(result, x))
     return result
 
@@ -215,10 +223,16 @@ def _sound(op: str, x: Interval) -> Interval:
     lo, hi = x
     if op in LIBRARY:
         lo, hi = lo - (abs(lo) * WIDENED + 1e-30), hi + (abs(hi) * WIDENED + 1e-30)
-    if isinstance(lo, Tensor) and lo.is_floating_point():
-        lo, hi = torch.where(lo.isnan(), -torch.inf, lo), torch.where(hi.isnan(), torch.inf, hi)
-    elif isinstance(lo, float) and (lo != lo or hi != hi):
-        lo, hi = -float("inf"), float("inf")
+    return _both(lo, hi)
+
+
+def _both(lo: Any, hi: Any, *others: Any) -> Interval:
+    """Both ends are NaN, which stands for anything, where one of these is."""
+    for x in (lo, hi, *others):
+        if isinstance(x, Tensor) and x.is_floating_point():
+            lo, hi = (_select(x.isnan(), torch.nan, end) for end in (lo, hi))
+        elif isinstance(x, float) and x != x:
+            return point(x)
     return Interval(lo, hi)
 
 
@@ -226,15 +240,17 @@ def _ends(x: Interval) -> tuple:
     return (x.lo,) if x.lo is x.hi else (x.lo, x.hi)
 
 
+def _sum(a: Interval, b: Interval) -> Interval:
+    if _whole(a) and _whole(b):
+        return Interval(a.lo + b.lo, a.hi + b.hi)
+    return _both(a.lo + b.lo, a.hi + b.hi, a.lo + b.hi, a.hi + b.lo)  # inf - inf
+
+
 def _product(a: Interval, b: Interval) -> Interval:
-    values = [_finite_product(x, y) for x in _ends(a) for y in _ends(b)]
-    return Interval(_least(*values), _greatest(*values))
-
-
-def _finite_product(x: Any, y: Any) -> Any:
-    """0 times infinity is 0 at the end of an interval."""
-    value = x * y
-    return torch.where(value.isnan(), 0.0, value) if isinstance(value, Tensor) and value.is_floating_point() else value
+    values = [x * y for x in _ends(a) for y in _ends(b)]
+    holes = [_select((x.lo <= 0) & (x.hi >= 0) & ((y.lo == -torch.inf) | (y.hi == torch.inf)), torch.nan, 0.0)
+             for x, y in ((a, b), (b, a)) if not _whole(y)]  # 0 * inf
+    return _both(_least(*values), _greatest(*values), *values, *holes)
 
 
 def _quotient(op: str) -> Callable:
@@ -244,9 +260,10 @@ def _quotient(op: str) -> Callable:
         one = 1.0 if op == "div" else 1
         safe = [_select(certain, y, one) for y in _ends(b)]
         values = [OPERATIONS[op](x, y) for x in _ends(a) for y in safe]
-        bound = _greatest(*(abs(x) for x in _ends(a))) if op == "floordiv" and _whole(a) else float("inf")
-        return Interval(_select(certain, _least(*values), -bound - 1 if op == "floordiv" and _whole(a) else -bound),
-                        _select(certain, _greatest(*values), bound))
+        bound = _greatest(*(abs(x) for x in _ends(a))) if op == "floordiv" and _whole(a) else torch.nan
+        return _both(_select(certain, _least(*values), -bound - 1 if op == "floordiv" and _whole(a) else -bound),
+                     _select(certain, _greatest(*values), bound),
+                     *(() if _whole(a) else (_select(certain, v, 0) for v in values)))
     return rule
 
 
@@ -262,13 +279,18 @@ def _remainder(a: Interval, b: Interval) -> Interval:
     step = 1 if _whole(b) else 0
     low = _select(b.lo > 0, 0, _least(b.lo + step, 0))
     high = _greatest(b.hi - step, 0)
-    return Interval(_select(same, a.lo % divisor, low), _select(same, a.hi % divisor, high))
+    lo, hi = _select(same, a.lo % divisor, low), _select(same, a.hi % divisor, high)
+    if _whole(a) and _whole(b):
+        return Interval(lo, hi)
+    defined = (abs(a.lo) < torch.inf) & (abs(a.hi) < torch.inf) & ((b.lo > 0) | (b.hi < 0))
+    return _both(lo, hi, _select(defined, 0.0, torch.nan))
 
 
 def _power(a: Interval, b: Interval) -> Interval:
     positive = a.lo > 0
     values = [_select(positive, x, 1.0) ** y for x in _ends(a) for y in _ends(b)]
-    return Interval(_select(positive, _least(*values), -float("inf")), _select(positive, _greatest(*values), float("inf")))
+    nan = _select(positive, 0.0, torch.nan)
+    return _both(_least(*values), _greatest(*values), nan, *values)
 
 
 def _select(condition: Any, a: Any, b: Any) -> Any:
@@ -287,7 +309,7 @@ def _not(a: Any) -> Any:
 
 
 def _equal(a: Interval, b: Interval) -> Interval:
-    return Interval((a.lo == a.hi) & (b.lo == b.hi) & (a.lo == b.lo), (a.lo <= b.hi) & (b.lo <= a.hi))
+    return Interval((a.lo == a.hi) & (b.lo == b.hi) & (a.lo == b.lo), _not((a.lo > b.hi) | (b.lo > a.hi)))
 
 
 def _negated(x: Interval) -> Interval:
@@ -309,21 +331,31 @@ def _integer_and(a: Interval, b: Interval) -> Interval:
     return Interval(_select(fits, 0, -LARGEST - 1), _select(fits, _least(a.hi, b.hi), LARGEST))
 
 
+def _whole_number(x: Any, otherwise: int) -> Any:
+    """As an integer of 32 bits; a NaN is `otherwise`."""
+    if isinstance(x, Tensor):
+        return _select(x.isnan(), otherwise, x.to(torch.float64).clamp(-LARGEST - 1, LARGEST)).to(torch.int64)
+    return otherwise if x != x else int(min(max(x, -LARGEST - 1), LARGEST))
+
+
 LIBRARY = ("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "erf", "tanh", "sigmoid", "pow")
 RULES: dict[str, Callable[..., Interval]] = {
-    "add": lambda a, b: Interval(a.lo + b.lo, a.hi + b.hi), "sub": lambda a, b: Interval(a.lo - b.hi, a.hi - b.lo),
+    "add": lambda a, b: _sum(a, b), "sub": lambda a, b: _sum(a, Interval(-b.hi, -b.lo)),
     "mul": _product, "div": _quotient("div"), "floordiv": _quotient("floordiv"), "mod": _remainder, "pow": _power,
     "neg": lambda a: Interval(-a.hi, -a.lo),
     "abs": lambda a: Interval(_greatest(a.lo, -a.hi, 0), _greatest(-a.lo, a.hi)),
-    "lt": lambda a, b: Interval(a.hi < b.lo, a.lo < b.hi), "le": lambda a, b: Interval(a.hi <= b.lo, a.lo <= b.hi),
-    "gt": lambda a, b: Interval(a.lo > b.hi, a.hi > b.lo), "ge": lambda a, b: Interval(a.lo >= b.hi, a.hi >= b.lo),
+    "lt": lambda a, b: Interval(a.hi < b.lo, _not(a.lo >= b.hi)),
+    "le": lambda a, b: Interval(a.hi <= b.lo, _not(a.lo > b.hi)),
+    "gt": lambda a, b: Interval(a.lo > b.hi, _not(a.hi <= b.lo)),
+    "ge": lambda a, b: Interval(a.lo >= b.hi, _not(a.hi < b.lo)),
     "eq": _equal, "ne": lambda a, b: _negated(_equal(a, b)),
     "min": lambda a, b: Interval(_least(a.lo, b.lo), _least(a.hi, b.hi)),
     "max": lambda a, b: Interval(_greatest(a.lo, b.lo), _greatest(a.hi, b.hi)), "where": _chosen,
-    **{op: _increasing(op) for op in ("exp", "exp2", "log", "log2", "sqrt", "erf", "tanh", "sigmoid", "floor", "ceil", "to_int",
+    **{op: _increasing(op) for op in ("exp", "exp2", "log", "log2", "sqrt", "erf", "tanh", "sigmoid", "floor", "ceil",
                                       "to_fp16", "to_bf16")},
-    "rsqrt": lambda a: Interval(OPERATIONS["rsqrt"](a.hi), OPERATIONS["rsqrt"](a.lo)),
-    **dict.fromkeys(("sin", "cos"), lambda a: Interval(-1.0, 1.0)),
+    "to_int": lambda a: Interval(_whole_number(a.lo, -LARGEST - 1), _whole_number(a.hi, LARGEST)),
+    "rsqrt": lambda a: Interval(OPERATIONS["rsqrt"](a.hi), OPERATIONS["rsqrt"](a.lo + 0.0)),  # of -0.0 it is -inf
+    **dict.fromkeys(("sin", "cos"), lambda a: _both(-1.0 + 0.0 * a.lo, 1.0 + 0.0 * a.hi)),
     "to_bool": lambda a: Interval((a.lo > 0) | (a.hi < 0), _not((a.lo == 0) & (a.hi == 0))),
 }
 BITWISE_RULES: dict[str, Callable[..., Interval]] = {

@@ -67,6 +67,10 @@ def tile_list(question: Question, captured: Sequence[Tensor]) -> TileList:
     return result
 
 
+def on_host(device: torch.device) -> bool:
+    return device.type == "cpu"
+
+
 def _build(question: Question, captured: Sequence[Tensor]) -> TileList:
     _, mask, ints, floats, batch, heads, lengths, tile, transposed, all_partial, device = question
     values = leaf_values(slot_values(captured, ints, floats), batch, heads, *lengths, device)
@@ -82,7 +86,7 @@ def _build(question: Question, captured: Sequence[Tensor]) -> TileList:
     head = len(kept) + 1
     starts = torch.zeros(head, dtype=torch.int32, device=device)
     starts[1:] = kept.sum(1).cumsum(0)
-    if device.type == "cpu" or 4 * kept.numel() // 2 > CAPACITY:
+    if on_host(device) or 4 * classes.numel() > CAPACITY:
         columns = kept.nonzero()[:, 1].int()
     else:
         columns = torch.empty(classes.numel() + 1, dtype=torch.int32, device=device)    # the last entry takes what is not kept

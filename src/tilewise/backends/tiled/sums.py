@@ -25,10 +25,10 @@ Axes = str | Diagonals
 
 def cut(x: Tensor, axes: Axes, tile: Tile) -> Tensor:
     """The part of x that belongs to a tile; dimensions of size 1 are shared by all tiles."""
-    if axes == WHOLE or (isinstance(axes, Diagonals) and not isinstance(tile.cols, slice)):
-        return x
-    if isinstance(axes, Diagonals):
+    if isinstance(axes, Diagonals) and isinstance(tile.cols, slice):
         return x[:, :, tile.rows.start - tile.cols.stop + axes.keys:tile.rows.stop - 1 - tile.cols.start + axes.keys]
+    if axes == WHOLE or isinstance(axes, Diagonals):
+        return x
     if axes == BOTH:
         x = x[:, :, tile.rows] if x.shape[2] > 1 else x
         return pick(x, 3, tile.cols) if x.shape[3] > 1 else x

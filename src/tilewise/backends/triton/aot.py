@@ -85,15 +85,15 @@ def example(width: str, head_dim: int, features: str, variant: str = "") -> tupl
     dtype, precision = WIDTHS[width]
     q = torch.zeros(2, 32, 2, head_dim, dtype=dtype)
     table, ids = torch.zeros(2, 63), torch.zeros(32, dtype=torch.int32)
-    options: dict[str, Any] = {
+    programs: dict[str, dict[str, Any]] = {
         "plain": dict(causal=True),
         "rich listed": dict(mask=block_mask(torch.ones(2, 2, 2, dtype=torch.bool), block_size=16)),
         "rich": dict(mask=masks.causal() | masks.prefix(torch.zeros(2, dtype=torch.int32)), sinks=torch.zeros(2),
                      score_mod=[score_mods.alibi(torch.zeros(2)), score_mods.softcap(30.0)],
                      bias=torch.zeros(2, 32, 32, dtype=dtype), dropout_p=0.1, rng=Rng(0)),
         "rich tables": dict(causal=True, score_mod=lambda s, b, h, i, j: s + table[h, i - j + 31] + table[h, ids[i] + ids[j]]),
-    }[f"{features} {variant}".strip()]
-    problem, x = make(q, q, q, **options)
+    }
+    problem, x = make(q, q, q, **programs[f"{features} {variant}".strip()])
     settings = problem.settings._replace(precision=precision)
     return Problem(**{**problem.__dict__, "settings": settings}), x
 

@@ -35,7 +35,7 @@ def run(kernel: Any, problem: Problem, programs: Callable[[Config], int], values
     bias = values.get("BIAS")
     if bias is not None and bias.itemsize > values["Q"].itemsize:  # rows are judged with a bias as wide as the inputs
         config = config._replace(num_stages=1)
-    flat = flatten(kernel, problem.program, values | settled(problem, values, config))
+    flat = flatten(kernel, problem.program, {**values, **settled(problem, values, config)})
     # Triton launches on the current device, whatever device the tensors are on
     with torch.cuda.device(problem.device) if problem.device.type == "cuda" else contextlib.nullcontext():
         entry(kernel, problem.program, values.get("LOOKUP"))[(grid,)](
@@ -120,8 +120,8 @@ def summed(problem: Problem, x: Operands, common: Mapping[str, Any], pattern: st
         per_head = {"direct": m * n, "cols": n, "diagonal": tile_offsets(problem, c)}.get(pattern, m)
         return batch * heads * per_head
 
-    run(bwd.summed_gradient, problem, programs, common | dict(
-        PATTERN=pattern, LOOKUP=lookup, SUMS=sums, SCALE=scale, VISIT=len(problem.graphs.keys) // 4,
+    run(bwd.summed_gradient, problem, programs, dict(
+        common, PATTERN=pattern, LOOKUP=lookup, SUMS=sums, SCALE=scale, VISIT=len(problem.graphs.keys) // 4,
         sums_bias_strides=(0, 0, 0) if sums is None or sums.dim() < 4 else strides(sums),
         sum_batch=problem.batch // max(1, batch), sum_heads=problem.heads // heads))
 
@@ -133,7 +133,8 @@ def captured_gradients(problem: Problem, x: Operands, common: Mapping[str, Any],
         if lookup.slot < len(needs.captured) and needs.captured[lookup.slot]:
             table = x.captured[lookup.slot]
             grad = lookup_gradient(problem, x, common, number, lookup, table, run).to(table.dtype)
-            found[lookup.slot] = grad if found[lookup.slot] is None else found[lookup.slot] + grad
+            before = found[lookup.slot]
+            found[lookup.slot] = grad if before is None else before + grad
     return found
 
 
