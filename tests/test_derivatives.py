@@ -12,16 +12,25 @@ def tiny_tiles(monkeypatch):
     monkeypatch.setattr(tiled, "SHORTEST_TILE", 2)
 
 
-def inputs(*, bias=False, sinks=False):
+def inputs(*, bias=False, sinks=False, table=False):
     g = torch.Generator().manual_seed(0)
-    shapes = [(1, 5, 2, 3), (1, 6, 1, 3), (1, 6, 1, 2), *([(2, 5, 6)] if bias else []), *([(2,)] if sinks else [])]
+    shapes = [(1, 5, 2, 3), (1, 6, 1, 3), (1, 6, 1, 2), *([(2, 5, 6)] if bias else []), *([(2,)] if sinks else []),
+              *([(2, 10)] if table else [])]
     return tuple(torch.randn(s, generator=g, dtype=torch.float64).requires_grad_() for s in shapes)
 
 
 def function(names=(), backend="tiled", **options):
     def attend(q, k, v, *rest):
-        return tw.attention(q, k, v, **dict(zip(names, rest, strict=True)), **options, return_lse=True, backend=backend)
+        named = dict(zip(names, rest, strict=True))
+        if "table" in named:
+            named["score_mod"] = of_distance(named.pop("table"))
+        return tw.attention(q, k, v, **named, **options, return_lse=True, backend=backend)
     return attend
+
+
+def of_distance(table):
+    """Uses the table in two ways: by distance, and by head and query."""
+    return lambda s, b, h, q, k: s * torch.sigmoid(table[h, q - k + 5]) + table[h, q] ** 2
 
 
 PLAIN = ((), {})
@@ -29,16 +38,19 @@ RICH = (("bias", "sinks"), dict(causal=True, mask=tw.window(4, None), score_mod=
                                 dropout_p=0.2, rng=tw.Rng(1)))
 
 
-@pytest.mark.parametrize("names, options", [PLAIN, RICH], ids=["plain", "rich"])
+TABLE = (("table",), dict(mask=lambda b, h, q, k: (q + k) % 3 > 0, dropout_p=0.2, rng=tw.Rng(1)))
+
+
+@pytest.mark.parametrize("names, options", [PLAIN, RICH, TABLE], ids=["plain", "rich", "table"])
 def test_first_and_second_order(names, options):
-    attend, x = function(names, **options), inputs(bias="bias" in names, sinks="sinks" in names)
+    attend, x = function(names, **options), inputs(bias="bias" in names, sinks="sinks" in names, table="table" in names)
     assert torch.autograd.gradcheck(attend, x, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(attend, x, check_fwd_over_rev=True)
 
 
-@pytest.mark.parametrize("names, options", [PLAIN, RICH], ids=["plain", "rich"])
+@pytest.mark.parametrize("names, options", [PLAIN, RICH, TABLE], ids=["plain", "rich", "table"])
 def test_third_order_equals_the_reference(names, options):
-    x = inputs(bias="bias" in names, sinks="sinks" in names)
+    x = inputs(bias="bias" in names, sinks="sinks" in names, table="table" in names)
 
     def third(backend):
         total = sum(y.sin().sum() for y in function(names, backend, **options)(*x))

@@ -53,6 +53,53 @@ def test_compile_whole_graph_without_recompiling_for_a_length():
 
 
 @CPU_ONLY
+def test_functions_and_tables_compile_once():
+    """Masks and score functions of functions are made outside; a table's gradient passes through the custom op."""
+    table = torch.randn(4, 127, generator=torch.Generator().manual_seed(0)).to(DEVICE).requires_grad_()
+    ids = (torch.arange(64) // 9).to(DEVICE)
+    mask = tw.mask_mod(lambda b, h, q, k: (ids[q] == ids[k]) | (k < 3))
+    mods = [tw.score_mod(lambda s, b, h, q, k: s + table[h, q - k + 63]), tw.softcap(4.0)]
+
+    def attend(q, k, v):
+        return tw.attention(q, k, v, mask=mask, score_mod=mods).square().sum()
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+    compiled_once = None
+    for n in (24, 31, 57):
+        x = inputs(n)[:3]
+        for a, b in zip(*(torch.autograd.grad(f(*x), (*x, table)) for f in (compiled, attend)), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+        compiled_once = compiled_once or counter.frame_count
+    assert counter.frame_count == compiled_once
+
+
+@CPU_ONLY
+def test_a_function_inside_compile_says_what_to_do():
+    q, k, v = inputs()[:3]
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda q: tw.attention(q, k, v, mask=lambda b, h, i, j: i >= j), fullgraph=True, backend="eager")
+    with pytest.raises(Exception, match="inside torch.compile a function cannot be captured"):
+        compiled(q)
+
+
+@CPU_ONLY
+def test_func_transforms_reach_tables():
+    q, k, v = (x.detach() for x in inputs(12)[:3])
+    table = torch.randn(3, 4, 23, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+
+    def loss(table, backend="tiled"):
+        return tw.attention(q, k, v, score_mod=lambda s, b, h, i, j: s + table[h, i - j + 11], backend=backend).square().sum()
+
+    one = torch.func.grad(loss)(table[0])
+    torch.testing.assert_close(one, torch.func.grad(lambda t: loss(t, "reference"))(table[0]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(table)[0], one)
+    _, tangent = torch.func.jvp(loss, (table[0],), (table[1],))
+    torch.testing.assert_close(tangent, (one * table[1]).sum(), rtol=1e-4, atol=1e-4)
+
+
+@CPU_ONLY
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 def test_memory_order_follows_the_layout(layout):
     q, k, v, *_ = inputs()

@@ -9,6 +9,10 @@ from tilewise.bench import tolerance
 from tilewise.bench.cases import Case, draw
 
 
+def random_function(step, width, ids):
+    return tw.mask_mod(lambda b, h, q, k: ((q - k) % step == 0) | ((q - k).abs() <= width) & (ids[q] >= h - 1))
+
+
 def masks(nq, nk):
     lengths = st.lists(st.integers(0, nk), min_size=2, max_size=2)
     ids = lambda n: st.lists(st.integers(-1, 2), min_size=n, max_size=n)  # noqa: E731
@@ -19,6 +23,9 @@ def masks(nq, nk):
         st.integers(1, 40).map(lambda c: lambda m: tw.chunked(c)),
         st.tuples(ids(nq), ids(nk)).map(lambda x: lambda m: tw.documents(
             torch.tensor(x[0], dtype=torch.int64, device=m.device), torch.tensor(x[1], dtype=torch.int64, device=m.device))))
+    function = st.tuples(st.integers(1, 9), st.integers(0, 40), ids(nq)).map(lambda x: lambda m: random_function(
+        *x[:2], torch.tensor(x[2] or [0], device=m.device)))
+    leaf = st.one_of(leaf, function)
     return st.recursive(leaf, lambda inner: st.one_of(
         st.tuples(inner, inner).map(lambda ab: lambda m: ab[0](m) & ab[1](m)),
         st.tuples(inner, inner).map(lambda ab: lambda m: ab[0](m) | ab[1](m)), inner.map(lambda a: lambda m: ~a(m))),
@@ -33,7 +40,7 @@ def problems(draw_from):
     bias = draw_from(st.none() | st.sampled_from(
         [(2, heads, nq, nk), (heads, nq, nk), (nq, nk), (2, 1, 1, nk), (nq, 1), (nk,)]))
     mask = draw_from(st.none() | masks(nq, nk))
-    mods = draw_from(st.lists(st.sampled_from(["softcap", "alibi", "alibi2"]), max_size=2))
+    mods = draw_from(st.lists(st.sampled_from(["softcap", "alibi", "alibi2", "function"]), max_size=2))
     plain = draw_from(st.fixed_dictionaries({}, optional=dict(
         causal=st.booleans(), scale=st.sampled_from([0.0, -0.2, 0.7]), dropout_p=st.sampled_from([0.1, 0.5]),
         batch_invariant=st.booleans())))
@@ -47,7 +54,8 @@ def problems(draw_from):
             made["mask"] = mask(m)
         if mods:
             named = {"softcap": lambda: tw.softcap(2.0), "alibi": lambda: tw.alibi(m.uniform(heads)),
-                     "alibi2": lambda: tw.alibi(m.normal(2, heads))}
+                     "alibi2": lambda: tw.alibi(m.normal(2, heads)),
+                     "function": lambda: lambda s, b, h, q, k: s * torch.sigmoid(0.1 * (q - 2 * k) + h) + b}
             made["score_mod"] = [named[mod]() for mod in mods]
         if bias is not None:
             made["bias"] = m.normal(*bias)
