@@ -7,9 +7,10 @@ from tilewise.plan import Plan
 from tilewise.rng import Rng
 from tilewise.score_mods import ScoreMod, alibi, score_mod, softcap
 from tilewise.state import AttentionState, merge_states
+from tilewise.trace.capture import CaptureError
 
 __version__ = "0.1.0"
 
-__all__ = ["AttentionState", "BlockMask", "Mask", "Plan", "Rng", "ScoreMod", "alibi", "attention", "block_mask", "causal",
+__all__ = ["AttentionState", "BlockMask", "CaptureError", "Mask", "Plan", "Rng", "ScoreMod", "alibi", "attention", "block_mask", "causal",
            "chunked", "documents", "explain", "full", "key_lengths", "mask_mod", "merge_states", "patterns", "prefix",
            "score_mod", "softcap", "window"]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from rich.progress import TaskID
+    from torch import Tensor
 
     from tilewise.demo.results import Results
     from tilewise.masks import Mask
@@ -26,6 +27,10 @@ app = typer.Typer(
     help="Exact attention, computed tile by tile.\n\nStart with `tilewise demo`.",
 )
 console = Console(highlight=False)
+CELLS = (("·", "grey50"), ("■", "orange1"), ("■", "dodger_blue1"))     # hidden, visible in a partial tile, in a full one
+MOST_DRAWN = 64             # queries and keys, as text that is not on a terminal
+MOST_TILES = 2**13          # on a side, when only counting
+LONGEST_COUNTED = 2**24
 
 
 class Precision(str, Enum):
@@ -146,13 +151,14 @@ def explain(
     import torch
 
     from tilewise.api import explain as explain_attention
+    from tilewise.trace.capture import CaptureError
 
     def shaped(length: int, count: int) -> torch.Tensor:
         """[batch, length, count, head_dim] that takes the memory of one head."""
         one = torch.empty(head_dim, dtype=getattr(torch, dtype.value), device=device, requires_grad=backward)
         return one.expand(batch, length, count, head_dim)
 
-    with plain_errors(ValueError, TypeError, RuntimeError, NotImplementedError):
+    with plain_errors(ValueError, TypeError, RuntimeError, IndexError, OverflowError, CaptureError):
         q = shaped(seqlen_q, heads)
         k = v = shaped(seqlen_q if seqlen_k is None else seqlen_k, kv_heads or heads)
         wanted = mask_of(window, mask)
@@ -162,12 +168,14 @@ def explain(
 
 def mask_of(window: str | None, text: str | None) -> Mask | None:
     """The mask of --window and --mask together."""
-    from tilewise.mask_text import parse_mask
+    from tilewise.mask_text import read_mask
+    from tilewise.masks import window as neighbours
 
-    parts = [text] if text else []
-    if window:
-        parts.append("window({}, {})".format(*window_bounds(window)))
-    return parse_mask(" & ".join(f"({part})" for part in parts)) if parts else None
+    named = read_mask(text) if text else None
+    if not window:
+        return named
+    near = neighbours(*window_bounds(window))
+    return near if named is None else named & near
 
 
 def window_bounds(text: str) -> tuple[int | None, int | None]:
@@ -181,30 +189,120 @@ def window_bounds(text: str) -> tuple[int | None, int | None]:
 
 @app.command()
 def mask(
-    text: Annotated[str, typer.Argument(metavar="MASK", help="Masks joined with & | ~.", show_default=False)],
-    rows: Annotated[int, typer.Option(min=1, max=4096, help="Queries.")] = 16,
+    text: Annotated[str, typer.Argument(metavar="MASK", help="A mask as text, FILE.py:NAME or MODULE:NAME.",
+                                        show_default=False)],
+    rows: Annotated[int | None, typer.Option(min=1, max=4096, help="Queries.", show_default="16")] = None,
     cols: Annotated[int | None, typer.Option(min=1, max=4096, help="Keys.", show_default="as rows")] = None,
-    tile: Annotated[int, typer.Option(min=1, help="Side of the tiles that are counted.")] = 4,
+    tile: Annotated[int | None, typer.Option(min=1, help="Side of the tiles that are counted.",
+                                             show_default="4; 128 with --at")] = None,
+    batch: Annotated[int, typer.Option(min=0, help="Which sequence, from 0.")] = 0,
+    head: Annotated[int, typer.Option(min=0, help="Which query head, from 0.")] = 0,
+    at: Annotated[int | None, typer.Option(min=1, max=LONGEST_COUNTED, show_default=False,
+                                           help="Count only, for so many queries and keys.")] = None,
     png: Annotated[Path | None, typer.Option(help="Also draw into this file.", show_default=False)] = None,
 ) -> None:
-    """Draw a mask: a row for each query, a column for each key, and how many tiles need no work.
+    """Draw a mask: a row for each query, a column for each key, and how much work is left of full attention.
 
-    MASK is made of full(), causal(), window(left, right), chunked(size), prefix(n), key_lengths(n) and
-    documents([0, 0, 1, ...]).
+    Tiles that show nothing are skipped, tiles that show everything run without the mask.
 
-    Examples: `tilewise mask "causal() & window(3, 0)"`, `tilewise mask "causal() | prefix(4)" --rows 8 --cols 12`
+    MASK is made of `full()`, `causal()`, `window(left, right)`, `chunked(size)`, `prefix(n)`, `key_lengths(n)`,
+    `documents([0, 0, 1, ...])` and `blocks(layout, size)`, joined with & | ~.
+
+    The layout of blocks is made of `butterfly(n)`, `local(n, blocks)`, `strided(n, stride)`, `global_blocks(n, blocks)`,
+    `random_blocks(n, per_row)`, `bigbird(n)` and `axial(rows, cols)`, joined with & |. Its size is a number or
+    [queries, keys].
+
+    FILE.py:NAME is a function mask_mod(b, h, q_idx, kv_idx) or a tw.Mask in a Python file, which is run.
+
+    Examples:
+
+    * `tilewise mask "causal() & window(3, 0)"`
+    * `tilewise mask "causal() | prefix(4)" --rows 8 --cols 12`
+    * `tilewise mask "causal() & blocks(butterfly(8) | local(8, 1), 4)" --rows 32`
+    * `tilewise mask "blocks(bigbird(16), [16, 64])" --rows 256 --cols 1024 --tile 16 --png bigbird.png`
+    * `tilewise mask my_masks.py:dilated --head 3`
+    * `tilewise mask "causal() & window(4095, 0)" --at 131072`
     """
-    from tilewise.mask_text import parse_mask
+    from tilewise.draw import of_one_head
+    from tilewise.mask_text import read_mask
+    from tilewise.trace.capture import CaptureError
 
-    cols = rows if cols is None else cols
-    with plain_errors(ValueError, IndexError, OSError, ImportError):
-        wanted = parse_mask(text)
-        console.print(wanted.draw(rows, cols), soft_wrap=True, markup=False)
-        classes = wanted.classify(1, 1, rows, cols, tile, tile).flatten().bincount(minlength=3).tolist()
-        if png:
-            wanted.save_png(png, rows, cols, tile=tile)
-            console.print(f"Drawn: {png}", soft_wrap=True)
-    console.print(f"\n{tile} x {tile} tiles: {classes[0]} skipped, {classes[1]} masked, {classes[2]} computed whole")
+    with plain_errors(ValueError, TypeError, ArithmeticError, LookupError, RuntimeError, OSError, ImportError, CaptureError):
+        wanted = of_one_head(read_mask(text), batch, head)
+        if at is None:
+            draw_mask(wanted, rows or 16, cols or rows or 16, tile or 4, png)
+        elif rows or cols or png:
+            raise ValueError("--at: counts tiles and draws nothing: leave out --rows, --cols and --png")
+        else:
+            count_tiles(wanted, at, tile or 128)
+
+
+def draw_mask(mask: Mask, rows: int, cols: int, tile: int, png: Path | None) -> None:
+    """The mask as text where there is room, as a picture if wanted, and its tiles."""
+    from tilewise.draw import check_lengths, shades
+
+    check_lengths(mask, rows, cols)
+    shown, classes = shades(mask, rows, cols, tile)
+    room = (console.width + 1) // 2 if console.is_terminal else MOST_DRAWN
+    if cols <= room and rows <= max(room, MOST_DRAWN):
+        draw_cells(shown.tolist())
+    elif png is None:
+        console.print(f"{rows} queries x {cols} keys are too many to draw as text here: --png FILE makes a picture.",
+                      soft_wrap=True)
+    if png:
+        mask.save_png(png, rows, cols, tile=tile)
+        console.print(f"Drawn: {png}", soft_wrap=True, markup=False)
+    empty, partial, full = class_counts(classes)
+    console.print(f"\n{tile} x {tile} tiles: {empty:,} skipped, {partial:,} masked, {full:,} computed whole: "
+                  f"{share(partial + full, classes.numel())} of the work of full attention", soft_wrap=True)
+
+
+def draw_cells(shown: list[list[int]]) -> None:
+    """A row of text per query, and what its colours mean."""
+    from rich.text import Text
+
+    cells = [Text(glyph, style) for glyph, style in CELLS]
+    for row in shown:
+        console.print(Text(" ").join(cells[kind] for kind in row), soft_wrap=True)
+    colours = console.is_terminal and not console.no_color
+    words = ("hidden", "visible in a masked tile", "visible in a tile computed whole") if colours else ("hidden", "visible")
+    legend = [Text.assemble(cell, f" {meaning}") for cell, meaning in zip(cells, words, strict=False)]
+    console.print(Text.assemble("\n", Text("   ").join(reversed(legend))), soft_wrap=True)
+
+
+def count_tiles(mask: Mask, length: int, tile: int) -> None:
+    """Shares of the classes of tiles, found without looking at single scores."""
+    from time import perf_counter
+
+    from tilewise.draw import check_lengths
+
+    side = -(-length // tile)
+    if side > MOST_TILES:
+        raise ValueError(f"--tile: expected at most {MOST_TILES} tiles on a side, --tile {-(-length // MOST_TILES)} or more, "
+                         f"got {side} of {tile}")
+    check_lengths(mask, length, length)
+    start = perf_counter()
+    classes = mask.classify(1, 1, length, length, tile, tile)
+    counts = class_counts(classes)
+    seconds = perf_counter() - start
+    console.print(f"{length:,} queries x {length:,} keys: {side**2:,} tiles of {tile} x {tile}\n", soft_wrap=True)
+    for name, count in zip(("skipped", "masked", "computed whole"), counts, strict=True):
+        console.print(f"{name:>14}  {share(count, side**2):>6}  {count:>13,}")
+    console.print(f"\n{share(side**2 - counts[0], side**2)} of the work of full attention, found in {seconds:.2g} s without "
+                  "looking at single scores", soft_wrap=True)
+
+
+def class_counts(classes: Tensor) -> list[int]:
+    """How many tiles are skipped, masked and computed whole."""
+    return [int((classes == kind).sum()) for kind in range(3)]
+
+
+def share(part: int, whole: int) -> str:
+    """A percentage in which next to nothing is not nothing, nor nearly everything everything."""
+    percent = 100 * part / whole
+    if 0 < part < whole:
+        return "<0.1%" if percent < 0.1 else ">99.9%" if percent > 99.9 else f"{percent:.1f}%"
+    return f"{percent:.0f}%"
 
 
 @app.command()
@@ -253,25 +351,33 @@ def doctor() -> None:
 @app.command()
 def bench(
     out: Annotated[Path | None, typer.Option(help="Also write the result as JSON.", show_default=False)] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Two small shapes, in seconds.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Small shapes, in seconds.")] = False,
+    masks: Annotated[bool, typer.Option("--masks", help="Time masks and score functions instead.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")] = "auto",
 ) -> None:
     """Time attention, forward and backward, beside every other implementation that this machine has.
 
     Each is first held to the tolerance rule; one that is wrong is not timed. About four minutes on two CPU cores.
 
-    Examples: `tilewise bench --quick`, `tilewise bench --out bench.json`
+    With --masks: first calls with new functions, finding tiles, sparse blocks, gradients of captured tables.
+
+    Examples: `tilewise bench --quick`, `tilewise bench --out bench.json`, `tilewise bench --masks`
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # as for demo
     import torch
-
-    from tilewise.bench import run
 
     with plain_errors(OSError, RuntimeError, ValueError):
         where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         torch.zeros(1, device=where)
         with console.status("") as status:
-            result = run.benchmark(run.shapes(where, quick), where, seconds=run.PATIENCE, out=out, progress=status.update)
+            if masks:
+                from tilewise.bench import masks as of_masks
+
+                result = of_masks.benchmark(of_masks.QUICK if quick else of_masks.Sizes(), where, out, status.update)
+            else:
+                from tilewise.bench import run
+
+                result = run.benchmark(run.shapes(where, quick), where, seconds=run.PATIENCE, out=out, progress=status.update)
     for line in result["lines"]:
         console.print(line, markup=False, soft_wrap=True)
 

@@ -30,6 +30,10 @@ def choose(problem: Problem, backend: str) -> str:
     return backend
 
 
+PATTERNS = {"rows": "sums over keys", "cols": "sums over queries", "diagonal": "sums along diagonals",
+            "direct": "stored, shared dimensions summed", "any": "added entry by entry"}
+
+
 @dataclass(frozen=True)
 class Plan:
     """What will happen for one problem. Work and traffic are of one forward and one backward pass; bytes, not rates.
@@ -40,6 +44,7 @@ class Plan:
     read, written   bytes between slow and fast memory, forward, if nothing stays in a cache between tiles
     workspace       bytes beside inputs, outputs and gradients, forward and backward
     products        how fp32 inputs are multiplied: "ieee", "tf32x3" or "tf32"
+    tables          (shape, pattern) of each lookup of a captured floating tensor: how its gradient is summed
     standard_*      the same for standard attention, which holds the score matrix
     """
     problem: Problem
@@ -54,6 +59,7 @@ class Plan:
     written: int
     workspace: tuple[int, int]
     products: str
+    tables: tuple[tuple[torch.Size, str], ...]
     standard_traffic: int
     standard_workspace: int
 
@@ -75,6 +81,7 @@ class Plan:
         if p.dtype == torch.float32:
             rows.append(("fp32 products", f"{self.products} (torch.set_float32_matmul_precision decides)"))
         rows.append(("gradients", "bitwise repeatable"))
+        rows += [("", f"captured {list(shape)}: {PATTERNS[pattern]}") for shape, pattern in self.tables]
         return "\n".join(f"{label:13} {text}" for label, text in rows)
 
 
@@ -102,6 +109,7 @@ def plan(problem: Problem, x: Operands, backend: str) -> Plan:
         problem, name, passed_over, tiles, visited, full, classes.shape[2] * classes.shape[3] * problem.batch * problem.heads,
         flops=(forward_flops, int(2.5 * forward_flops)), read=rows * problem.head_dim * size + keys,
         written=rows * (problem.head_dim_v * size + 4), workspace=module.workspace(problem), products=module.precision(problem),
+        tables=tuple((x.captured[lookup.slot].shape, lookup.pattern) for lookup in problem.graphs.learned),
         standard_traffic=4 * matrix + inputs + rows * problem.head_dim_v * size, standard_workspace=2 * matrix)
 
 

@@ -88,8 +88,9 @@ class Work:
 
     def standard(self, rows: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Some queries' out and gradients by standard attention in a dtype."""
-        x = {name: t.detach().to(dtype) for name, t in self.tensors.items()} | {"q": self.tensors["q"].detach()[:, rows].to(dtype)}
-        x |= {name: x[name].requires_grad_() for name in self.learned}
+        x = {name: (t[:, rows] if name == "q" else t).detach().to(dtype) for name, t in self.tensors.items()}
+        for name in self.learned:
+            x[name].requires_grad_()
         score = None if self.score is None else moved(self.score(x.get("table")), rows)
         mask = None if self.mask is None else moved(self.mask, rows)
         out = tw.attention(x["q"], x["k"], x["v"], mask=mask, score_mod=score, backend="reference")
@@ -223,7 +224,7 @@ def flex(length: int, sizes: Sizes, device: torch.device) -> Row:
             return create_block_mask(causal, None, None, length, length, device=str(device), BLOCK_SIZE=sizes.block)
 
         def attend(turn: int, mask: Any = None) -> Tensor:
-            return flex_attention(q, k, v, block_mask=mask)  # type: ignore[return-value]
+            return flex_attention(q, k, v, block_mask=mask)
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # that it is not compiled
@@ -294,9 +295,10 @@ def classified_here(who: str, length: int, block: int) -> Row:
     before, begin = status("VmRSS"), time.perf_counter()
     found = classify(length, block)
     seconds, peak = [time.perf_counter() - begin], status("VmHWM")
+    beyond = None if before is None or peak is None else max(0, peak - before)
     classes = classes_of(found)
     row: Row = {"who": who, "length": length, "tiles": classes.numel(), "kept": int((classes != EMPTY).sum()),
-                "partial": int((classes == PARTIAL).sum()), "bytes": None if before is None or peak is None else peak - before}
+                "partial": int((classes == PARTIAL).sum()), "bytes": beyond}
     row["wrong"], row["loose"] = misjudged(classes, documents(length), length, block)
     for _ in range(2 if seconds[0] < FLEX_SECONDS / 4 else 0):
         begin = time.perf_counter()
@@ -320,17 +322,22 @@ def status(field: str) -> int | None:
 
 
 def classified(who: str, length: int, sizes: Sizes, patience: float = 120.0) -> Row:
-    """`classified_here` in a process of its own."""
+    """`classified_here` in two processes of its own: for its memory, with settings that make allocation slow, and its time."""
     code = f"from tilewise.bench import masks; masks.print_classified({who!r}, {length}, {sizes.block})"
-    try:
-        done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=os.environ | GIVE_BACK, timeout=patience,
-                              capture_output=True, text=True)
-    except subprocess.TimeoutExpired:
-        return {"who": who, "length": length, "state": "refused", "reason": f"ended after {patience:.0f} s"}
-    if done.returncode:
-        return {"who": who, "length": length, "state": "refused", "reason": (done.stderr.splitlines() or ["killed"])[-1][:200]}
-    row = json.loads(done.stdout.splitlines()[-1])
-    return row | {"state": "wrong" if row["wrong"] else "timed", "reason": ""}
+    found: list[Row] = []
+    for settings in (GIVE_BACK, {}):
+        try:
+            done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=os.environ | settings, timeout=patience,
+                                  capture_output=True, text=True)
+        except subprocess.TimeoutExpired:
+            return {"who": who, "length": length, "state": "refused", "reason": f"ended after {patience:.0f} s"}
+        if done.returncode:
+            words = (done.stderr.splitlines() or ["it was killed"])[-1]
+            return {"who": who, "length": length, "state": "refused", "reason": words[:200]}
+        found.append(json.loads(done.stdout.splitlines()[-1]))
+    memory, row = found
+    wrong = memory["wrong"] + row["wrong"]
+    return row | {"bytes": memory["bytes"], "state": "wrong" if wrong else "timed", "reason": f"{wrong} tiles" if wrong else ""}
 
 
 def print_classified(who: str, length: int, block: int) -> None:
@@ -446,15 +453,17 @@ def labelled(name: str) -> Iterator[None]:
 
 
 def function_lines(row: Row) -> list[str]:
-    found = [f"functions, N {row['length']}, ms            again    new function beyond    new length beyond"]
+    found = [f"functions, N {row['length']} H {row['heads']}, ms   a call   first with a new function   first at a new length"]
     for what in ("mask", "score"):
         entry = row[what]
-        found.append(f"  {what:8} " + (f"{'':24}{_ms(entry['new_function']['again'])} {_ms(entry['new_function']['beyond']):>22} "
-                                       f"{_ms(entry['new_length']['beyond']):>20}" if entry["state"] == "timed" else _why(entry)))
+        found.append(f"  {what:24}" + (f"{_ms(entry['new_function']['again'])} {_ms(entry['new_function']['beyond'], '+'):>27} "
+                                       f"{_ms(entry['new_length']['beyond'], '+'):>23}" if entry["state"] == "timed"
+                                       else _why(entry)))
     entry = row["flex"]
-    return [*found, "  flex, not compiled: " + (f"create_block_mask {_ms(entry['create_block_mask']).strip()}, "
-                                                f"attention {_ms(entry['attention']).strip()}"
-                                                if entry["state"] == "timed" else _why(entry))]
+    if entry["state"] != "timed":
+        return [*found, f"  flex, not compiled      {_why(entry)}"]
+    attention, making = _ms(entry["attention"]), _ms(entry["create_block_mask"])
+    return [*found, f"  flex, not compiled      {attention}   create_block_mask {making}"]
 
 
 def classification_lines(rows: list[Row]) -> list[str]:
@@ -473,15 +482,15 @@ def sparse_lines(row: Row) -> list[str]:
             found.append(f"  {name:26} {_why(entry)}")
             continue
         forward, both = entry["forward"], entry["both"]
-        found.append(f"  {name:26} {entry.get('density', 1):>8.3f} {forward['seconds']:>7.3f} {forward.get('of_ideal', 1):>9.2f} "
-                     f"{both['seconds']:>11.3f} {both.get('of_ideal', 1):>9.2f}")
+        found.append(f"  {name:26} {entry.get('density', 1):>8.3f} {forward['seconds']:>7.3f} "
+                     f"{forward.get('of_ideal', 1):>9.2f} {both['seconds']:>11.3f} {both.get('of_ideal', 1):>9.2f}")
     return found
 
 
 def captured_lines(row: Row) -> list[str]:
-    found = [f"gradient of a captured table, N {row['length']}, fwd+bwd ms   without      with   ratio (promised {row['promised']})"]
+    found = [f"gradient of a captured table, N {row['length']}, ms    without      with   ratio (at most {row['promised']})"]
     for name, entry in row["tables"].items():
-        found.append(f"  {name:42} " + (f"{_ms(entry['without'])} {_ms(entry['with'])} {entry['ratio']:>7.2f}"
+        found.append(f"  {name:40} " + (f"{_ms(entry['without'])} {_ms(entry['with'])} {entry['ratio']:>7.2f}"
                                         if entry["state"] == "timed" else _why(entry)))
     return found
 
@@ -490,8 +499,8 @@ LINES: dict[str, Callable[[Any], list[str]]] = dict(functions=function_lines, cl
                                                     block_sparse=sparse_lines, captured=captured_lines)
 
 
-def _ms(summary: Row) -> str:
-    return f"{summary['seconds'] * 1000:>9.2f}"
+def _ms(summary: Row, sign: str = "-") -> str:
+    return f"{summary['seconds'] * 1000:{sign}9.2f}"
 
 
 def _why(entry: Row) -> str:

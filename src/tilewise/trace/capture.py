@@ -59,7 +59,7 @@ def run(fn: Callable, names: Sequence[str], signature: str) -> Any:
         raise CaptureError(f"expected a function {signature}, got {fn!r}")
     try:
         inspect.signature(fn).bind(*names)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: a builtin, which does not tell
         raise CaptureError(f"{describe(fn)}: expected {signature}: {error}") from None
     with Recorder(fn) as recorder:
         result = fn(*[Traced(var(name), recorder) for name in names])

@@ -43,12 +43,12 @@ class Case:
     unaligned: frozenset[str] = frozenset()
 
 
-# The programs compiled for a row of the table: those of all kernels, then "tables", which only `summed_gradient` differs for.
-VARIANTS = {"plain": ("",), "rich": ("", "listed", "tables")}
+# The programs compiled for each kind of row: one for all kernels, then "tables" for `summed_gradient`.
+VARIANTS = {"plain": ("",), "listed": ("",), "rich": ("", "tables")}
 
 
 def shipped() -> Iterator[Case]:
-    """The cases of each row of the table, plain or rich, on its architecture."""
+    """The cases of each row of the table, on its architecture."""
     for arch in ARCHITECTURES:
         for width in WIDTHS:
             for head_dim in HEAD_DIMS:
@@ -72,7 +72,7 @@ def cases(arch: str, width: str, head_dim: int, features: str, variant: str = ""
     needs = backends.Needs(x.bias is not None, x.sinks is not None, tuple(t.is_floating_point() for t in x.captured))
     launch.backward(problem, x, out, lse, out, lse, needs, run=record)
     for kernel, of, values in recorded:
-        if variant == "listed" and kernel.fn.__name__ == "preprocess":
+        if features == "listed" and kernel.fn.__name__ == "preprocess":
             continue
         found = config or choose(launch.config_name(kernel, values), of, arch)
         yield _case(kernel, of, values, arch, f"{width} {features} {variant}".strip(), found, width != "ieee")
@@ -80,14 +80,14 @@ def cases(arch: str, width: str, head_dim: int, features: str, variant: str = ""
 
 @functools.cache
 def example(width: str, head_dim: int, features: str, variant: str = "") -> tuple[Problem, Operands]:
-    """A problem that is "plain": causal; or "rich": two intervals, score functions, bias, sinks and dropout, or "listed":
-    sparse in blocks, or "tables": relative positions and a table read by any index."""
+    """A problem that is "plain": causal; "listed": sparse in blocks; "rich": two intervals, score functions, bias, sinks and
+    dropout, or as "tables" relative positions and a table read by any index."""
     dtype, precision = WIDTHS[width]
     q = torch.zeros(2, 32, 2, head_dim, dtype=dtype)
     table, ids = torch.zeros(2, 63), torch.zeros(32, dtype=torch.int32)
     programs: dict[str, dict[str, Any]] = {
         "plain": dict(causal=True),
-        "rich listed": dict(mask=block_mask(torch.ones(2, 2, 2, dtype=torch.bool), block_size=16)),
+        "listed": dict(mask=block_mask(torch.ones(2, 2, 2, dtype=torch.bool), block_size=16)),
         "rich": dict(mask=masks.causal() | masks.prefix(torch.zeros(2, dtype=torch.int32)), sinks=torch.zeros(2),
                      score_mod=[score_mods.alibi(torch.zeros(2)), score_mods.softcap(30.0)],
                      bias=torch.zeros(2, 32, 32, dtype=dtype), dropout_p=0.1, rng=Rng(0)),

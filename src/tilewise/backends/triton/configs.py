@@ -4,7 +4,8 @@ A row of the table says: this kernel, for inputs of this width on this architect
 D and D_v) and these features, works on BLOCK_M queries x BLOCK_N keys per tile with so many warps and pipeline stages.
 
     width      "16" (fp16, bf16), "ieee" or "tf32" (fp32 by the precision of its products)
-    features   "plain", or "rich": with score function, bias, dropout or a list of tiles, which take registers
+    features   "plain"; "rich": with score function, bias or dropout, which take registers; "listed": plain with a list of tiles,
+               where "rich", which also serves it, will not do
 
 Every row compiles without register spills and inside the shared memory of its architecture (`results/gates.json`); where no
 row exists nothing is shipped. BLOCK_N is a multiple of 32, as dropout's bits want. Rows were chosen by that and by size, not
@@ -58,9 +59,11 @@ def key(kernel: str, problem: Problem, arch: str) -> Key:
     """The row that a kernel of a problem asks for."""
     dim = max(problem.head_dim, problem.head_dim_v)
     width = "16" if problem.dtype != torch.float32 else precision(problem)
-    listed = problem.graphs.mask is not None and not problem.graphs.keys
-    rich = problem.graphs.score is not None or problem.bias_shape is not None or problem.dropout > 0 or listed
-    return Key(kernel, width, arch, min(d for d in HEAD_DIMS if d >= dim), "rich" if rich else "plain")
+    if problem.graphs.score is not None or problem.bias_shape is not None or problem.dropout > 0:
+        features = "rich"
+    else:
+        features = "listed" if problem.graphs.mask is not None and not problem.graphs.keys else "plain"
+    return Key(kernel, width, arch, min(d for d in HEAD_DIMS if d >= dim), features)
 
 
 def choose(kernel: str, problem: Problem, arch: str) -> Config:
