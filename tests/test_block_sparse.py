@@ -68,9 +68,9 @@ def test_bad_block_masks():
 
 def test_a_layout_too_small_for_the_sequences_is_refused():
     q = torch.zeros(1, 100, 2, 8)
-    with pytest.raises(IndexError, match="block_mask: layout: expected an index of dimension 0 from 0 to 3, got .* to 6"):
+    with pytest.raises(IndexError, match=r"block_mask: layout: expected an index of dimension 0 from 0 to 3, got .* to 6"):
         tw.attention(q, q, q, mask=tw.block_mask(torch.ones(4, 4, dtype=torch.bool), block_size=16))
-    with pytest.raises(ValueError, match="expected size 2 in dimension 0 .the number of query heads."):
+    with pytest.raises(ValueError, match=r"expected size 2 in dimension 0 \(the number of query heads\)"):
         tw.attention(q, q, q, mask=tw.block_mask(torch.ones(3, 7, 7, dtype=torch.bool), block_size=16))
 
 

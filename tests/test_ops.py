@@ -80,7 +80,7 @@ def test_a_function_inside_compile_says_what_to_do():
     q, k, v = inputs()[:3]
     torch._dynamo.reset()
     compiled = torch.compile(lambda q: tw.attention(q, k, v, mask=lambda b, h, i, j: i >= j), fullgraph=True, backend="eager")
-    with pytest.raises(Exception, match="inside torch.compile a function cannot be captured"):
+    with pytest.raises(Exception, match=r"inside torch.compile a function cannot be captured"):
         compiled(q)
 
 

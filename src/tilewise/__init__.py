@@ -11,6 +11,6 @@ from tilewise.trace.capture import CaptureError
 
 __version__ = "0.1.0"
 
-__all__ = ["AttentionState", "BlockMask", "CaptureError", "Mask", "Plan", "Rng", "ScoreMod", "alibi", "attention", "block_mask", "causal",
-           "chunked", "documents", "explain", "full", "key_lengths", "mask_mod", "merge_states", "patterns", "prefix",
+__all__ = ["AttentionState", "BlockMask", "CaptureError", "Mask", "Plan", "Rng", "ScoreMod", "alibi", "attention", "block_mask",
+           "causal", "chunked", "documents", "explain", "full", "key_lengths", "mask_mod", "merge_states", "patterns", "prefix",
            "score_mod", "softcap", "window"]

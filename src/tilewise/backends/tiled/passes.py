@@ -31,7 +31,7 @@ def forward_tiles(w: Walk, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None)
         l_i = q_i.new_zeros(m_i.shape)
         acc = q_i.new_zeros((*q_i.shape[:3], v.shape[3]))
         for tile in row:
-            s = w.scores(tile, q_i, cut(k, COLS, tile), None if bias is None else cut(bias, BOTH, tile))
+            s, _ = w.scores(tile, q_i, cut(k, COLS, tile), None if bias is None else cut(bias, BOTH, tile))
             m_new = torch.maximum(m_i, s.amax(-1, keepdim=True))
             pivot = torch.where(m_new == -torch.inf, 0.0, m_new)
             p = s.sub_(pivot).exp_()
@@ -62,8 +62,7 @@ def backward_terms(w: Walk, inputs: Inputs, wanted: Sequence[str]) -> Sum:
         piece = dict(zip(names, pieces, strict=True))
         tables = {name: x for name, x in piece.items() if name not in CUTS}
         q, k, v = piece["q"] * scale, piece["k"], piece["v"]
-        s = w.scores(tile, q, k, piece.get("bias"), tables)
-        values = raw_values(w, tile, q, k, tables)
+        s, values = w.scores(tile, q, k, piece.get("bias"), tables)
         p = probabilities(s, lse)
         dv = product_over_rows(w.dropped(tile, p), dout, group)
         dp = w.dropped(tile, product(dout, v.mT, group))
@@ -112,13 +111,6 @@ def where_seen(tile: Tile, s: Tensor, x: Tensor) -> Tensor:
     return torch.where(s == -torch.inf, 0.0, x) if tile.masked else x
 
 
-def raw_values(w: Walk, tile: Tile, q: Tensor, k: Tensor, tables: Mapping[str, Tensor]) -> Mapping[str, Any]:
-    """The leaves of a tile, with its raw scores where a derivative asks for them."""
-    if w.problem.graphs.score is None:
-        return {}
-    return {**w.values, **w.indices(tile), **tables, "s": product(q, k.mT, w.problem.group)}
-
-
 def chained(w: Walk, tile: Tile, s: Tensor, ds: Tensor, values: Mapping[str, Any]) -> Tensor:
     """The gradient of scale * q.k from that of the finished scores."""
     gradient = w.problem.graphs.score_gradient
@@ -134,8 +126,7 @@ def tangent_terms(w: Walk, inputs: Inputs, moving: Sequence[str], shapes: Sequen
         piece, tangent = dict(zip(names, x, strict=False)), dict(zip(moving, x[len(names):], strict=True))
         tables = {name: x for name, x in piece.items() if name not in CUTS}
         q, k, v = piece["q"] * scale, piece["k"], piece["v"]
-        s = w.scores(tile, q, k, piece.get("bias"), tables)
-        values = raw_values(w, tile, q, k, tables)
+        s, values = w.scores(tile, q, k, piece.get("bias"), tables)
         ds = chained(w, tile, s, product(tangent["q"] * scale, k.mT, group) + product(q, tangent["k"].mT, group), values)
         if "bias" in tangent:
             ds = ds + tangent["bias"]

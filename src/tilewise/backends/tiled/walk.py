@@ -42,20 +42,24 @@ class Walk:
     def flat(self) -> tuple[Tile, ...]:
         return tuple(tile for row in self.tiles for tile in row)
 
-    def scores(self, tile: Tile, q: Tensor, k: Tensor, bias: Tensor | None, tables: Mapping[str, Tensor] = NONE) -> Tensor:
-        """Finished scores [B, H, rows, cols] of a tile; q comes multiplied by scale. tables: in the place of captured ones."""
+    def scores(self, tile: Tile, q: Tensor, k: Tensor, bias: Tensor | None = None,
+               tables: Mapping[str, Tensor] = NONE) -> tuple[Tensor, Mapping[str, Any]]:
+        """Finished scores [B, H, rows, cols] of a tile, and the values of its leaves, of which s is the raw score.
+
+        q comes multiplied by scale. tables: in the place of captured tensors.
+        """
         problem, graphs = self.problem, self.problem.graphs
         s = product(q, k.mT, problem.group)
         if graphs.score is None and bias is None and not tile.masked:
-            return s
-        values = {**self.values, **self.indices(tile), **tables}
+            return s, {}
+        values = {**self.values, **self.indices(tile), **tables, "s": s}
         if graphs.score is not None:
-            s = evaluate(graphs.score, values | {"s": s})
+            s = evaluate(graphs.score, values)
         if bias is not None:
             s = s + bias
         if tile.masked and graphs.mask is not None:
             s = torch.where(torch.as_tensor(evaluate(graphs.mask, values), device=s.device), s, -torch.inf)
-        return s
+        return s, values
 
     def queries(self, x: Tensor) -> Tensor:
         """x [B, H, S_q, ...], 0 where a query sees no key: it may be padding, which may hold anything."""

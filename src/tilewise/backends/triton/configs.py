@@ -4,8 +4,8 @@ A row of the table says: this kernel, for inputs of this width on this architect
 D and D_v) and these features, works on BLOCK_M queries x BLOCK_N keys per tile with so many warps and pipeline stages.
 
     width      "16" (fp16, bf16), "ieee" or "tf32" (fp32 by the precision of its products)
-    features   "plain"; "rich": with score function, bias or dropout, which take registers; "listed": plain with a list of tiles,
-               where "rich", which also serves it, will not do
+    features   "plain"; "rich": with score function, bias or dropout, which take registers; "listed": plain with a list of
+               tiles, where "rich", which also serves it, will not do
 
 Every row compiles without register spills and inside the shared memory of its architecture (`results/gates.json`); where no
 row exists nothing is shipped. BLOCK_N is a multiple of 32, as dropout's bits want. Rows were chosen by that and by size, not
