@@ -99,10 +99,11 @@ def name_of(lookup: Learned) -> str:
 
 def sums_of(lookup: Learned, tile: Tile, terms: Tensor, values: Mapping[str, Any], table: Tensor) -> Tensor:
     """What a tile adds to the sums of a lookup."""
-    if lookup.pattern == "diagonal" and not isinstance(tile.cols, slice):
-        place = (values["q"] - values["k"] + (values["nk"] - 1)).flatten()
-        total = terms.new_zeros((*terms.shape[:2], values["nq"] + values["nk"] - 1))
-        return total.scatter_add(2, place.expand(*terms.shape[:2], -1), terms.flatten(2))
+    if lookup.pattern == "diagonal" and len(tile.cols) > 1:  # all diagonals of the tile's rows
+        rows, keys = tile.rows.stop - tile.rows.start, values["nk"]
+        place = values["q"] - tile.rows.start - values["k"] + (keys - 1)
+        total = terms.new_zeros((*terms.shape[:2], rows + keys - 1))
+        return total.scatter_add(2, place.flatten().expand(*terms.shape[:2], -1), terms.flatten(2))
     return tile_sums(lookup, terms, values, table)
 
 

@@ -25,31 +25,34 @@ Axes = str | Diagonals
 
 def cut(x: Tensor, axes: Axes, tile: Tile) -> Tensor:
     """The part of x that belongs to a tile; dimensions of size 1 are shared by all tiles."""
-    if isinstance(axes, Diagonals) and isinstance(tile.cols, slice):
-        return x[:, :, tile.rows.start - tile.cols.stop + axes.keys:tile.rows.stop - 1 - tile.cols.start + axes.keys]
-    if axes == WHOLE or isinstance(axes, Diagonals):
+    if axes == WHOLE:
         return x
+    if isinstance(axes, Diagonals):
+        cols = tile.cols[0] if len(tile.cols) == 1 else slice(0, axes.keys)
+        return x[:, :, tile.rows.start - cols.stop + axes.keys:tile.rows.stop - 1 - cols.start + axes.keys]
     if axes == BOTH:
         x = x[:, :, tile.rows] if x.shape[2] > 1 else x
         return pick(x, 3, tile.cols) if x.shape[3] > 1 else x
-    return pick(x, 2, tile.rows if axes == ROWS else tile.cols)
+    return x[:, :, tile.rows] if axes == ROWS else pick(x, 2, tile.cols)
 
 
-def pick(x: Tensor, dim: int, entries: slice | Tensor) -> Tensor:
-    """Entries along a dimension: a view of neighbours, a copy of others."""
-    if isinstance(entries, slice):
-        return x.narrow(dim, entries.start, entries.stop - entries.start)
-    return x.index_select(dim, entries)
+def pick(x: Tensor, dim: int, runs: tuple[slice, ...]) -> Tensor:
+    """Runs of entries along a dimension: a view of one, a copy of several."""
+    parts = [x.narrow(dim, run.start, run.stop - run.start) for run in runs]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def accumulate(out: Tensor, axes: Axes, tile: Tile, part: Tensor) -> None:
-    """cut(out, axes, tile) += part, also where the cut gathers."""
-    by_cols = axes == COLS or (axes == BOTH and out.shape[3] > 1)
-    if isinstance(tile.cols, slice) or not by_cols:
+    """cut(out, axes, tile) += part, also where the cut is a copy."""
+    if len(tile.cols) == 1 or axes in (ROWS, WHOLE) or isinstance(axes, Diagonals) or (axes == BOTH and out.shape[3] == 1):
         cut(out, axes, tile).add_(part)
-    else:
-        within = out[:, :, tile.rows] if axes == BOTH and out.shape[2] > 1 else out
-        within.index_add_(2 if axes == COLS else 3, tile.cols, part)
+        return
+    dim, first = 2 if axes == COLS else 3, 0
+    within = out[:, :, tile.rows] if axes == BOTH and out.shape[2] > 1 else out
+    for run in tile.cols:
+        length = run.stop - run.start
+        within.narrow(dim, run.start, length).add_(part.narrow(dim, first, length))
+        first += length
 
 
 @dataclass(frozen=True)

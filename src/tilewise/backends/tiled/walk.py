@@ -24,7 +24,7 @@ NONE: Mapping[str, Tensor] = {}
 
 class Tile(NamedTuple):
     rows: slice
-    cols: slice | Tensor                # a tensor where kept blocks are not neighbours
+    cols: tuple[slice, ...]             # several where kept blocks are not neighbours
     masked: bool
 
 
@@ -75,9 +75,9 @@ class Walk:
 
     def indices(self, tile: Tile) -> dict[str, Tensor]:
         device = self.problem.device
-        cols = tile.cols
+        cols = [torch.arange(run.start, run.stop, device=device) for run in tile.cols]
         return dict(q=torch.arange(tile.rows.start, tile.rows.stop, device=device)[:, None],
-                    k=torch.arange(cols.start, cols.stop, device=device) if isinstance(cols, slice) else cols)
+                    k=cols[0] if len(cols) == 1 else torch.cat(cols))
 
     def dropped(self, tile: Tile, p: Tensor) -> Tensor:
         """p after dropout."""
@@ -134,7 +134,7 @@ def _visited(problem: Problem, values: dict[str, Any]) -> Iterator[tuple[Tile, .
         rows = slice(i * tile_q, min((i + 1) * tile_q, problem.seqlen_q))
         kept = [j for j in range(-(-problem.seqlen_k // tile_k)) if visible[i][j] != EMPTY]
         if mask is None or bands or undecided:
-            yield tuple(Tile(rows, slice(j * tile_k, min((j + 1) * tile_k, problem.seqlen_k)),
+            yield tuple(Tile(rows, (slice(j * tile_k, min((j + 1) * tile_k, problem.seqlen_k)),),
                              undecided or certain[i][j] != FULL) for j in kept)
         else:
             yield (*_gathered(problem, rows, [j for j in kept if certain[i][j] == FULL], tile_k, False),
@@ -145,12 +145,14 @@ def _gathered(problem: Problem, rows: slice, blocks: list[int], size: int, maske
     """Blocks of keys as few tiles of near TILE_ELEMENTS scores."""
     together = max(1, TILE_ELEMENTS // max(1, problem.batch * problem.heads * (rows.stop - rows.start) * size))
     for first in range(0, len(blocks), together):
-        some = blocks[first:first + together]
-        if some[-1] - some[0] == len(some) - 1:
-            yield Tile(rows, slice(some[0] * size, min((some[-1] + 1) * size, problem.seqlen_k)), masked)
-        else:
-            cols = (torch.tensor(some)[:, None] * size + torch.arange(size)).flatten()
-            yield Tile(rows, cols[cols < problem.seqlen_k], masked)
+        runs: list[slice] = []
+        for j in blocks[first:first + together]:
+            start, stop = j * size, min((j + 1) * size, problem.seqlen_k)
+            if runs and runs[-1].stop == start:
+                runs[-1] = slice(runs[-1].start, stop)
+            else:
+                runs.append(slice(start, stop))
+        yield Tile(rows, tuple(runs), masked)
 
 
 def product(a: Tensor, b: Tensor, group: int) -> Tensor:
