@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.halved import Halved
 
 import tilewise as tw
 from tilewise.bench import peers, run, table, timing, workers
@@ -98,15 +99,6 @@ def test_who_is_wrong_or_raises_is_reported_and_not_timed():
 
 
 def test_wrong_gradients_alone_are_seen():
-    class Halved(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad / 2
-
     q, k, v, dout = TINY.draw(CPU, 0)
     gate = Gate(q, k, v, dout, True)
     verdicts = gate.verdicts(lambda q, k, v, causal: tw.attention(q, Halved.apply(k), v, causal=causal))

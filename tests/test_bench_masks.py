@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.halved import Halved
 
 import tilewise as tw
 from tilewise.bench import masks
@@ -122,15 +123,6 @@ def test_what_is_wrong_is_not_timed(monkeypatch):
 
 
 def test_wrong_gradients_of_a_table_alone_are_seen():
-    class Halved(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad / 2
-
     class Mistaken(masks.Work):
         def forward(self, turn=0):
             table = Halved.apply(self.tensors["table"])

@@ -35,6 +35,11 @@ class Graphs(NamedTuple):
     queries: tuple[Graph, ...]           # per band the same over k
     learned: tuple[Learned, ...]         # lookups of floating tensors on which the score depends
 
+    @property
+    def listed(self) -> bool:
+        """Whether the mask has no bands: its tiles come as lists, decided by its graph."""
+        return self.mask is not None and not self.keys
+
     @staticmethod
     def of(text: str) -> Graphs:
         score, gradient, mask, keys, queries, *lookups = _groups(text)

@@ -8,12 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-# glibc keeps freed memory in a heap per thread, by thresholds that move: with these, resident memory is what is allocated
-GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-
 
 def peak_growth(mode: str, lengths: tuple[int, ...]) -> list[float]:
     """Ratio of the peaks of neighbouring lengths."""
+    from tilewise.bench.resident import GIVE_BACK
+
     peaks = [int(subprocess.run([sys.executable, __file__, mode, str(n)], env=os.environ | GIVE_BACK, check=True,
                                 capture_output=True, text=True).stdout) for n in lengths]
     return [b / a for a, b in itertools.pairwise(peaks)]
@@ -24,26 +23,21 @@ def peak(mode: str, n: int) -> int:
     import torch
 
     import tilewise as tw
+    from tilewise.bench.resident import restart_peak, status_bytes
 
     def run(length: int) -> int:
         q, k, v = (torch.randn(1, length, 4, 32, requires_grad=True) for _ in range(3))
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        before = status("VmRSS")
+        restart_peak()
+        before = status_bytes("VmRSS")
         mask = tw.window(512, None) if mode == "double_backward" else None
         out = tw.attention(q, k, v, causal=True, mask=mask, backend="tiled")
         grads = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=mode == "double_backward")
         if mode == "double_backward":
             torch.autograd.grad(sum(g.square().sum() for g in grads), (q, k, v))
-        return status("VmHWM") - before
+        return status_bytes("VmHWM") - before
 
     run(1024)  # what torch loads on first use, and the tiles themselves, are not the length's
     return run(n)
-
-
-def status(field: str) -> int:
-    """A field of /proc/self/status in bytes."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 if __name__ == "__main__":

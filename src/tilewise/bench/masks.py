@@ -29,6 +29,7 @@ import tilewise as tw
 from tilewise import patterns
 from tilewise.bench import record
 from tilewise.bench.cases import Call, Case
+from tilewise.bench.resident import GIVE_BACK, restart_peak, status_bytes
 from tilewise.bench.timing import Timing, compare, finish, times_faster
 from tilewise.bench.tolerance import Results, judge
 from tilewise.masks import Mask
@@ -39,8 +40,6 @@ SAMPLE = 128                            # queries, and tiles of each class, that
 PROMISED = 1.3                          # at most, of the ratio with to without a captured table's gradient
 FLEX_BYTES, FLEX_SECONDS = 2**31, 20.0  # what create_block_mask may take
 DOCUMENT = 4096                         # tokens, on average
-# glibc keeps freed memory in a heap per thread, by thresholds that move: with these, resident memory is what is allocated
-GIVE_BACK = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 
 
 @dataclass(frozen=True)
@@ -291,11 +290,14 @@ def classified_here(who: str, length: int, block: int) -> Row:
     """Seconds and peak memory of classifying, in this process, beyond what it held before; then whether it is right."""
     classify = {"tilewise": ours_classified, "create_block_mask": flex_classified}[who]
     classify(16 * block, block)         # what libraries load on first use
-    reset_peak()
-    before, begin = status("VmRSS"), time.perf_counter()
+    counted = sys.platform == "linux"
+    if counted:
+        restart_peak()
+        before = status_bytes("VmRSS")
+    begin = time.perf_counter()
     found = classify(length, block)
-    seconds, peak = [time.perf_counter() - begin], status("VmHWM")
-    beyond = None if before is None or peak is None else max(0, peak - before)
+    seconds = [time.perf_counter() - begin]
+    beyond = max(0, status_bytes("VmHWM") - before) if counted else None
     classes = classes_of(found)
     row: Row = {"who": who, "length": length, "tiles": classes.numel(), "kept": int((classes != EMPTY).sum()),
                 "partial": int((classes == PARTIAL).sum()), "bytes": beyond}
@@ -305,20 +307,6 @@ def classified_here(who: str, length: int, block: int) -> Row:
         classify(length, block)
         seconds.append(time.perf_counter() - begin)
     return row | Timing(seconds, seconds).summary()
-
-
-def reset_peak() -> None:
-    """VmHWM starts again from here; Linux only."""
-    if sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def status(field: str) -> int | None:
-    """A field of /proc/self/status in bytes; None elsewhere than on Linux."""
-    if sys.platform != "linux":
-        return None
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
-    return int(line.split()[1]) * 1024
 
 
 def classified(who: str, length: int, sizes: Sizes, patience: float = 120.0) -> Row:

@@ -29,8 +29,13 @@ class Learned(NamedTuple):
     factor: Graph
 
     @property
+    def name(self) -> str:
+        """Of the slot that is read."""
+        return str(self.load.args[0])
+
+    @property
     def slot(self) -> int:
-        return int(str(self.load.args[0])[2:])
+        return int(self.name[2:])
 
     @property
     def indices(self) -> tuple[Graph, ...]:

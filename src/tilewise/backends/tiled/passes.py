@@ -73,14 +73,14 @@ def backward_terms(w: Walk, inputs: Inputs, wanted: Sequence[str]) -> Sum:
             gradients.append(ds.sum_to_size(piece["bias"].shape))
         for lookup in lookups:
             terms = where_seen(tile, s, ds * evaluate(lookup.factor, values))
-            gradients.append(sums_of(lookup, tile, terms, values, tables[name_of(lookup)]))
+            gradients.append(sums_of(lookup, tile, terms, values, tables[lookup.name]))
         return tuple(gradients)
 
     cuts = [CUTS[name] for name in wanted if name in CUTS]
     shapes = [inputs[name].shape for name in wanted if name in CUTS]
     for lookup in lookups:
         cuts.append(PATTERN_CUTS[lookup.pattern] if lookup.pattern != "diagonal" else Diagonals(problem.seqlen_k))
-        shapes.append(torch.Size(sums_shape(lookup, inputs[name_of(lookup)], problem.batch, problem.heads, problem.seqlen_q,
+        shapes.append(torch.Size(sums_shape(lookup, inputs[lookup.name], problem.batch, problem.heads, problem.seqlen_q,
                                             problem.seqlen_k)))
     return Sum(function, w.flat, (ROWS, ROWS, ROWS, *(CUTS.get(name, WHOLE) for name in names)), tuple(cuts), tuple(shapes))
 
@@ -89,12 +89,7 @@ PATTERN_CUTS: dict[str, Axes] = dict(rows=ROWS, cols=COLS, direct=BOTH, any=WHOL
 
 
 def wanted_lookups(problem: Problem, wanted: Sequence[str]) -> list[Learned]:
-    return [lookup for lookup in problem.graphs.learned if name_of(lookup) in wanted]
-
-
-def name_of(lookup: Learned) -> str:
-    """The name of the slot that a lookup reads."""
-    return str(lookup.load.args[0])
+    return [lookup for lookup in problem.graphs.learned if lookup.name in wanted]
 
 
 def sums_of(lookup: Learned, tile: Tile, terms: Tensor, values: Mapping[str, Any], table: Tensor) -> Tensor:
@@ -132,7 +127,7 @@ def tangent_terms(w: Walk, inputs: Inputs, moving: Sequence[str], shapes: Sequen
         if "bias" in tangent:
             ds = ds + tangent["bias"]
         for lookup in wanted_lookups(problem, moving):
-            of_table = evaluate(lookup.load, {**values, name_of(lookup): tangent[name_of(lookup)]})
+            of_table = evaluate(lookup.load, {**values, lookup.name: tangent[lookup.name]})
             ds = ds + evaluate(lookup.factor, values) * of_table
         p = probabilities(s, lse)
         weighted = torch.where(s == -torch.inf, 0.0, p * ds)
@@ -199,7 +194,7 @@ def gradients_of(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: 
                  needs: Needs) -> tuple[Gradients, Tensor]:
     """Gradients but that of the sinks, and delta = rowsum(dO * O) - dlse; differentiable."""
     w = walk(problem, x)
-    learned = {name_of(lookup) for lookup in problem.graphs.learned}
+    learned = {lookup.name for lookup in problem.graphs.learned}
     slots = [slot for slot, needed in enumerate(needs.captured) if needed and f"tf{slot}" in learned]
     wanted = ("q", "k", "v", *(["bias"] if needs.bias and x.bias is not None else []), *(f"tf{slot}" for slot in slots))
     inputs = w.clean({name: t.to(lse.dtype) for name, t in named_inputs(x, wanted).items()})
@@ -212,7 +207,7 @@ def gradients_of(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: 
     dbias = rest.pop(0).to(x.bias.dtype) if "bias" in wanted and x.bias is not None else None
     tables: dict[str, Tensor] = {}
     for lookup, sums in zip(wanted_lookups(problem, wanted), rest, strict=True):
-        name = name_of(lookup)
+        name = lookup.name
         found = gather(lookup, sums, w.values, inputs[name])
         tables[name] = tables[name] + found if name in tables else found
     captured = [tables[f"tf{slot}"].to(t.dtype) if slot in slots else None for slot, t in enumerate(x.captured)]

@@ -68,7 +68,7 @@ class Walk:
     def keys(self, x: Tensor) -> Tensor:
         """x [B, H_kv, S_k, ...], 0 where no query sees a key; in one piece where tiles gather from it again and again."""
         x = x if self.hidden_keys is None else torch.where(self.hidden_keys[..., None], 0.0, x)
-        return x.contiguous() if any(len(tile.cols) > 1 for row in self.tiles for tile in row) else x
+        return x.contiguous() if self.problem.graphs.listed else x
 
     def clean(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """q, k, v and others by name, without what no product may see."""
@@ -114,7 +114,7 @@ def tile_sizes(problem: Problem) -> tuple[int, int]:
     """(queries, keys) per tile: near TILE_ELEMENTS over all sequences and heads."""
     side = (TILE_ELEMENTS / max(1, problem.batch * problem.heads)) ** 0.5
     length = min(LONGEST_TILE, max(SHORTEST_TILE, 1 << int(side).bit_length() - 1))
-    if problem.graphs.mask is not None and not problem.graphs.keys:
+    if problem.graphs.listed:
         return min(length, BLOCK[0]), min(length, BLOCK[1])
     return length, length
 
@@ -134,7 +134,7 @@ def _visited(problem: Problem, values: dict[str, Any]) -> Iterator[tuple[Tile, .
     for i in range(-(-problem.seqlen_q // tile_q)):
         rows = slice(i * tile_q, min((i + 1) * tile_q, problem.seqlen_q))
         kept = [j for j in range(-(-problem.seqlen_k // tile_k)) if visible[i][j] != EMPTY]
-        if mask is None or bands or undecided:
+        if undecided or not problem.graphs.listed:
             yield tuple(Tile(rows, (slice(j * tile_k, min((j + 1) * tile_k, problem.seqlen_k)),),
                              undecided or certain[i][j] != FULL) for j in kept)
         else:

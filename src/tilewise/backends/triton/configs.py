@@ -62,7 +62,7 @@ def key(kernel: str, problem: Problem, arch: str) -> Key:
     if problem.graphs.score is not None or problem.bias_shape is not None or problem.dropout > 0:
         features = "rich"
     else:
-        features = "listed" if problem.graphs.mask is not None and not problem.graphs.keys else "plain"
+        features = "listed" if problem.graphs.listed else "plain"
     return Key(kernel, width, arch, min(d for d in HEAD_DIMS if d >= dim), features)
 
 

@@ -53,7 +53,7 @@ def visits(problem: Problem, x: Operands, transposed: bool = False, ascending: b
     bands = graphs.queries if transposed else graphs.keys
 
     def of(config: Config) -> dict[str, Any]:
-        if bands or graphs.mask is None:
+        if graphs.mask is None or not graphs.listed:
             return dict(VISIT=len(bands) // 4, LIST=None)
         listed = tile_list(Question(
             problem.program, graphs.mask, tuple(x.ints), tuple(x.floats), problem.batch, problem.heads,
