@@ -19,14 +19,14 @@ def forward_tiles(w: Walk, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None)
     """out in q's dtype and lse (without sink), by the online softmax."""
     problem = w.problem
     wide = torch.promote_types(problem.dtype, torch.float32)
-    q, k, v = w.clean(dict(q=q.to(wide) * problem.scale, k=k.to(wide), v=v.to(wide))).values()
+    q, k, v = w.clean(dict(q=q.to(wide), k=k.to(wide), v=v.to(wide))).values()
     bias = None if bias is None else bias.to(wide)
     out = problem.empty(problem.heads, problem.seqlen_q, problem.head_dim_v)
     lse = problem.empty_lse()
     tile_q = tile_sizes(problem)[0]
     for i, row in enumerate(w.tiles):
         rows = slice(i * tile_q, min((i + 1) * tile_q, problem.seqlen_q))
-        q_i = q[:, :, rows]
+        q_i = q[:, :, rows] * problem.scale
         m_i = q_i.new_full((*q_i.shape[:3], 1), -torch.inf)
         l_i = q_i.new_zeros(m_i.shape)
         acc = q_i.new_zeros((*q_i.shape[:3], v.shape[3]))

@@ -42,12 +42,11 @@ def pick(x: Tensor, dim: int, runs: tuple[slice, ...]) -> Tensor:
     if len(runs) == 1:
         return x.narrow(dim, runs[0].start, runs[0].stop - runs[0].start)
     unit = math.gcd(x.shape[dim], *(end for run in runs for end in (run.start, run.stop)))
-    if unit == 1 or not x.is_contiguous():
+    if unit == 1:
         return torch.cat([x.narrow(dim, run.start, run.stop - run.start) for run in runs], dim)
-    # whole blocks at a time: four times as fast as torch.cat
+    # whole blocks at a time: faster than torch.cat
     blocks = torch.tensor([i for run in runs for i in range(run.start // unit, run.stop // unit)], device=x.device)
-    picked = x.reshape(math.prod(x.shape[:dim]), x.shape[dim] // unit, -1).index_select(1, blocks)
-    return picked.view(*x.shape[:dim], len(blocks) * unit, *x.shape[dim + 1:])
+    return x.unflatten(dim, (-1, unit)).index_select(dim, blocks).flatten(dim, dim + 1)
 
 
 def accumulate(out: Tensor, axes: Axes, tile: Tile, part: Tensor) -> None:

@@ -66,9 +66,8 @@ class Walk:
         return x if self.hidden_queries is None else torch.where(self.hidden_queries[..., None], 0.0, x)
 
     def keys(self, x: Tensor) -> Tensor:
-        """x [B, H_kv, S_k, ...], 0 where no query sees a key; in one piece where tiles gather from it again and again."""
-        x = x if self.hidden_keys is None else torch.where(self.hidden_keys[..., None], 0.0, x)
-        return x.contiguous() if self.problem.graphs.listed else x
+        """x [B, H_kv, S_k, ...], 0 where no query sees a key."""
+        return x if self.hidden_keys is None else torch.where(self.hidden_keys[..., None], 0.0, x)
 
     def clean(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """q, k, v and others by name, without what no product may see."""
