@@ -16,8 +16,10 @@ SOURCE = ROOT / "src" / "tilewise"
 # Rooms from the bottom up: a module imports from its own row or rows above it in this table, never below.
 LAYERS = [
     ["trace"],
-    ["rng", "masks", "score_mods", "block_sparse", "patterns", "state", "draw"],
+    ["rng", "masks", "score_mods", "block_sparse", "patterns", "state", "draw", "packing", "rotary"],
+    ["kv_cache", "paged_cache"],
     ["problem"],
+    ["sequences"],
     ["backends"],
     ["reference"],
     ["plan"],

@@ -148,6 +148,8 @@ def test_no_line_is_lost_in_a_picture_of_a_large_mask():
     ("key_lengths(4)", "prefix(4)"),
     ("documents([0, 0, 1, 1, 1, 1], ids_k=[0, 1, 0, 1, 0, 0])",
      "documents(ids_q=[5, 5, 6, 6, 6, 6], ids_k=[5, 6, 5, 6, 5, 5])"),
+    ("tree([-1, 0, 1, 2, 3, 4])", "causal()"),
+    ("tree(parents=[-1, -1, -1, -1, -1, -1])", "window(0, 0)"),
     ("blocks(local(3, 0), 2)", "chunked(2)"),
     ("blocks(local(n=3, blocks=0), size=[2, 2])", "chunked(2)"),
     ("causal() & blocks(strided(2, 1), [3, 6])", "causal()"),
@@ -197,6 +199,7 @@ def test_blocks_are_block_masks_of_patterns(text, layout):
     ("causal(**{'x': 1})", "expected causal(), got causal(**{'x': 1})"),
     ("prefix(None)", "prefix(None): expected a whole number or a list of at least one, got None"),
     ("prefix([])", "expected a whole number or a list of at least one, got []"),
+    ("tree([-1, 0, 2])", "tree: parents: expected an earlier node, or -1 for a root, got parents[2] = 2"),
     ("~" * 600 + "causal()", "nested too deeply"),
 ])
 def test_errors_name_what_was_expected_and_what_came(text, words):
@@ -306,6 +309,7 @@ def test_one_head_is_the_same_as_among_all():
     (("some_masks.py:product", "--at", 131072), "mask: 131072 queries x 131072 keys: an index expression may reach"),
     (("blocks(local(4, 1), 2)",), "mask: 16 queries x 16 keys: block_mask: layout: expected an index of dimension 0 from"),
     (("documents([0, 1])", "--rows", 4), "mask: 4 queries x 4 keys: documents: ids_q: expected an index of dimension 0"),
+    (("tree([-1, 0])", "--rows", 4), "mask: 4 queries x 4 keys: tree: parents: expected an index of dimension 0 from 0 to 1"),
     (("causal()", "--at", 131072, "--tile", 4), "--tile: expected at most 8192 tiles on a side, --tile 16 or more, got 3"),
     (("causal()", "--at", 128, "--rows", 4), "--at: counts tiles and draws nothing: leave out --rows, --cols and --png"),
 ])

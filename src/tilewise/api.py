@@ -1,18 +1,25 @@
 """The front door: these docstrings are the manual."""
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tilewise import ops
+from tilewise import backends, ops
+from tilewise.kv_cache import KVCache
 from tilewise.masks import Mask
-from tilewise.plan import Plan, plan
-from tilewise.problem import make
+from tilewise.packing import from_nested, to_nested
+from tilewise.paged_cache import PagedKVCache
+from tilewise.plan import Plan, choose, plan
+from tilewise.problem import Layout, Operands, Problem, make, make_unequal
 from tilewise.rng import Rng
+from tilewise.rotary import Rotary
 from tilewise.score_mods import Mods
+from tilewise.sequences import packed_rows
+from tilewise.state import AttentionState, merge_states
+from tilewise.trace.graph import leaves
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Mask | Callable | Tensor | None = None,
@@ -73,8 +80,136 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ma
     return (out, lse) if return_lse else out
 
 
-def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", layout: str = "bshd", **options) -> Plan:
+def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, *,
+                     max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, seqused_q: Tensor | None = None,
+                     seqused_k: Tensor | None = None, causal: bool = False, mask: Mask | Callable | Tensor | None = None,
+                     score_mod: Mods = None, bias: Tensor | None = None, sinks: Tensor | None = None,
+                     scale: float | None = None, dropout_p: float = 0.0, return_lse: bool = False, rng: Rng | None = None,
+                     deterministic: bool | None = None, batch_invariant: bool = False, backend: str = "auto",
+                     check: bool = False) -> Any:
+    """Attention over packed sequences of unequal length, each with itself: no padding is computed or stored.
+
+    Args:
+        q: [total_q, H, D]: sequence b is rows cu_seqlens_q[b] to cu_seqlens_q[b + 1].
+        k, v: [total_k, H_kv, D], [total_k, H_kv, D_v], likewise by cu_seqlens_k. Or q, k and v are jagged nested tensors
+            [B, (S), H, D], without cu_seqlens.
+        cu_seqlens_q, cu_seqlens_k: int32 [B + 1] on q's device, rising from 0; cu_seqlens_k defaults to cu_seqlens_q. Any
+            sequence may be empty.
+        max_seqlen_q, max_seqlen_k: length of the longest sequence. On the CPU found by itself; on a GPU, where not given, the
+            total stands for it, which is right but plans for more than there is.
+        seqused_q, seqused_k: integer [B]: how many of each sequence's rows are in use. Others are neither read nor written:
+            out 0, lse -inf, gradients 0.
+        check: on a GPU, look at the values of cu_seqlens and seqused, which waits for the device; on the CPU always.
+
+    Everything else is as in `attention`, by each sequence's own length: alignment bottom-right, indices in functions from 0
+    inside the sequence, b its number. bias and boolean masks broadcast to [B, H, max_seqlen_q, max_seqlen_k]. Dropout's bits
+    are those of sequence b of a batch.
+
+    Returns:
+        out [total_q, H, D_v] (or nested); with return_lse (out, lse), lse [H, total_q].
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `attention`.
+    """
+    problem, operands = _of_packed(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_q=seqused_q,
+        seqused_k=seqused_k, check=check, causal=causal, mask=mask, score_mod=score_mod, bias=bias, sinks=sinks, scale=scale,
+        dropout_p=dropout_p, rng=rng, deterministic=deterministic, batch_invariant=batch_invariant)
+    out, lse = ops.attention(problem, operands, backend)
+    out = out[0].transpose(0, 1)
+    if q.is_nested:
+        out = to_nested(out, q)
+    return (out, lse[0]) if return_lse else out
+
+
+def attention_with_kv_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Tensor | None = None, v_new: Tensor | None = None, *,
+                            cache_batch_idx: Tensor | Sequence[int] | None = None, cu_seqlens_q: Tensor | None = None,
+                            max_seqlen_q: int | None = None, rotary: Rotary | None = None, extended: bool = False,
+                            causal: bool = False, mask: Mask | Callable | Tensor | None = None, score_mod: Mods = None,
+                            bias: Tensor | None = None, sinks: Tensor | None = None, scale: float | None = None,
+                            dropout_p: float = 0.0, return_lse: bool = False, rng: Rng | None = None,
+                            batch_invariant: bool = False, num_splits: int | None = None, backend: str = "auto",
+                            check: bool = False) -> Any:
+    """Appends new keys and values to a cache, then attends to all it holds: decoding, speculative decoding, chunked prefill.
+
+    Few queries are computed by Flash-Decoding (Dao et al. 2023): the keys are split among programs and the parts merged, and
+    all query heads that share a key head read its keys once. Many are computed as in `attention`. For inference: no gradient.
+
+    Args:
+        q: [B, S_q, H, D], or packed [total, H, D] with cu_seqlens_q, such as one query of some sequences and a whole prompt
+            of others. The last query stands at the sequence's last key.
+        cache: a `KVCache` or a `PagedKVCache`, in q's dtype or in fp8. It is written to, its lengths grow.
+        k_new, v_new: [B, S_new, H_kv, D], [B, S_new, H_kv, D_v], or packed by cu_seqlens_q: the new tokens' keys and values;
+            v_new None where the cache holds values as a part of keys. None: attend to what is there.
+        cache_batch_idx: the slots of a `KVCache` (integer tensor [B]), or the sequences of a `PagedKVCache` (numbers or an
+            integer tensor). Default: all in order.
+        cu_seqlens_q: int32 [B + 1]; max_seqlen_q: as in `attention_varlen`.
+        rotary: turns k_new and q to their positions before anything else; needs k_new.
+        extended: of a `PagedKVCache`, whose `extend` was called before.
+        num_splits: shares of the keys; default: as many as fill the device, from bounds that the host knows.
+        check: on a GPU, check what depends on the device's values, which waits for it; on the CPU always.
+
+    Everything else is as in `attention`, S_k being the sequence's own number of keys, new ones included. Functions are given
+    q_idx = the query's position i + S_k - S_q, and kv_idx from the sequence's first key. Rows of bias and of boolean masks are
+    i, their columns kv_idx, up to the longest sequence (on a GPU: the capacity). Dropout's rows are positions.
+
+    Returns:
+        out like q with D_v; with return_lse (out, lse), lse [B, H, S_q] or [H, total].
+
+    Raises:
+        TypeError, ValueError, IndexError: an argument is not as described; then nothing has been written.
+        CacheFull: too few free pages; nothing has been written.
+        NotImplementedError: the named backend cannot compute this.
+    """
+    problem, operands, backend = _appended(
+        q, cache, k_new, v_new, backend, rotary, extended, cache_batch_idx=cache_batch_idx, cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q, check=check, causal=causal, mask=mask, score_mod=score_mod, bias=bias, sinks=sinks, scale=scale,
+        dropout_p=dropout_p, rng=rng, batch_invariant=batch_invariant, num_splits=num_splits)
+    out, lse = ops.attention(problem, operands, backend)
+    return _as_given(AttentionState(out, lse), cu_seqlens_q is not None, return_lse)
+
+
+def cascade_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, cache: KVCache | PagedKVCache, k_new: Tensor | None = None,
+                      v_new: Tensor | None = None, *, cache_batch_idx: Tensor | Sequence[int] | None = None,
+                      cu_seqlens_q: Tensor | None = None, max_seqlen_q: int | None = None, rotary: Rotary | None = None,
+                      extended: bool = False, causal: bool = False, mask: Mask | Callable | Tensor | None = None,
+                      score_mod: Mods = None, sinks: Tensor | None = None, scale: float | None = None, return_lse: bool = False,
+                      num_splits: int | None = None, backend: str = "auto", check: bool = False) -> Any:
+    """Attention of many sequences to one prefix that all share, read once for all of them, and of each to its own cache.
+
+    The two parts are `AttentionState`s over disjoint keys, merged by their lse.
+
+    Args:
+        prefix_k, prefix_v: [S_p, H_kv, D], [S_p, H_kv, D_v], in q's dtype: keys that every query sees, at positions 0 to
+            S_p - 1. The cache holds what follows.
+        rotary: turns k_new and q to positions from S_p on; the prefix's keys are turned already.
+        causal, mask: which keys of the cache a query sees; indices count from the cache's first key.
+        score_mod: may depend on the score and the head, not on indices.
+
+    Other arguments, results and errors: `attention_with_kv_cache`.
+    """
+    _check_prefix(prefix_k, prefix_v)
+    if rotary is not None:
+        rotary = Rotary(rotary.cos[len(prefix_k):], rotary.sin[len(prefix_k):], rotary.interleaved)
+    problem, operands, chosen = _appended(
+        q, cache, k_new, v_new, backend, rotary, extended, cache_batch_idx=cache_batch_idx, cu_seqlens_q=cu_seqlens_q,
+        max_seqlen_q=max_seqlen_q, check=check, causal=causal, mask=mask, score_mod=score_mod, scale=scale,
+        num_splits=num_splits, prefix=True)
+    own = AttentionState(*ops.attention(problem, operands, chosen))
+    together = operands.q.transpose(1, 2).flatten(0, 1)[None]           # all queries as those of one sequence
+    out, lse = ops.attention(*make(together, prefix_k[None], prefix_v[None], score_mod=score_mod, scale=problem.scale), backend)
+    slots, rows = problem.rows_q
+    shared = AttentionState(out.unflatten(2, (slots, rows))[0].transpose(0, 1), lse.unflatten(2, (slots, rows))[0].transpose(0, 1))
+    state = merge_states([shared, own])
+    return _as_given(state if sinks is None else state.with_sink(sinks), cu_seqlens_q is not None, return_lse)
+
+
+def explain(q: Tensor, k: Tensor | KVCache | PagedKVCache, v: Tensor | None = None, *, backend: str = "auto", layout: str = "bshd",
+            **options) -> Plan:
     """What `attention` with the same arguments would do: a `Plan`, to print or to read.
+
+    With cu_seqlens_q or nested tensors: what `attention_varlen` would do; with a cache in the place of k, without v: what
+    `attention_with_kv_cache` would, without new keys.
 
     It names the backend and why not the ones before it, tile sizes and how many tiles the mask leaves, FLOPs, bytes from and
     to memory, and memory beside inputs and outputs. Nothing is computed. Options and errors are those of `attention`.
@@ -82,8 +217,123 @@ def explain(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", layout: s
     options.pop("return_lse", None)
     if options.get("rng") is None:
         options["rng"] = Rng(0)  # nothing is drawn: the generator stays where it is
-    problem, operands = make(*autocast(q, k, v), layout=layout, **options)
+    if isinstance(k, (KVCache, PagedKVCache)):
+        problem, operands = _of_cache(q, k, None, **options)
+    elif "cu_seqlens_q" in options or (isinstance(q, Tensor) and q.is_nested):
+        problem, operands = _of_packed(q, k, v, options.pop("cu_seqlens_q", None), options.pop("cu_seqlens_k", None), **options)
+    else:
+        problem, operands = make(*autocast(q, k, v), layout=layout, **options)
     return plan(problem, operands, backend)
+
+
+def _of_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, *,
+               max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, seqused_q: Tensor | None = None,
+               seqused_k: Tensor | None = None, check: bool = False, **options) -> tuple[Problem, Operands]:
+    """The problem of packed or nested sequences."""
+    if isinstance(q, Tensor) and q.is_nested:
+        for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+            if given is not None:
+                raise ValueError(f"{name}: expected None with nested tensors, which know their lengths")
+        same = all(isinstance(x, Tensor) and x.is_nested for x in (k, v)) and k.offsets() is v.offsets()
+        (q, cu_seqlens_q, max_seqlen_q), (k, cu_seqlens_k, max_seqlen_k), (v, cu_seqlens_v, _) = map(from_nested, (q, k, v))
+        if not same and not torch.equal(cu_seqlens_k, cu_seqlens_v):
+            raise ValueError("v: expected a nested tensor with k's lengths")
+    elif cu_seqlens_k is None:
+        cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q if max_seqlen_k is None else max_seqlen_k
+    q, k, v = (_heads_first(_packed(name, x)) for name, x in zip("qkv", autocast(q, k, v), strict=True))
+    q_rows, longest_q = packed_rows("q", cu_seqlens_q, seqused_q, q.shape[2], max_seqlen_q, q.device, check)
+    k_rows, longest_k = packed_rows("k", cu_seqlens_k, seqused_k, k.shape[2], max_seqlen_k, q.device, check)
+    if len(q_rows) != len(k_rows):
+        raise ValueError(f"cu_seqlens_k: expected as many sequences as cu_seqlens_q ({len(q_rows)}), got {len(k_rows)}")
+    return make_unequal(q, k, v, Layout(q_rows, k_rows, max_seqlen_q=longest_q, max_seqlen_k=longest_k), **options)
+
+
+def _of_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Tensor | None, *,
+              cache_batch_idx: Tensor | Sequence[int] | None = None, cu_seqlens_q: Tensor | None = None,
+              max_seqlen_q: int | None = None, check: bool = False, **options) -> tuple[Problem, Operands]:
+    """The problem of queries and a cache, as it will be once k_new is appended; nothing is written yet."""
+    if not isinstance(cache, (KVCache, PagedKVCache)):
+        raise TypeError(f"cache: expected a KVCache or a PagedKVCache, got {type(cache).__name__}")
+    stored = cache.stored(cache_batch_idx, check=check)
+    q_rows, longest_q = None, 0
+    if cu_seqlens_q is None:
+        if not isinstance(q, Tensor) or q.dim() != 4 or q.shape[0] != len(stored.rows):
+            got = list(q.shape) if isinstance(q, Tensor) else type(q).__name__
+            raise ValueError(f"q: expected [B, S_q, heads, head_dim] with B = {len(stored.rows)} sequences, or packed sequences "
+                             f"with cu_seqlens_q, got {got}")
+    else:
+        q = _packed("q", q)
+        q_rows, longest_q = packed_rows("q", cu_seqlens_q, None, q.shape[0], max_seqlen_q, q.device, check)
+        if len(q_rows) != len(stored.rows):
+            raise ValueError(f"cu_seqlens_q: expected {len(stored.rows)} sequences, got {len(q_rows)}")
+    longest = stored.longest
+    if k_new is not None and isinstance(k_new, Tensor) and k_new.dim() == (4 if q_rows is None else 3):
+        new = k_new.shape[1] if q_rows is None else q_rows[:, 2]
+        if cache.device.type == "cpu":
+            longest = int((stored.rows[:, 2] + new).max()) if len(stored.rows) else 0
+        else:
+            longest += new if isinstance(new, int) else longest_q
+    where = Layout(q_rows, stored.rows, stored.pages, stored.k_scale, stored.v_scale, longest_q, longest, cached=True,
+                   shared=cache.v_in_k)
+    if q.dtype != cache.dtype and stored.k_scale is None:
+        raise TypeError(f"q: expected the cache's dtype {cache.dtype}, got {q.dtype}")
+    return make_unequal(_heads_first(q), stored.k, stored.v, where, **options)
+
+
+def _appended(q: Tensor, cache: KVCache | PagedKVCache, k_new: Tensor | None, v_new: Tensor | None, backend: str,
+              rotary: Rotary | None, extended: bool, *, cache_batch_idx: Tensor | Sequence[int] | None,
+              cu_seqlens_q: Tensor | None, check: bool, prefix: bool = False, **options) -> tuple[Problem, Operands, str]:
+    """The problem after the new keys are written, and the backend's name. Everything is checked before."""
+    q, k_new, v_new = (x if x is None else autocast(x)[0] for x in (q, k_new, v_new))
+    _check_inference(q=q, k_new=k_new, v_new=v_new)
+    problem, x = _of_cache(q, cache, k_new, cache_batch_idx=cache_batch_idx, cu_seqlens_q=cu_seqlens_q, check=check, **options)
+    if prefix and problem.graphs.score is not None and leaves(problem.graphs.score) & {"b", "q", "k", "nq", "nk"}:
+        raise ValueError("score_mod: expected a function of the score and the head alone with a shared prefix")
+    backend = choose(problem, backend)
+    if k_new is None:
+        for name, given in (("v_new", v_new), ("rotary", rotary)):
+            if given is not None:
+                raise ValueError(f"{name}: expected None without k_new")
+        return problem, x, backend
+    where: dict[str, Any] = (dict(sequences=cache_batch_idx, extended=extended) if isinstance(cache, PagedKVCache) else
+                             dict(cache_batch_idx=cache_batch_idx))
+    turned = cache.append(k_new, v_new, cu_seqlens=cu_seqlens_q, q=q, rotary=rotary, check=check,
+                          writer=backends.load(backend).write, **where)
+    stored = cache.stored(cache_batch_idx)
+    return problem, x._replace(q=_heads_first(turned), k_rows=stored.rows, pages=stored.pages), backend
+
+
+def _as_given(state: AttentionState, packed: bool, return_lse: bool) -> Any:
+    """out, and lse, in the shapes of the caller's q."""
+    out, lse = (state.out[0], state.lse[0]) if packed else (state.out, state.lse)
+    out = out.transpose(-3, -2)
+    return (out, lse) if return_lse else out
+
+
+def _check_prefix(k: Tensor, v: Tensor) -> None:
+    for name, x in (("prefix_k", k), ("prefix_v", v)):
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name}: expected [S_p, heads, head_dim], got {got}")
+
+
+def _packed(name: str, x: Tensor) -> Tensor:
+    if not isinstance(x, Tensor) or x.dim() != 3:
+        got = f"{x.dim()} dimensions {list(x.shape)}" if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"{name}: expected packed sequences [total, heads, head_dim], got {got}")
+    return x
+
+
+def _heads_first(x: Tensor) -> Tensor:
+    """[slots, heads, rows, head_dim] of [B, S, heads, head_dim] or of packed sequences."""
+    return x.transpose(1, 2) if x.dim() == 4 else x.transpose(0, 1)[None]
+
+
+def _check_inference(**tensors: Tensor | None) -> None:
+    for name, x in tensors.items():
+        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+            raise ValueError(f"{name}: expected no gradient, since a cache is for inference: call it under torch.no_grad() or "
+                             "torch.inference_mode(), or use tw.attention")
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

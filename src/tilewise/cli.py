@@ -206,7 +206,7 @@ def mask(
     Tiles that show nothing are skipped, tiles that show everything run without the mask.
 
     MASK is made of `full()`, `causal()`, `window(left, right)`, `chunked(size)`, `prefix(n)`, `key_lengths(n)`,
-    `documents([0, 0, 1, ...])` and `blocks(layout, size)`, joined with & | ~.
+    `documents([0, 0, 1, ...])`, `tree([-1, 0, 0, 1, ...])` and `blocks(layout, size)`, joined with & | ~.
 
     The layout of blocks is made of `butterfly(n)`, `local(n, blocks)`, `strided(n, stride)`, `global_blocks(n, blocks)`,
     `random_blocks(n, per_row)`, `bigbird(n)` and `axial(rows, cols)`, joined with & |. Its size is a number or

@@ -46,7 +46,7 @@ def check_lengths(mask: Mask, seqlen_q: int, seqlen_k: int) -> None:
     program = lower([[], [], [mask.element]])
     captured = [expr.args[0].value for expr in program.loads]
     names = [next(c.name for c in captured if c.tensor is tensor) for tensor in program.captured]
-    sizes = dict(b=1, h=1, q=seqlen_q, k=seqlen_k, nq=seqlen_q, nk=seqlen_k)
+    sizes = dict(b=1, h=1, q=seqlen_q, p=seqlen_q, k=seqlen_k, nq=seqlen_q, nk=seqlen_k)
     try:
         check_indices(program.text, program.captured, program.ints, program.floats, names, sizes)
     except (IndexError, OverflowError) as error:

@@ -47,7 +47,7 @@ def _table(value: int | list[int] | None) -> Tensor:
 MASKS: dict[str, Callable[..., Mask]] = {
     "full": masks.full, "causal": masks.causal, "window": masks.window, "chunked": masks.chunked,
     "prefix": _of_tensors(masks.prefix), "key_lengths": _of_tensors(masks.key_lengths),
-    "documents": _of_tensors(masks.documents),
+    "documents": _of_tensors(masks.documents), "tree": _of_tensors(masks.tree),
 }
 PATTERNS: dict[str, Callable[..., Tensor]] = {
     name: getattr(patterns, name)

@@ -13,6 +13,7 @@ p = i + n - S_q is the position of query i among the n keys of its own sequence:
     key_lengths(lengths)     j < lengths[b]: padding at the end, which does not move p
     chunked(size)            j // size == p // size
     documents(ids)           same document id, ids >= 0
+    tree(parents)            keys before the tree, oneself and one's ancestors
     full()                   every key
     mask_mod(function)       any function of the indices
 """
@@ -273,6 +274,30 @@ def documents(ids_q: Tensor, ids_k: Tensor | None = None) -> Mask:
     return Mask("documents(...)", equal(id_q, id_k) & (id_q >= ZERO), (keys,), (queries,))
 
 
+def tree(parents: Tensor) -> Mask:
+    """Speculative decoding: the last T keys are the T queries, the nodes of a tree of drafts. Each sees every earlier key
+    (j < S_k - T), itself and its ancestors.
+
+    parents: integer tensor [T] or [B, T]: the node above each, which comes before it, or -1 for a root (checked where they are
+    on the CPU, elsewhere any other value makes a root). T = S_q; of packed sequences, one with fewer queries has the first S_q
+    nodes. Costs O(T²) memory, once.
+    """
+    _check_index_tensor("tree: parents", parents, (1, 2))
+    _check_parents(parents)
+    ancestors = _ancestors(parents)
+    nodes = parents.shape[-1]
+    youngest = torch.where(ancestors, torch.arange(nodes, device=parents.device)[:, None], 0).amax(-2).int()
+
+    before = K < SHIFT
+    node = minimum(maximum(K - SHIFT, ZERO), wrap(nodes - 1))
+    batch = (B,) * (parents.dim() - 1)
+    visible = before | load(Captured(ancestors, "tree: parents"), *batch, Q, node)
+    last = where(before, LAST_QUERY, load(Captured(youngest, "tree: parents"), *batch, node))
+    keys = Band(ZERO, P, ZERO, SHIFT - ONE)
+    queries = Band(K - SHIFT, last, where(before, ZERO, NQ), LAST_QUERY)
+    return Mask("tree(...)", visible, (keys,), (queries,))
+
+
 def mask_mod(function: Callable) -> Mask:
     """A mask from mask_mod(b, h, q_idx, kv_idx) -> boolean, written with torch functions as for FlexAttention.
 
@@ -306,6 +331,30 @@ def _check_index_tensor(name: str, tensor, dims: tuple[int, ...]) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() not in dims:
         got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name}: expected an int32 or int64 tensor of {' or '.join(map(str, dims))} dimensions, got {got}")
+
+
+def _check_parents(parents: Tensor) -> None:
+    if parents.shape[-1] == 0:
+        raise ValueError(f"tree: parents: expected at least one node, got {list(parents.shape)}")
+    if parents.device.type != "cpu" or torch.compiler.is_compiling():
+        return
+    bad = ((parents < -1) | (parents >= torch.arange(parents.shape[-1]))).nonzero()
+    if len(bad):
+        first = bad[0].tolist()
+        raise ValueError(f"tree: parents: expected an earlier node, or -1 for a root, got parents{first} = "
+                         f"{int(parents[tuple(first)])}")
+
+
+def _ancestors(parents: Tensor) -> Tensor:
+    """Whether node j is node i or above it: bool [..., i, j] from parents [..., i]. By doubling: log T steps."""
+    nodes = parents.shape[-1]
+    above = torch.where((parents >= 0) & (parents < torch.arange(nodes, device=parents.device)), parents, nodes).long()
+    above = torch.nn.functional.pad(above, (0, 1), value=nodes)  # a node above all roots, which is an ancestor of none
+    found = torch.eye(nodes + 1, nodes, dtype=torch.bool, device=parents.device).expand(*above.shape, nodes)
+    for _ in range((nodes - 1).bit_length()):
+        found = found | found.gather(-2, above[..., None].expand_as(found))
+        above = above.gather(-1, above)
+    return found[..., :nodes, :].contiguous()
 
 
 def _dense_ids(ids_q: Tensor, ids_k: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor
 from tilewise import backends, reference
 from tilewise.backends import Gradients, Needs, flat_dims, over_leading
 from tilewise.plan import choose
-from tilewise.problem import Graphs, Operands, Problem, Settings, describe
+from tilewise.problem import TENSORS, Graphs, Operands, Problem, Settings, describe
 
 
 def attention(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor]:
@@ -27,7 +27,7 @@ def attention(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tens
     module = backends.load(choose(problem, backend))
     if hasattr(module, "attention"):
         return module.attention(problem, x)
-    return Native.apply(module, problem, (x.ints, x.floats), *x[:6], *x.captured)
+    return Native.apply(module, problem, (x.ints, x.floats), *x[:TENSORS], *x.captured)
 
 
 class Native(torch.autograd.Function):
@@ -50,9 +50,9 @@ class Native(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         out, lse, *tensors = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
-        needs = Needs(ctx.needs_input_grad[6], ctx.needs_input_grad[7], tuple(ctx.needs_input_grad[9:]))
+        needs = Needs(ctx.needs_input_grad[6], ctx.needs_input_grad[7], tuple(ctx.needs_input_grad[3 + TENSORS:]))
         gradients = NativeBackward.apply(ctx.module, ctx.problem, ctx.numbers, needs, out, lse, dout, dlse, *tensors)
-        return None, None, None, *gradients[:5], None, *gradients[5:]
+        return None, None, None, *gradients[:5], *[None] * (TENSORS - 5), *gradients[5:]
 
     @staticmethod
     def jvp(ctx, *tangents):
@@ -70,7 +70,7 @@ class NativeBackward(torch.autograd.Function):
     def forward(module: ModuleType, problem: Problem, numbers: Sequence, needs: Needs, out: Tensor, lse: Tensor,
                 dout: Tensor, dlse: Tensor | None, *tensors: Tensor | None):
         *gradients, captured = module.backward(problem, operands(tensors, numbers), out, lse, dout, dlse, needs)
-        return *gradients, *(captured or [None] * (len(tensors) - 6))
+        return *gradients, *(captured or [None] * (len(tensors) - TENSORS))
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -90,8 +90,8 @@ class NativeBackward(torch.autograd.Function):
 
 
 def operands(tensors: Sequence[Tensor | None], numbers: Sequence) -> Operands:
-    """From the flat arguments of a Function: q, k, v, bias, sinks, rng and captured tensors; (ints, floats)."""
-    return Operands._make((*tensors[:6], tensors[6:], *numbers))
+    """From the flat arguments of a Function: the single tensors, the captured ones; (ints, floats)."""
+    return Operands._make((*tensors[:TENSORS], tensors[TENSORS:], *numbers))
 
 
 def once(module: ModuleType) -> str:
@@ -102,78 +102,79 @@ def once(module: ModuleType) -> str:
 
 # ---- while tracing --------------------------------------------------------------------------------------------------
 
-@torch.library.custom_op("tilewise::attention", mutates_args=())
-def attention_op(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, sinks: Tensor | None, rng: Tensor | None,
-                 captured: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], scale: float, dropout: int,
-                 program: str, layout: str, precision: str, deterministic: bool, batch_invariant: bool,
-                 backend: str) -> tuple[Tensor, Tensor]:
-    x = Operands(q, k, v, bias, sinks, rng, captured, ints, floats)
-    problem = describe(x, Settings(scale, dropout, program, layout, precision, deterministic, batch_invariant))
+KINDS = {"Tensor": "Tensor", "Tensor | None": "Tensor?", "Sequence[Tensor]": "Tensor[]", "Sequence[int]": "SymInt[]",
+         "Sequence[float]": "float[]", "float": "float", "int": "SymInt", "str": "str", "bool": "bool"}
+ARGUMENTS = ", ".join(f"{KINDS[kind.__forward_arg__]} {name}" for of in (Operands, Settings)
+                      for name, kind in of.__annotations__.items())
+
+
+def described(arguments: Sequence) -> tuple[Problem, Operands, str]:
+    """From the operations' flat arguments: operands, settings, the backend's name."""
+    count = len(Operands._fields)
+    x = Operands(*arguments[:count])
+    return describe(x, Settings(*arguments[count:-1])), x, arguments[-1]
+
+
+@torch.library.custom_op("tilewise::attention", mutates_args=(), schema=f"({ARGUMENTS}, str backend) -> (Tensor, Tensor)")
+def attention_op(*arguments) -> tuple[Tensor, Tensor]:
+    problem, x, backend = described(arguments)
     out, lse = backends.load(choose(problem, backend)).forward(problem, x)
-    return arranged(problem, out), lse
+    return arranged(out, problem.new_q(problem.head_dim_v)), lse
 
 
-def arranged(problem: Problem, x: Tensor) -> Tensor:
-    """x [B, H, S, D] with the memory order that the problem's layout promises; itself where it has it."""
-    heads, seqlen, dim = x.shape[1:]
-    promised = problem.empty(heads, seqlen, dim, x.dtype)
+def arranged(x: Tensor, promised: Tensor) -> Tensor:
+    """x [.., H, .., D] with the memory order that was promised; itself where it has it."""
     return x if x.stride() == promised.stride() else promised.copy_(x)
 
 
 @attention_op.register_fake
-def _(q, k, v, bias, sinks, rng, captured, ints, floats, *settings_and_backend):
-    x = Operands(q, k, v, bias, sinks, rng, captured, ints, floats)
-    problem = describe(x, Settings(*settings_and_backend[:-1]))
-    return problem.empty(problem.heads, problem.seqlen_q, problem.head_dim_v), problem.empty_lse()
+def _(*arguments):
+    problem, _, _ = described(arguments)
+    return problem.new_q(problem.head_dim_v), problem.new_lse()
 
 
-@torch.library.custom_op("tilewise::attention_backward", mutates_args=())
-def attention_backward_op(dout: Tensor, dlse: Tensor, out: Tensor, lse: Tensor, needs_bias: bool, needs_sinks: bool,
-                          needs_captured: Sequence[bool], q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
-                          sinks: Tensor | None, rng: Tensor | None,
-                          captured: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], scale: float,
-                          dropout: int, program: str, layout: str, precision: str, deterministic: bool,
-                          batch_invariant: bool, backend: str) -> list[Tensor]:
+@torch.library.custom_op(
+    "tilewise::attention_backward", mutates_args=(),
+    schema=f"(Tensor dout, Tensor dlse, Tensor out, Tensor lse, bool needs_bias, bool needs_sinks, bool[] needs_captured, "
+           f"{ARGUMENTS}, str backend) -> Tensor[]")
+def attention_backward_op(dout, dlse, out, lse, needs_bias, needs_sinks, needs_captured, *arguments) -> list[Tensor]:
     """[dq, dk, dv], then dbias, dsinks and the gradients of captured tensors where needed."""
-    x = Operands(q, k, v, bias, sinks, rng, captured, ints, floats)
-    problem = describe(x, Settings(scale, dropout, program, layout, precision, deterministic, batch_invariant))
-    module = backends.load(choose(problem, backend))
-    gradients: Gradients = module.backward(problem, x, out, lse, dout, dlse,
-                                            Needs(needs_bias, needs_sinks, tuple(needs_captured)))
-    return ([arranged(problem, g) for g in gradients[:3]]
+    problem, x, backend = described(arguments)
+    gradients: Gradients = backends.load(choose(problem, backend)).backward(
+        problem, x, out, lse, dout, dlse, Needs(needs_bias, needs_sinks, tuple(needs_captured)))
+    return ([arranged(g, promised) for g, promised in zip(gradients[:3], like_inputs(problem), strict=True)]
             + [g.contiguous() for g in (gradients.bias, gradients.sinks, *gradients.captured) if g is not None])
 
 
+def like_inputs(problem: Problem) -> list[Tensor]:
+    return [problem.new_q(problem.head_dim), problem.new_k(problem.head_dim), problem.new_k(problem.head_dim_v)]
+
+
 @attention_backward_op.register_fake
-def _(dout, dlse, out, lse, needs_bias, needs_sinks, needs_captured, q, k, v, bias, sinks, rng, captured, ints, floats,
-      *settings_and_backend):
-    problem = describe(Operands(q, k, v, bias, sinks, rng, captured, ints, floats), Settings(*settings_and_backend[:-1]))
-    gradients = [problem.empty(problem.heads, problem.seqlen_q, problem.head_dim),
-                 problem.empty(problem.kv_heads, problem.seqlen_k, problem.head_dim),
-                 problem.empty(problem.kv_heads, problem.seqlen_k, problem.head_dim_v)]
-    return gradients + [torch.empty_like(t, memory_format=torch.contiguous_format)
-                        for t, needed in zip((bias, sinks, *captured), (needs_bias, needs_sinks, *needs_captured), strict=True)
-                        if needed]
+def _(dout, dlse, out, lse, needs_bias, needs_sinks, needs_captured, *arguments):
+    problem, x, _ = described(arguments)
+    wanted = zip((x.bias, x.sinks, *x.captured), (needs_bias, needs_sinks, *needs_captured), strict=True)
+    return like_inputs(problem) + [torch.empty_like(t, memory_format=torch.contiguous_format) for t, needed in wanted if needed]
 
 
 def _save(ctx, inputs, output):
-    tensors, ctx.captured = inputs[:6], len(inputs[6])
-    ctx.save_for_backward(*tensors, *inputs[6], *output)
-    ctx.rest = inputs[7:]
+    ctx.captured = len(inputs[TENSORS])
+    ctx.save_for_backward(*inputs[:TENSORS], *inputs[TENSORS], *output)
+    ctx.rest = inputs[TENSORS + 1:]
 
 
 def _backward(ctx, dout, dlse):
     saved = ctx.saved_tensors
-    tensors, captured, (out, lse) = saved[:6], saved[6:6 + ctx.captured], saved[6 + ctx.captured:]
-    learned = {lookup.slot for lookup in Graphs.of(ctx.rest[4]).learned}
-    of_captured = [slot in learned and needed for slot, needed in enumerate(ctx.needs_input_grad[6])]
+    tensors, captured, (out, lse) = saved[:TENSORS], saved[TENSORS:TENSORS + ctx.captured], saved[TENSORS + ctx.captured:]
+    learned = {lookup.slot for lookup in Graphs.of(Settings(*ctx.rest[2:-1]).program).learned}
+    of_captured = [slot in learned and needed for slot, needed in enumerate(ctx.needs_input_grad[TENSORS])]
     needs = (*ctx.needs_input_grad[3:5], of_captured)
     found = iter(torch.ops.tilewise.attention_backward(dout, dlse, out, lse, *needs, *tensors, list(captured), *ctx.rest))
     dq, dk, dv = next(found), next(found), next(found)
     dbias, dsinks, *dcaptured = (next(found) if needed else None for needed in (*needs[:2], *of_captured))
     # torch takes an empty list for a list of tensors, and wants a list back
     nothing: list = [[] if isinstance(value, (list, tuple)) and not value else None for value in ctx.rest]
-    return dq, dk, dv, dbias, dsinks, None, dcaptured, *nothing
+    return dq, dk, dv, dbias, dsinks, *[None] * (TENSORS - 5), dcaptured, *nothing
 
 
 attention_op.register_autograd(_backward, setup_context=_save)

@@ -1,7 +1,8 @@
 """What is to be computed: the one description that every backend takes, and the one place where input is checked.
 
 A `Problem` holds sizes, numbers and the lowered mask and score functions; `Operands` hold the tensors. Both speak of
-[batch, heads, seqlen, head_dim] whatever the caller's layout: strides make the difference, nothing is copied.
+[batch, heads, seqlen, head_dim] whatever the caller's layout: strides make the difference, nothing is copied. Sequences of
+unequal length, packed or in a cache, are rows of such tensors (`sequences.py`).
 """
 from __future__ import annotations
 
@@ -23,6 +24,8 @@ from tilewise.trace.learned import Learned
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 512
+MAX_LATENT_DIM = 576                    # with one key head: multi-head latent attention's 512 and 64 for positions
+MAX_SPLITS = 256
 PRECISIONS = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 
 
@@ -57,6 +60,10 @@ class Operands(NamedTuple):
 
     q [B, H, S_q, D], k [B, H_kv, S_k, D], v [B, H_kv, S_k, D_v], bias 4-D with dimensions of size 1 where it broadcasts,
     sinks [H], rng int64 [3] (`rng.py`).
+
+    Of sequences of unequal length: q_rows, k_rows int32 [B, 3], slot, first row and number of rows of each in q, and in k and
+    v; slots are what q [slots, H, rows, D] counts first. With pages int32 [B, n], k and v are [pages, H_kv, page size, D] and
+    row j of sequence b is in pages[b, j // page size]. k_scale, v_scale fp32 [H_kv]: of keys and values stored in fp8.
     """
     q: Tensor
     k: Tensor
@@ -64,9 +71,17 @@ class Operands(NamedTuple):
     bias: Tensor | None
     sinks: Tensor | None
     rng: Tensor | None
+    q_rows: Tensor | None
+    k_rows: Tensor | None
+    pages: Tensor | None
+    k_scale: Tensor | None
+    v_scale: Tensor | None
     captured: Sequence[Tensor]
     ints: Sequence[int]
     floats: Sequence[float]
+
+
+TENSORS = Operands._fields.index("captured")   # of them come before the lists
 
 
 class Settings(NamedTuple):
@@ -78,10 +93,16 @@ class Settings(NamedTuple):
     precision: str                      # of fp32 products: "ieee", "tf32x3" or "tf32"
     deterministic: bool
     batch_invariant: bool
+    max_seqlen_q: int = 0               # of sequences of unequal length: the host's upper bounds
+    max_seqlen_k: int = 0
+    cached: bool = False                # keys are in a cache: rows of dropout's bits are positions
+    shared: bool = False                # v is the first columns of k in memory (multi-head latent attention)
+    splits: int = 0                     # of the keys (Flash-Decoding); 0: the backend chooses
 
 
 @dataclass(frozen=True)
 class Problem:
+    """seqlen_q, seqlen_k: of the longest sequence, or an upper bound, where they differ."""
     batch: int
     heads: int
     kv_heads: int
@@ -94,6 +115,12 @@ class Problem:
     bias_shape: tuple[int, ...] | None
     has_sinks: bool
     settings: Settings
+    packed_q: int | None = None         # rows of all sequences in q, if it is packed: q [1, H, rows, D]
+    packed_k: int | None = None
+    page_size: int | None = None
+    unequal: bool = False               # sequences have lengths of their own, in k_rows and, if q is packed, q_rows
+    first: int = 0                      # index b of the first sequence
+    row: int = 0                        # of dropout's bits, of the first query
 
     @property
     def group(self) -> int:
@@ -107,52 +134,106 @@ class Problem:
     precision = property(lambda self: self.settings.precision)
     deterministic = property(lambda self: self.settings.deterministic)
     batch_invariant = property(lambda self: self.settings.batch_invariant)
+    cached = property(lambda self: self.settings.cached)
+    shared = property(lambda self: self.settings.shared)
+    splits = property(lambda self: self.settings.splits)
 
     @property
     def graphs(self) -> Graphs:
         return Graphs.of(self.program)
 
-    def empty(self, heads: int, seqlen: int, dim: int, dtype: torch.dtype | None = None) -> Tensor:
-        """An uninitialised [B, heads, seqlen, dim] tensor whose memory follows the caller's layout."""
+    @property
+    def rows_q(self) -> tuple[int, int]:
+        """(slots, rows in each) of q."""
+        return (self.batch, self.seqlen_q) if self.packed_q is None else (1, self.packed_q)
+
+    @property
+    def rows_k(self) -> tuple[int, int]:
+        return (self.batch, self.seqlen_k) if self.packed_k is None else (1, self.packed_k)
+
+    def new_q(self, dim: int) -> Tensor:
+        """A tensor like q [.., heads, .., dim], in the memory order of the caller's layout; what no sequence holds is 0."""
+        return self._new(self.heads, *self.rows_q, dim, self.packed_q)
+
+    def new_k(self, dim: int) -> Tensor:
+        """Likewise like k."""
+        return self._new(self.kv_heads, *self.rows_k, dim, self.packed_k)
+
+    def _new(self, heads: int, slots: int, rows: int, dim: int, packed: int | None) -> Tensor:
         order = (0, 2, 1, 3) if self.layout == "bshd" else (0, 1, 2, 3)
-        return torch.empty_permuted((self.batch, heads, seqlen, dim), order, device=self.device,
-                                    dtype=self.dtype if dtype is None else dtype)
+        new = torch.empty_permuted((slots, heads, rows, dim), order, device=self.device, dtype=self.dtype)
+        return new if packed is None else new.zero_()
 
-    def empty_lse(self) -> Tensor:
+    def new_lse(self) -> Tensor:
+        """[.., heads, ..], fp32 (fp64 for fp64); -inf for what no sequence holds."""
         dtype = torch.float64 if self.dtype == torch.float64 else torch.float32
-        return torch.empty((self.batch, self.heads, self.seqlen_q), dtype=dtype, device=self.device)
+        slots, rows = self.rows_q
+        new = torch.empty((slots, self.heads, rows), dtype=dtype, device=self.device)
+        return new if self.packed_q is None else new.fill_(-torch.inf)
 
 
-def make(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Mask | Callable | Tensor | None = None,
-         score_mod: Mods = None, bias: Tensor | None = None, sinks: Tensor | None = None,
-         scale: float | None = None, dropout_p: float = 0.0, rng: Any = None, deterministic: bool | None = None,
-         batch_invariant: bool = False, layout: str = "bshd") -> tuple[Problem, Operands]:
+class Layout(NamedTuple):
+    """Where the sequences of a call lie, and how long they are at most. The default: q, k and v hold one per entry."""
+    q_rows: Tensor | None = None
+    k_rows: Tensor | None = None
+    pages: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    max_seqlen_q: int = 0
+    max_seqlen_k: int = 0
+    cached: bool = False
+    shared: bool = False
+
+
+DENSE = Layout()
+
+
+def make(q: Tensor, k: Tensor, v: Tensor, *, layout: str = "bshd", **options) -> tuple[Problem, Operands]:
     """Checks the arguments of `tilewise.attention` and describes them. Raises TypeError or ValueError naming the argument."""
-    q, k, v = _to_bhsd(q, k, v, layout)
-    _check_tensors(q, k, v)
+    return make_unequal(*_to_bhsd(q, k, v, layout), DENSE, layout=layout, **options)
+
+
+def make_unequal(q: Tensor, k: Tensor, v: Tensor, where: Layout, *, causal: bool = False,
+                 mask: Mask | Callable | Tensor | None = None, score_mod: Mods = None, bias: Tensor | None = None,
+                 sinks: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0, rng: Any = None,
+                 deterministic: bool | None = None, batch_invariant: bool = False, num_splits: int | None = None,
+                 layout: str = "bshd") -> tuple[Problem, Operands]:
+    """The same for sequences that lie where a checked `Layout` says; q, k, v [slots, heads, rows, head_dim]."""
+    _check_tensors(q, k, v, where)
+    batch = q.shape[0] if where.q_rows is None else len(where.q_rows)
+    nq = q.shape[2] if where.q_rows is None else where.max_seqlen_q
+    nk = k.shape[2] if where.k_rows is None else where.max_seqlen_k
     if bias is not None:
-        bias = _check_bias(bias, q, k)
+        bias = _check_bias(bias, q, (batch, q.shape[1], nq, nk))
     if sinks is not None:
         _check_sinks(sinks, q)
         sinks = sinks.contiguous()
-    program = _program(_whole_mask(causal, mask), compose(score_mod))
-    _check_captured(program, dict(b=q.shape[0], h=q.shape[1], q=q.shape[2], k=k.shape[2], nq=q.shape[2], nk=k.shape[2]),
-                    q.device)
+    program = _program(_whole_mask(causal, mask), compose(score_mod), where.cached)
+    sizes = dict(b=batch, h=q.shape[1], q=nq, p=nk if where.cached else nq, k=nk, nq=nq, nk=nk)
+    _check_captured(program, sizes, q.device, unequal=where.k_rows is not None)
     settings = Settings(
         scale=_check_scale(scale, q.shape[3]), dropout=_check_dropout(dropout_p), program=program.text, layout=layout,
         precision=_precision(),
         deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic),
-        batch_invariant=bool(batch_invariant))
-    operands = Operands(q, k, v, bias, sinks, _rng_tensor(rng, settings.dropout, q.device), program.captured,
+        batch_invariant=bool(batch_invariant), max_seqlen_q=where.max_seqlen_q, max_seqlen_k=where.max_seqlen_k,
+        cached=where.cached, shared=where.shared, splits=_check_splits(num_splits))
+    operands = Operands(q, k, v, bias, sinks, _rng_tensor(rng, settings.dropout, q.device), *where[:5], program.captured,
                         program.ints, program.floats)
     return describe(operands, settings), operands
 
 
 def describe(x: Operands, settings: Settings) -> Problem:
     """The problem that operands and settings make up."""
-    batch, heads, seqlen_q, head_dim = x.q.shape
-    return Problem(batch, heads, x.k.shape[1], seqlen_q, x.k.shape[2], head_dim, x.v.shape[3], x.q.dtype, x.q.device,
-                   bias_shape=None if x.bias is None else tuple(x.bias.shape), has_sinks=x.sinks is not None, settings=settings)
+    unequal = x.k_rows is not None
+    packed_q = None if x.q_rows is None else x.q.shape[2]
+    packed_k = x.k.shape[2] if unequal and not settings.cached else None
+    return Problem(
+        batch=x.q.shape[0] if x.q_rows is None else x.q_rows.shape[0], heads=x.q.shape[1], kv_heads=x.k.shape[1],
+        seqlen_q=x.q.shape[2] if x.q_rows is None else settings.max_seqlen_q,
+        seqlen_k=settings.max_seqlen_k if unequal else x.k.shape[2], head_dim=x.q.shape[3], head_dim_v=x.v.shape[3],
+        dtype=x.q.dtype, device=x.q.device, bias_shape=None if x.bias is None else tuple(x.bias.shape),
+        has_sinks=x.sinks is not None, settings=settings, packed_q=packed_q, packed_k=packed_k,
+        page_size=None if x.pages is None else x.k.shape[2], unequal=unequal)
 
 
 def _precision() -> str:
@@ -162,7 +243,7 @@ def _precision() -> str:
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def _program(mask: Mask | None, score: ScoreMod | None) -> Program:
+def _program(mask: Mask | None, score: ScoreMod | None, cached: bool) -> Program:
     sections: list[list] = [[], [], [], [], []]
     if score is not None:
         gradient = derivative(score.expr)
@@ -173,7 +254,7 @@ def _program(mask: Mask | None, score: ScoreMod | None) -> Program:
         sections[4] = [x for band in mask.queries for x in band]
     if score is not None:
         sections += [list(pair) for pair in lookups(score.expr)]
-    return lower(sections)
+    return lower(sections, masks.P if cached else None)
 
 
 def _whole_mask(causal: bool, mask: Mask | Callable | Tensor | None) -> Mask | None:
@@ -203,16 +284,16 @@ def _to_bhsd(q: Tensor, k: Tensor, v: Tensor, layout: str) -> list[Tensor]:
     return [x.transpose(1, 2) if layout == "bshd" else x for x in (q, k, v)]
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, where: Layout) -> None:
     batch, heads, _, head_dim = q.shape
     if q.dtype not in DTYPES:
         raise TypeError(f"q: expected float16, bfloat16, float32 or float64, got {q.dtype}")
     for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
+        if x.dtype != q.dtype and where.k_scale is None:
             raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
         if x.device != q.device:
             raise ValueError(f"{name}: expected q's device {q.device}, got {x.device}")
-        if x.shape[0] != batch:
+        if x.shape[0] != batch and not where.cached:
             raise ValueError(f"{name}: expected q's batch size {batch}, got {x.shape[0]}")
     if k.shape[3] != head_dim:
         raise ValueError(f"k: expected q's head_dim {head_dim}, got {k.shape[3]}")
@@ -222,17 +303,17 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"v: expected as many keys as k ({k.shape[2]}), got {v.shape[2]}")
     if heads < 1 or k.shape[1] < 1 or heads % k.shape[1]:
         raise ValueError(f"k: expected a number of heads that divides q's {heads}, got {k.shape[1]}")
-    for name, x in (("q", q), ("v", v)):
-        if not 1 <= x.shape[3] <= MAX_HEAD_DIM:
-            raise ValueError(f"{name}: expected a head_dim from 1 to {MAX_HEAD_DIM}, got {x.shape[3]}")
+    for name, x, most in (("q", q, MAX_LATENT_DIM if k.shape[1] == 1 else MAX_HEAD_DIM), ("v", v, MAX_HEAD_DIM)):
+        if not 1 <= x.shape[3] <= most:
+            raise ValueError(f"{name}: expected a head_dim from 1 to {MAX_HEAD_DIM} (of q and k to {MAX_LATENT_DIM} with one "
+                             f"key head), got {x.shape[3]}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(3) != 1 and x.shape[3] > 1:
             raise ValueError(f"{name}: expected a contiguous last dimension (stride 1), got stride {x.stride(3)}: "
                              f"call {name}.contiguous()")
 
 
-def _check_bias(bias: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    full = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
+def _check_bias(bias: Tensor, q: Tensor, full: tuple[int, int, int, int]) -> Tensor:
     if not isinstance(bias, Tensor) or bias.dtype not in DTYPES:
         got = bias.dtype if isinstance(bias, Tensor) else type(bias).__name__
         raise TypeError(f"bias: expected a floating tensor (a boolean one is a mask: pass it as mask), got {got}")
@@ -259,6 +340,14 @@ def _check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
+def _check_splits(splits: int | None) -> int:
+    if splits is None:
+        return 0
+    if isinstance(splits, bool) or not isinstance(splits, int) or not 1 <= splits <= MAX_SPLITS:
+        raise ValueError(f"num_splits: expected None or an integer from 1 to {MAX_SPLITS}, got {splits!r}")
+    return splits
+
+
 def _check_dropout(p: float) -> int:
     if isinstance(p, bool) or not isinstance(p, (int, float)) or not 0 <= p < 1:
         raise ValueError(f"dropout_p: expected a number in [0, 1), got {p!r}")
@@ -275,8 +364,8 @@ def _rng_tensor(source: Any, t: int, device: torch.device) -> Tensor | None:
     return source.tensor(device)
 
 
-def _check_captured(program: Program, sizes: dict[str, int], device: torch.device) -> None:
-    """Captured tensors are on the device and as long as what indexes them."""
+def _check_captured(program: Program, sizes: dict[str, int], device: torch.device, unequal: bool) -> None:
+    """Captured tensors are on the device and as long as what indexes them, or longer where sequences are unequal."""
     names = [""] * len(program.captured)
     for expr in program.loads:
         captured, *indices = expr.args
@@ -287,7 +376,8 @@ def _check_captured(program: Program, sizes: dict[str, int], device: torch.devic
         if tensor.device != device:
             raise ValueError(f"{name}: expected a tensor on q's device {device}, got {tensor.device}")
         for axis, index in enumerate(indices):
-            if whole and index.op == "var" and tensor.shape[axis] != sizes[index.value]:
+            size, wanted = tensor.shape[axis], sizes[index.value] if index.op == "var" else 0
+            if whole and index.op == "var" and (size < wanted or (size > wanted and not unequal)):
                 raise ValueError(f"{name}: expected size {sizes[index.value]} in dimension {axis} "
                                  f"({LEAF_NAMES[index.value]}), got {list(tensor.shape)}")
         if limit is not None and tensor.device.type == "cpu" and not torch.compiler.is_compiling() and tensor.numel():
@@ -298,10 +388,10 @@ def _check_captured(program: Program, sizes: dict[str, int], device: torch.devic
 
 
     if not torch.compiler.is_compiling():
-        check_indices(program.text, program.captured, program.ints, program.floats, names, sizes)
+        check_indices(program.text, program.captured, program.ints, program.floats, names, sizes, unequal)
 
 
-LEAF_NAMES = {"b": "the batch size", "h": "the number of query heads", "q": "S_q", "k": "S_k", "nq": "S_q", "nk": "S_k"}
+LEAF_NAMES = {"b": "the batch size", "h": "the number of query heads", "q": "S_q", "p": "S_q", "k": "S_k", "nq": "S_q", "nk": "S_k"}
 
 # What torch.compiler.assume_constant_result does, without importing the compiler: constants while torch.compile traces.
 for constant in (_groups, _precision):

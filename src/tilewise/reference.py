@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from tilewise import rng
+from tilewise.kv_cache import write
 from tilewise.problem import Operands, Problem
-from tilewise.state import AttentionState
+from tilewise.sequences import over_sequences
+from tilewise.state import AttentionState, merge_states
 from tilewise.trace.evaluate import evaluate, leaf_values, slot_values
 
 
@@ -39,6 +41,8 @@ def workspace(problem: Problem) -> tuple[int, int]:
 
 def attention(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
     """out [B, H, S_q, D_v] in q's dtype and lse [B, H, S_q] in fp32 (fp64 for fp64)."""
+    if problem.unequal:
+        return over_sequences(attention, problem, x)
     wide = torch.promote_types(problem.dtype, torch.float32)
     q, k, v = x.q, *(t.repeat_interleave(problem.group, dim=1) for t in (x.k, x.v))
     leaves = index_leaves(problem, x)
@@ -55,12 +59,19 @@ def attention(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
         s = (s + x.bias).to(problem.dtype)
     if problem.graphs.mask is not None:
         s = torch.where(visible, s, -torch.inf)
-    p, lse = softmax(s.to(wide))
-    if x.rng is not None:
-        kept = rng.keep(x.rng, problem.dropout, leaves["b"], leaves["h"], problem.heads, leaves["q"], leaves["k"])
-        p = torch.where(kept, p, 0.0) * rng.rescale(problem.dropout)
-    out = p.to(problem.dtype) @ v
-    state = AttentionState(out if problem.graphs.mask is None else torch.where(idle, 0.0, out), lse)
+    kept = None if x.rng is None else rng.keep(x.rng, problem.dropout, leaves["b"], leaves["h"], problem.heads,
+                                               leaves["q"] + problem.row, leaves["k"])
+    size = max(1, -(-problem.seqlen_k // max(1, problem.splits)))
+    states = []
+    for first in range(0, max(1, problem.seqlen_k), size):              # one, or Flash-Decoding's splits of the keys
+        own = slice(first, first + size)
+        p, lse = softmax(s[..., own].to(wide))
+        if kept is not None:
+            p = torch.where(kept[..., own], p, 0.0) * rng.rescale(problem.dropout)
+        states.append(AttentionState(p.to(problem.dtype) @ v[:, :, own], lse))
+    state = states[0] if len(states) == 1 else merge_states(states)
+    if problem.graphs.mask is not None:
+        state = AttentionState(torch.where(idle, 0.0, state.out), state.lse)
     if x.sinks is not None:
         state = state.with_sink(x.sinks)
     return state.out, state.lse
@@ -80,6 +91,6 @@ def softmax(s: Tensor) -> tuple[Tensor, Tensor]:
 def index_leaves(problem: Problem, x: Operands) -> dict:
     """Values of a program's leaves over the whole score matrix."""
     values = leaf_values(slot_values(x.captured, x.ints, x.floats, problem.dtype), problem.batch, problem.heads,
-                         problem.seqlen_q, problem.seqlen_k, problem.device)
+                         problem.seqlen_q, problem.seqlen_k, problem.device, problem.first)
     return values | dict(q=torch.arange(problem.seqlen_q, device=problem.device)[:, None],
                          k=torch.arange(problem.seqlen_k, device=problem.device))

@@ -85,4 +85,4 @@ def exp_difference(a: Tensor, b: Tensor) -> Tensor:
 def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """d loss / d sinks [H], from lse [B, H, S_q] (sink included) and delta = rowsum(dO * O) - dlse."""
     probability = exp_difference(sinks.to(lse.dtype)[:, None].expand_as(lse), lse)
-    return -(probability * delta).sum((0, 2)).to(sinks.dtype)
+    return -torch.where(lse == -torch.inf, 0.0, probability * delta).sum((0, 2)).to(sinks.dtype)  # -inf: no sequence's row

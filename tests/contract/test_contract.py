@@ -8,10 +8,10 @@ from support.backends import AVAILABLE, DEVICE
 
 import tilewise as tw
 from tilewise.bench import tolerance
-from tilewise.bench.cases import CASES, draw
+from tilewise.bench.cases import CASES, draw, rows_in_use
 
 SHORT = ("full", "causal more keys", "causal more queries", "grouped heads", "head dim 40", "documents", "everything",
-         "prefix lm bias dropout sinks", "window grouped softcap dropout", "bias with -inf", "values narrower", "no keys")
+         "prefix lm bias dropout sinks", "window grouped softcap dropout", "bias with -inf", "values narrower", "no keys", "packed causal", "packed everything")
 TABLE = [(case, torch.float32) for case in CASES]
 TABLE += [(case, dtype) for case in CASES if case.name in SHORT for dtype in (torch.bfloat16, torch.float16)]
 TABLE64 = [(case, torch.float64) for case in CASES if "batch invariant" not in case.name]
@@ -43,12 +43,24 @@ def test_tiled_in_fp64(case, dtype, poisoned, small_tiles):
 
 @pytest.mark.parametrize("backend", [b for b in AVAILABLE if b != "reference"])
 @pytest.mark.parametrize("name", ["causal", "grouped heads", "bias over batch", "documents", "everything",
-                                  "table of any index"])
+                                  "table of any index", "packed everything", "packed table of any index"])
 def test_bitwise_repeatable(name, backend, poisoned, small_tiles):
     call = draw(next(c for c in CASES if c.name == name), torch.float32, DEVICE)
     first, second = tolerance.run(call, backend).tensors, tolerance.run(call, backend).tensors
     for key in first:
         assert torch.equal(first[key].nan_to_num(), second[key].nan_to_num()), key
+
+
+@pytest.mark.parametrize("backend", AVAILABLE)
+@pytest.mark.parametrize("name", ["packed", "packed used dropout bias", "packed no sequences in use"])
+def test_rows_of_no_sequence(name, backend, poisoned, small_tiles):
+    call = draw(next(c for c in CASES if c.name == name), torch.float32, DEVICE)
+    found = tolerance.run(call, backend).tensors
+    rows, keys = (~rows_in_use(call.case, side) for side in (0, 1))
+    assert (found["out"][rows] == 0).all()
+    assert (found["lse"][:, rows] == -torch.inf).all()
+    for name, outside in (("dq", rows), ("dk", keys), ("dv", keys)):
+        assert (found[name][outside] == 0).all()
 
 
 @pytest.mark.skipif("triton" not in AVAILABLE, reason="no GPU and not interpreting")
@@ -61,7 +73,8 @@ def test_triton_refuses_fp64():
 @pytest.mark.skipif("triton" not in AVAILABLE or DEVICE != "cpu", reason="the interpreter's tiles can be chosen")
 @pytest.mark.parametrize("tile", [(16, 32), (64, 32), (32, 64), (16, 128), (128, 64)], ids=str)
 @pytest.mark.parametrize("name", ["everything", "causal more queries", "documents", "prefix or window", "values narrower",
-                                  "function of heads", "blocks per head", "table of distances"])
+                                  "function of heads", "blocks per head", "table of distances", "packed everything",
+                                  "packed function of heads"])
 def test_every_tile_shape(name, tile, monkeypatch, poisoned):
     from tilewise.backends.triton import configs
     monkeypatch.setattr(configs, "INTERPRETER", configs.Config(*tile, 4, 1))

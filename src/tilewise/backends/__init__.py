@@ -9,6 +9,7 @@ A backend is a module with
     precision(problem) -> str                    how fp32 inputs are multiplied
     forward(problem, operands) -> (out, lse)     both [B, H, S_q, ...], sinks included
     backward(problem, operands, out, lse, dout, dlse, needs) -> Gradients
+    write(...)                                   new keys and values into a cache (`kv_cache.write`)
 
 and imports neither another backend nor anything above it.
 """

@@ -11,17 +11,23 @@ from torch import Tensor
 
 import tilewise as tw
 from tilewise import backends
-from tilewise.problem import make
+from tilewise.packing import cu_seqlens
+from tilewise.problem import Layout, Problem, make, make_unequal
+from tilewise.sequences import packed_rows
 
 Options = dict[str, Any]
+Lengths = tuple[tuple[int, int], ...]
+GAP = 3                                 # rows behind the last packed sequence
 
 
 @dataclass(frozen=True)
 class Case:
-    """One call of `tw.attention`.
+    """One call of `tw.attention`, or of `tw.attention_varlen`.
 
     options: keyword arguments from a `Maker`, which draws tensors from a seeded generator on the right device. With "table",
         a tensor with gradient, "score_mod" is a function of it that returns the score function.
+    packed: (queries, keys) of each sequence of a packed batch, whose longest are seqlen_q and seqlen_k (`packed`).
+    used: of those, how many are in use.
     """
     name: str
     batch: int = 2
@@ -33,9 +39,17 @@ class Case:
     head_dim_v: int | None = None
     options: Callable[[Maker], Options] = field(default=lambda make: {})
     layout: str = "bshd"
+    packed: Lengths | None = None
+    used: Lengths | None = None
 
     def __str__(self) -> str:
         return self.name
+
+
+def packed(name: str, lengths: Lengths, used: Lengths | None = None, **fields: Any) -> Case:
+    """A case of packed sequences."""
+    longest_q, longest_k = (max(n) for n in zip(*(used or lengths), strict=True))
+    return Case(name, len(lengths), longest_q, longest_k, packed=lengths, used=used, **fields)
 
 
 @dataclass(frozen=True)
@@ -58,10 +72,15 @@ class Maker:
     def values(self, values: list) -> Tensor:
         return torch.tensor(values, device=self.device)
 
+    @property
+    def longest(self) -> Options:
+        """What a packed call on a GPU must know where a tensor is as long as the longest sequence."""
+        return dict(max_seqlen_q=self.case.seqlen_q, max_seqlen_k=self.case.seqlen_k)
+
 
 @dataclass(frozen=True)
 class Call:
-    """A case with its tensors: q, k, v in the case's layout, and tw.attention's other arguments."""
+    """A case with its tensors: q, k, v in the case's layout or packed, and the other arguments."""
     case: Case
     q: Tensor
     k: Tensor
@@ -74,10 +93,24 @@ class Call:
         named = {"q": self.q, "k": self.k, "v": self.v}
         return named | {name: self.options[name] for name in ("bias", "sinks", "table") if name in self.options}
 
+    @property
+    def scores(self) -> int:
+        """How many there are; of packed sequences, as a bias that nothing shares would have."""
+        return self.case.batch * self.case.heads * self.case.seqlen_q * self.case.seqlen_k
+
     def supported(self, backend: str) -> bool:
         """Whether the backend says that it computes this."""
-        problem, _ = make(self.q, self.k, self.v, **self.arguments({}), layout=self.case.layout)
-        return backends.load(backend).supports(problem) is None
+        return backends.load(backend).supports(self.problem()) is None
+
+    def problem(self) -> Problem:
+        options = self.arguments({})
+        if self.case.packed is None:
+            return make(self.q, self.k, self.v, **options, layout=self.case.layout)[0]
+        (q_rows, longest_q), (k_rows, longest_k) = (
+            packed_rows(name, options.pop(f"cu_seqlens_{name}"), options.pop(f"seqused_{name}", None), len(x),
+                        options.pop(f"max_seqlen_{name}", None), x.device, False) for name, x in (("q", self.q), ("k", self.k)))
+        where = Layout(q_rows, k_rows, max_seqlen_q=longest_q, max_seqlen_k=longest_k)
+        return make_unequal(*(x.transpose(0, 1)[None] for x in (self.q, self.k, self.v)), where, **options)[0]
 
     def arguments(self, tensors: dict[str, Tensor]) -> Options:
         """The options with the differentiable tensors replaced by `tensors`."""
@@ -88,12 +121,15 @@ class Call:
 
     def run(self, tensors: dict[str, Tensor], backend: str) -> tuple[Tensor, Tensor]:
         """(out, lse) with the differentiable tensors replaced by `tensors`."""
-        return tw.attention(tensors["q"], tensors["k"], tensors["v"], **self.arguments(tensors), layout=self.case.layout,
-                            return_lse=True, backend=backend)
+        qkv, options = (tensors[name] for name in "qkv"), self.arguments(tensors)
+        if self.case.packed is not None:
+            return tw.attention_varlen(*qkv, **options, return_lse=True, backend=backend)
+        return tw.attention(*qkv, **options, layout=self.case.layout, return_lse=True, backend=backend)
 
 
 def draw(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Call:
-    """Seeded inputs for a case. q, k and v are views into larger buffers of NaN: what is read beyond them shows."""
+    """Seeded inputs for a case. q, k and v are views into larger buffers of NaN: what is read beyond them, or of packed ones
+    outside the rows in use, shows."""
     make = Maker(case, torch.device(device), torch.Generator().manual_seed(seed))
     dim_v = case.head_dim if case.head_dim_v is None else case.head_dim_v
 
@@ -104,10 +140,28 @@ def draw(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", see
         view = buffer[:, :axes[0], :axes[1], :dim]
         return view.copy_(make.normal(*view.shape))
 
-    q = inside_nan(case.seqlen_q, case.heads, case.head_dim)
-    k = inside_nan(case.seqlen_k, case.kv_heads, case.head_dim)
-    v = inside_nan(case.seqlen_k, case.kv_heads, dim_v)
+    def packed_inside_nan(side: int, heads: int, dim: int) -> Tensor:
+        inside = rows_in_use(case, side)
+        aligned = 8 if dim % 8 == 0 else 1
+        buffer = torch.full((len(inside) + 1, heads + 1, dim + aligned), torch.nan, dtype=dtype, device=device)
+        view = buffer[:-1, :heads, :dim]
+        view[inside.to(device)] = make.normal(int(inside.sum()), heads, dim).to(dtype)
+        return view
+
+    if case.packed is None:
+        q = inside_nan(case.seqlen_q, case.heads, case.head_dim)
+        k = inside_nan(case.seqlen_k, case.kv_heads, case.head_dim)
+        v = inside_nan(case.seqlen_k, case.kv_heads, dim_v)
+    else:
+        q = packed_inside_nan(0, case.heads, case.head_dim)
+        k = packed_inside_nan(1, case.kv_heads, case.head_dim)
+        v = packed_inside_nan(1, case.kv_heads, dim_v)
     options = case.options(make)
+    for side, name in enumerate("qk"):
+        if case.packed is not None:
+            options[f"cu_seqlens_{name}"] = cu_seqlens(make.values([n[side] for n in case.packed]))
+        if case.used is not None:
+            options[f"seqused_{name}"] = make.values([n[side] for n in case.used])
     if "bias" in options:
         options["bias"] = options["bias"].to(dtype)
     if "table" in options and dtype == torch.float64:
@@ -115,8 +169,21 @@ def draw(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", see
     return Call(case, q, k, v, options)
 
 
+def rows_in_use(case: Case, side: int) -> Tensor:
+    """Which rows of a packed case's queries (side 0) or keys (1) belong to a sequence and are in use; on the CPU."""
+    assert case.packed is not None
+    inside: list[bool] = []
+    for room, used in zip(case.packed, case.used or case.packed, strict=True):
+        inside += [i < used[side] for i in range(room[side])]
+    return torch.tensor(inside + [False] * GAP)
+
+
 DOCUMENTS = [[0] * 20 + [1] * 33 + [2] * 17, [3] * 5 + [-1] * 10 + [0] * 55]
 SHUFFLED = [[(i * 7) % 5 - 1 for i in range(70)], [(i // 9) % 3 for i in range(70)]]
+
+UNEVEN = ((41, 41), (0, 17), (5, 0), (0, 0), (33, 50), (40, 9))
+USED = ((30, 29), (0, 10), (5, 0), (0, 0), (1, 44), (0, 3))
+LATER = ((3, 10), (40, 70), (0, 5), (7, 20))
 
 
 def in_documents(ids: Tensor) -> Callable:
@@ -139,6 +206,11 @@ def t5(table: Tensor) -> Callable:
         far = 8 + (torch.log(distance.clamp(min=8).float() / 8) / math.log(16) * 8).int()
         return s + table[torch.where(distance < 8, distance, far.clamp(max=15)), h]
     return score_mod
+
+
+def parents(m: Maker, batch: int, nodes: int) -> Tensor:
+    """Random trees: an earlier node, or -1, above each."""
+    return (m.uniform(batch, nodes) * (torch.arange(nodes, device=m.device) + 1)).int() - 1
 
 
 def with_neg_inf(bias: Tensor) -> Tensor:
@@ -251,4 +323,42 @@ CASES = (
         causal=True, mask=(tw.window(30, None) | tw.prefix(m.values([9, 20]))) & tw.key_lengths(m.values([70, 61])),
         score_mod=[tw.alibi(m.uniform(4)), tw.softcap(4.0)], bias=m.normal(2, 1, 70, 70), sinks=m.normal(4), dropout_p=0.1,
         rng=tw.Rng(11), scale=0.3)),
+    packed("packed", UNEVEN),
+    packed("packed causal", UNEVEN, options=lambda m: dict(causal=True)),
+    packed("packed long", ((97, 97), (0, 40), (70, 33)), options=lambda m: dict(causal=True)),
+    packed("packed one sequence", ((70, 70),), heads=4, options=lambda m: dict(mask=tw.window(20, 10))),
+    packed("packed window", UNEVEN, heads=4, options=lambda m: dict(mask=tw.window(9, 4))),
+    packed("packed dropout", LATER, heads=4, options=lambda m: dict(causal=True, dropout_p=0.3, rng=tw.Rng(2**63 + 17, 5, 3))),
+    packed("packed sinks", UNEVEN, options=lambda m: dict(causal=True, sinks=m.normal(2))),
+    packed("packed bias", UNEVEN, options=lambda m: dict(bias=m.normal(6, 2, 41, 50), **m.longest)),
+    packed("packed bias shared", LATER, options=lambda m: dict(bias=m.normal(2, 40, 70), **m.longest)),
+    packed("packed bias of keys", UNEVEN, options=lambda m: dict(bias=m.normal(6, 1, 1, 50), causal=True, **m.longest)),
+    packed("packed bias of queries", UNEVEN, options=lambda m: dict(bias=m.normal(2, 41, 1), sinks=m.normal(2), **m.longest)),
+    packed("packed alibi per sequence", UNEVEN, options=lambda m: dict(score_mod=tw.alibi(m.normal(6, 2)))),
+    packed("packed lengths", LATER, options=lambda m: dict(
+        mask=tw.key_lengths(m.values([9, 70, 0, 20])) & (tw.causal() | tw.prefix(m.values([4, 60, 0, 0]))), **m.longest)),
+    packed("packed documents", UNEVEN, options=lambda m: dict(
+        mask=tw.documents(m.integers(-1, 2, 6, 41).sort(-1).values, m.integers(-1, 2, 6, 50)), **m.longest)),
+    packed("packed boolean tensor", UNEVEN, options=lambda m: dict(mask=m.uniform(6, 1, 41, 50) < 0.5, **m.longest)),
+    packed("packed function", UNEVEN, options=lambda m: dict(mask=lambda b, h, q, k: (q >= k) & ((q - k) % 4 <= b))),
+    packed("packed function of heads", LATER, heads=4, options=lambda m: dict(
+        mask=lambda b, h, q, k: (q - k).abs() <= 9 * (h + 1), sinks=m.normal(4))),
+    packed("packed table of distances", UNEVEN, options=lambda m: dict(
+        table=m.normal(2, 99), score_mod=lambda t: lambda s, b, h, q, k: s + t[h, q - k + 49], causal=True, **m.longest)),
+    packed("packed table of keys", LATER, heads=4, options=lambda m: dict(
+        table=m.normal(4, 70), score_mod=lambda t: lambda s, b, h, q, k: s + t[b, k], **m.longest)),
+    packed("packed table of query buckets", UNEVEN, options=lambda m: dict(
+        table=m.normal(5), score_mod=bucketed(m.integers(0, 4, 41), False), **m.longest)),
+    packed("packed table of any index", UNEVEN, options=lambda m: dict(
+        table=m.normal(41, 5), score_mod=bucketed(m.integers(0, 4, 50), True), **m.longest)),
+    packed("packed tree", LATER, options=lambda m: dict(mask=tw.tree(parents(m, 4, 40)), **m.longest)),
+    packed("packed used", UNEVEN, USED, options=lambda m: dict(causal=True)),
+    packed("packed used dropout bias", UNEVEN, USED, options=lambda m: dict(
+        dropout_p=0.2, rng=tw.Rng(4), bias=m.normal(6, 2, 30, 44), sinks=m.normal(2), **m.longest)),
+    packed("packed batch invariant", UNEVEN, heads=4, options=lambda m: dict(causal=True, batch_invariant=True)),
+    packed("packed no sequences in use", ((5, 5), (3, 0)), ((0, 0), (0, 0)), options=lambda m: dict(sinks=m.normal(2))),
+    packed("packed everything", UNEVEN, USED, heads=4, head_dim=24, head_dim_v=40, options=lambda m: dict(
+        causal=True, mask=(tw.window(20, None) | tw.prefix(m.values([9, 0, 0, 0, 20, 1]))) & tw.key_lengths(
+            m.values([17, 17, 0, 0, 44, 2])), score_mod=[tw.alibi(m.uniform(6, 4)), tw.softcap(4.0)],
+        bias=m.normal(4, 30, 44), sinks=m.normal(4), dropout_p=0.1, rng=tw.Rng(11, 2, 1), scale=0.3, **m.longest)),
 )

@@ -15,11 +15,14 @@ EMPTY, PARTIAL, FULL = 0, 1, 2
 
 
 def tile_classes(mask: Graph | None, bands: Sequence[Graph], values: Mapping[str, Any], batch: int, heads: int,
-                 lengths: tuple[int, int], tile: tuple[int, int], device: torch.device | str = "cpu") -> Tensor:
+                 lengths: tuple[int, int], tile: tuple[int, int], device: torch.device | str = "cpu",
+                 each: bool = False) -> Tensor:
     """EMPTY, PARTIAL or FULL for every tile of a mask: uint8 [b, h, tiles_q, tiles_k].
 
     A tile said EMPTY shows no score, one said FULL shows all of its scores; PARTIAL promises nothing. b and h are 1 where
     the mask does not depend on the sequence or the head. lengths, tile: (queries, keys); values: all leaves but q and k.
+    each: sequences have lengths of their own, up to `lengths`, as nq and nk [batch, 1, 1, 1]: what lies beyond one is of any
+    class.
 
     A mask with intervals (`masks.Band`) is decided by them. Any other by interval arithmetic on its graph: on the host
     coarse tiles come first and only those found PARTIAL are looked into, so that a mask costs what its boundary is long, not
@@ -27,7 +30,7 @@ def tile_classes(mask: Graph | None, bands: Sequence[Graph], values: Mapping[str
     """
     if mask is None or bands:
         return band_classes(bands, values, *lengths, *tile, device)
-    return _grid_classes(Bounds(values), mask, batch if "b" in leaves(mask) else 1, heads if "h" in leaves(mask) else 1,
+    return _grid_classes(Bounds(values), mask, batch if each or "b" in leaves(mask) else 1, heads if "h" in leaves(mask) else 1,
                          lengths, tile, torch.device(device))
 
 
@@ -82,8 +85,12 @@ def _grid_classes(bounds: Bounds, mask: Graph, batch: int, heads: int, lengths: 
             break
         b, h, i, j = chunk.T
         leaves: dict[Graph, Interval] = dict(q=_span((i[:, None] * COARSE + inside)[:, :, None], tile[0], lengths[0]),
-                      k=_span((j[:, None] * COARSE + inside)[:, None, :], tile[1], lengths[1]),
-                      b=point(b[:, None, None]), h=point(h[:, None, None]))
+                      k=_span((j[:, None] * COARSE + inside)[:, None, :], tile[1], lengths[1]), h=point(h[:, None, None]))
+        for name in ("b", "nq", "nk"):
+            value = bounds.values[name]
+            if isinstance(value, Tensor):
+                value = value.flatten()[b][:, None, None] if value.numel() > 1 else value.reshape(())
+            leaves[name] = point(value)
         classes[b, h, i, :, j, :] = _decide(bounds, mask, leaves, device)
     return classes.flatten(4, 5).flatten(2, 3)[:, :, :rows, :cols]
 

@@ -22,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 from tilewise.trace import graph
 from tilewise.trace.graph import BITWISE, COMPARISONS, OF_FLOATS, Captured, Expr, cast, function, load, var, where, wrap
 
-INDICES = ("b", "h", "q", "k")
+INDICES = ("b", "h", "p", "k")
 MAX_DIMS = 4
 
 

@@ -15,17 +15,20 @@ LIMITS = -2**31, 2**31 - 1
 
 
 def check_indices(text: str, captured: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], names: Sequence[str],
-                  sizes: dict[str, int]) -> None:
+                  sizes: dict[str, int], unequal: bool = False) -> None:
     """Raises IndexError where an index may leave its tensor, OverflowError where one may need more than 32 bits.
 
-    names: of the captured tensors; sizes: of b, h, q, k, nq, nk. Found by interval arithmetic over all indices. Indices that
+    names: of the captured tensors; sizes: of b, h, q, k, nq, nk; unequal: the last four are upper bounds. Found by interval arithmetic over all indices. Indices that
     depend on values in a GPU's memory are not looked at.
     """
     if min(sizes[name] for name in "bhqk") == 0:
         return
     bounds = Bounds(slot_values(captured, ints, floats))
     leaves: dict[Graph, Interval] = {name: Interval(0, sizes[name] - 1) for name in "bhqk"}
-    leaves["nq"], leaves["nk"] = point(sizes["nq"]), point(sizes["nk"])
+    if unequal:
+        leaves["nq"], leaves["nk"] = Interval(0, sizes["nq"]), Interval(0, sizes["nk"])
+    else:
+        leaves["nq"], leaves["nk"] = point(sizes["nq"]), point(sizes["nk"])
     leaves["s"] = Interval(-float("inf"), float("inf"))
     for node in _nodes(text):
         elsewhere = captured and captured[0].device.type != "cpu"

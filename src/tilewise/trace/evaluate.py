@@ -97,8 +97,8 @@ def slot_values(captured: Sequence[Tensor], ints: Sequence[int], floats: Sequenc
     return values
 
 
-def leaf_values(slots: Values, batch: int, heads: int, nq: int, nk: int,
-                device: torch.device | str = "cpu") -> dict[str, Any]:
-    """Slots, and the leaves b [B, 1, 1, 1], h [1, H, 1, 1], nq, nk: all but q, k and s."""
-    return {**slots, "b": torch.arange(batch, device=device)[:, None, None, None],
+def leaf_values(slots: Values, batch: int, heads: int, nq: int | Tensor, nk: int | Tensor,
+                device: torch.device | str = "cpu", first: int = 0) -> dict[str, Any]:
+    """Slots, and the leaves b [B, 1, 1, 1], from `first`, h [1, H, 1, 1], nq, nk: all but q, k and s."""
+    return {**slots, "b": torch.arange(first, first + batch, device=device)[:, None, None, None],
             "h": torch.arange(heads, device=device)[:, None, None], "nq": nq, "nk": nk}

@@ -6,6 +6,7 @@ of indices (`evaluate.py`), bounded over whole tiles (`bounds.py`), differentiat
 
 The leaves are
     b h q k     sequence, query head, query index, key index; indices count from 0 inside their own sequence
+    p           the query index that a user's function is given: q, or with a KV cache the query's position (`lower`)
     nq nk       number of queries and of keys of that sequence
     s           the score (score functions only)
     numbers and captured tensors.
@@ -237,12 +238,12 @@ class Program(NamedTuple):
     loads: list[Expr]
 
 
-def lower(sections: Sequence[Sequence[Expr]]) -> Program:
-    """Groups of graphs as one program; `parse(program.text)` gives back the groups.
+def lower(sections: Sequence[Sequence[Expr]], p: Expr | None = None) -> Program:
+    """Groups of graphs as one program; `parse(program.text)` gives back the groups. p: what the leaf p stands for, if not q.
 
     The text lists the operations, equal ones once, then each group's results: "add q i0;le k %0|%1|%0 %0".
     """
-    slots = _Slots()
+    slots = _Slots(var("q") if p is None else p)
     groups = [" ".join([slots.name(e) for e in section]) for section in sections]
     return Program("|".join([";".join(slots.lines), *groups]), slots.captured, slots.ints, slots.floats, slots.loads)
 
@@ -253,7 +254,8 @@ class _Slots:
     Nodes are told apart by identity, in lists: torch.compile would compile again for other values or other id()s.
     """
 
-    def __init__(self):
+    def __init__(self, p: Expr):
+        self.p = p
         self.captured: list[Tensor] = []
         self.ints: list[int] = []
         self.floats: list[float] = []
@@ -266,7 +268,7 @@ class _Slots:
 
     def name(self, expr: Expr) -> str:
         if expr.op == "var":
-            return expr.value
+            return self.name(self.p) if expr.value == "p" else expr.value
         place = self.position(self.seen, expr)
         if place < len(self.names):
             return self.names[place]

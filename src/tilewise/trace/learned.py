@@ -121,8 +121,8 @@ def from_offset_tiles(tiles: Tensor, nq: int, nk: int) -> Tensor:
     return total.flatten(2)[..., beyond:beyond + nq + nk - 1]
 
 
-def gather(learned: Learned, sums: Tensor, values: Mapping[str, Any], table: Tensor) -> Tensor:
-    """The table's gradient from the sums over all tiles; values: leaves but q and k."""
+def gather(learned: Learned, sums: Tensor, values: Mapping[str, Any], table: Tensor, keys: int) -> Tensor:
+    """The table's gradient from the sums over all tiles; values: leaves but q and k; keys: of the longest sequence."""
     pattern, device = learned.pattern, sums.device
     if pattern == "any":
         return sums
@@ -133,12 +133,19 @@ def gather(learned: Learned, sums: Tensor, values: Mapping[str, Any], table: Ten
         missing = [extra for n, wanted in zip(grad.shape[::-1], table.shape[::-1], strict=True) for extra in (0, wanted - n)]
         return torch.nn.functional.pad(grad, missing)
     if pattern == "rows":
-        return _scatter(learned, sums[..., None], {**values, "q": torch.arange(sums.shape[2], device=device)[:, None]}, table)
+        return _scatter(learned, sums[..., None], {**values, "q": _inside(values["nq"], torch.arange(sums.shape[2], device=device)[:, None])}, table)
     if pattern == "cols":
-        return _scatter(learned, sums[:, :, None], {**values, "k": torch.arange(sums.shape[2], device=device)}, table)
-    difference = torch.arange(sums.shape[2], device=device) - (values["nk"] - 1)
+        return _scatter(learned, sums[:, :, None], {**values, "k": _inside(values["nk"], torch.arange(sums.shape[2], device=device))}, table)
+    difference = torch.arange(sums.shape[2], device=device) - (keys - 1)
+    if isinstance(values["nk"], Tensor):  # sums that a sequence does not reach are 0
+        difference = torch.minimum(torch.maximum(difference, 1 - values["nk"]), values["nq"] - 1)
     one = {"q": difference.clamp(min=0), "k": (-difference).clamp(min=0)}
     return _scatter(learned, sums[:, :, None], {**values, **one}, table)
+
+
+def _inside(length: int | Tensor, index: Tensor) -> Tensor:
+    """Indices of a sequence of unequal ones; what lies behind its end has sums of 0."""
+    return torch.minimum(index, length - 1).clamp(min=0) if isinstance(length, Tensor) else index
 
 
 def _scatter(learned: Learned, terms: Tensor, values: Mapping[str, Any], table: Tensor) -> Tensor:

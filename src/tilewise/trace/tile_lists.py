@@ -5,21 +5,18 @@ its FULL tiles from entry 2 r, its PARTIAL ones from entry 2 r + 1, up to entry 
 """
 from __future__ import annotations
 
-import weakref
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tilewise.trace.bounds import FULL, PARTIAL, tile_classes
+from tilewise.trace.bounds import EMPTY, FULL, PARTIAL, tile_classes
 from tilewise.trace.evaluate import leaf_values, slot_values
 from tilewise.trace.graph import Graph
+from tilewise.trace.memo import Memo, capturing
 
 CAPACITY = 64 << 20                     # bytes up to which a list is as long as the grid, so that no one waits for its length
-KEPT = 64                               # lists remembered
-
 
 class TileList(NamedTuple):
     """tiles: as above; per_batch, per_head: whether each sequence, each head has rows of its own."""
@@ -36,50 +33,49 @@ class Question(NamedTuple):
     floats: tuple[float, ...]
     batch: int
     heads: int
-    lengths: tuple[int, int]            # queries, keys
+    lengths: tuple[int, int]            # queries, keys; of the longest sequence where they differ
     tile: tuple[int, int]               # likewise
     transposed: bool                    # rows are keys
     all_partial: bool                   # one ascending list
     device: torch.device
 
 
-_lists: OrderedDict[tuple, tuple[list, TileList]] = OrderedDict()
+_lists = Memo()
 
 
-def tile_list(question: Question, captured: Sequence[Tensor]) -> TileList:
-    """The list for a question, remembered for as long as no captured tensor is written to."""
-    key = (*question, *map(id, captured))
-    inference = any(t.is_inference() for t in captured)  # such tensors do not say when they are written to
-    state = [] if inference else [(weakref.ref(t), t._version) for t in captured]
-    if not inference and key in _lists:
-        found, result = _lists[key]
-        if all(a() is b() and m == n for (a, m), (b, n) in zip(found, state, strict=True)):
-            _lists.move_to_end(key)
-            return result
-    if question.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+def tile_list(question: Question, captured: Sequence[Tensor], rows: tuple[Tensor, Tensor] | None = None) -> TileList:
+    """The list for a question, remembered for as long as no captured tensor is written to.
+
+    rows: where the sequences' queries and keys lie (`sequences.py`), if they are of unequal length.
+    """
+    tensors = [*captured, *(rows or ())]
+    found = _lists.find(question, tensors)
+    if found is not None:
+        return found
+    if capturing(question.device):
         raise RuntimeError("mask: its tiles are not known yet and cannot be found while a CUDA graph is captured: call once "
                            "with the same mask and shapes before capturing")
-    result = _build(question, captured)
-    if not inference:
-        _lists[key] = state, result
-        while len(_lists) > KEPT:
-            _lists.popitem(last=False)
-    return result
+    return _lists.keep(question, tensors, _build(question, captured, rows))
 
 
 def on_host(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def _build(question: Question, captured: Sequence[Tensor]) -> TileList:
+def _build(question: Question, captured: Sequence[Tensor], rows: tuple[Tensor, Tensor] | None) -> TileList:
     _, mask, ints, floats, batch, heads, lengths, tile, transposed, all_partial, device = question
-    values = leaf_values(slot_values(captured, ints, floats), batch, heads, *lengths, device)
-    classes = tile_classes(mask, (), values, batch, heads, lengths, tile, device)
+    own = lengths if rows is None else tuple(r[:, 2, None, None, None].long() for r in rows)
+    values = leaf_values(slot_values(captured, ints, floats), batch, heads, *own, device)
+    classes = tile_classes(mask, (), values, batch, heads, lengths, tile, device, each=rows is not None)
+    for axis, (n, size) in enumerate(zip(own, tile, strict=True)):
+        first = torch.arange(classes.shape[2 + axis], device=device) * size
+        first = first[:, None] if axis == 0 else first
+        if axis == (0 if transposed else 1):    # full tiles are not checked for the end of the sequence
+            classes = torch.where(first + size > n, classes.clamp(max=PARTIAL), classes)
+        classes = torch.where(first >= n, EMPTY, classes)
     if transposed:
         classes = classes.mT
     cols = classes.shape[3]
-    if cols and (lengths[0] if transposed else lengths[1]) % (tile[0] if transposed else tile[1]):
-        classes[..., -1].clamp_(max=PARTIAL)  # full tiles are not checked for the end of the sequence
     if all_partial:
         classes = classes.clamp(max=PARTIAL)
     kept = torch.stack([classes == FULL, classes == PARTIAL], 3).flatten(0, 3)          # [2 R, tiles in a row]

@@ -18,6 +18,14 @@ def tanh(x):
 
 
 @triton.jit
+def from_e4m3(x):
+    """The fp16 value of bytes that hold fp8 numbers (e4m3, no infinities): exact, also on GPUs without fp8."""
+    bits = ((x & 0x80).to(tl.uint16) << 8) | ((x & 0x7F).to(tl.uint16) << 7)
+    value = bits.to(tl.float16, bitcast=True) * 256.0
+    return tl.where((x & 0x7F) == 0x7F, float("nan"), value).to(tl.float16)
+
+
+@triton.jit
 def floor_divide(a, b):
     """a // b rounded down, as in Python and torch; Triton's // rounds towards zero."""
     quotient = a // b

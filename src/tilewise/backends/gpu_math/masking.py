@@ -39,7 +39,7 @@ def after(start, full_start, full_end, end, previous_end):
 
 
 @triton.jit
-def visits(INTERVALS: tl.constexpr, VISIT: tl.constexpr, LIST, b, h, heads, rows, block, n_rows, nq, nk, n, program,
+def visits(INTERVALS: tl.constexpr, VISIT: tl.constexpr, LIST, b, h, heads, rows, block, blocks, n_rows, nq, nk, n, program,
            BLOCK: tl.constexpr):
     """The tiles that a block of rows visits, as ten numbers: two disjoint ranges, then the first and the end of the columns
     that may be visible. Columns outside them must not be loaded: padding may hold NaN.
@@ -47,14 +47,15 @@ def visits(INTERVALS: tl.constexpr, VISIT: tl.constexpr, LIST, b, h, heads, rows
     VISIT  0: all tiles;  1, 2: so many intervals, by INTERVALS, the emitted `keys` or `queries`;
            "list": those in LIST (`trace/tile_lists.py`), whose range is given by positions; "list b", "list h", "list bh": each
            sequence, head has its own
-    rows: the block's indices; beyond n_rows they are clamped, so that no lookup leaves its table, and do not count.
+    rows: the block's indices, the block being one of `blocks` of the longest sequence; beyond n_rows they are clamped, so that no lookup leaves its table, and do not count.
     """
     if VISIT == 0:
         tiles = (n + BLOCK - 1) // BLOCK
         return 0, 0, n // BLOCK, tiles, tiles, tiles, tiles, tiles, 0, n
     elif VISIT == 1 or VISIT == 2:
         live = rows < n_rows
-        bands = INTERVALS(b, h, tl.minimum(rows, n_rows - 1), nq, nk, program[0], program[1], program[2])
+        inside = tl.maximum(tl.minimum(rows, n_rows - 1), 0)
+        bands = INTERVALS(b, h, inside, nq, nk, program[0], program[1], program[2])
         s0, f0, g0, e0, first, last = tile_range(bands[0], bands[1], bands[2], bands[3], live, n, BLOCK)
         if VISIT == 1:
             return s0, f0, g0, e0, e0, e0, e0, e0, first, last + 1
@@ -67,16 +68,27 @@ def visits(INTERVALS: tl.constexpr, VISIT: tl.constexpr, LIST, b, h, heads, rows
             return a0, a1, a2, a3, c0, c1, c2, c3, tl.minimum(first, first_1), tl.maximum(last, last_1) + 1
     else:
         row = block
-        per_row = tl.cdiv(n_rows, rows.numel)
         if VISIT == "list h" or VISIT == "list bh":
-            row += h * per_row
+            row += h * blocks
         if VISIT == "list b":
-            row += b * per_row
+            row += b * blocks
         if VISIT == "list bh":
-            row += b * heads * per_row
+            row += b * heads * blocks
         start = LIST + 2 * row
         f, p, e = tl.load(start), tl.load(start + 1), tl.load(start + 2)
         return f, f, p, e, e, e, e, e, 0, n
+
+
+@triton.jit
+def share(r, part, parts, SPAN: tl.constexpr):
+    """The visits of r that one of `parts` equal shares of them has, or if SPAN those in the part-th span of so many tiles."""
+    end = tl.maximum(r[3], r[7])
+    size = SPAN if SPAN > 0 else tl.cdiv(end - r[0], parts)
+    lo = part * size + (0 if SPAN > 0 else r[0])
+    hi = lo + size
+    return (tl.minimum(tl.maximum(r[0], lo), hi), tl.minimum(tl.maximum(r[1], lo), hi), tl.minimum(tl.maximum(r[2], lo), hi),
+            tl.minimum(tl.maximum(r[3], lo), hi), tl.minimum(tl.maximum(r[4], lo), hi), tl.minimum(tl.maximum(r[5], lo), hi),
+            tl.minimum(tl.maximum(r[6], lo), hi), tl.minimum(tl.maximum(r[7], lo), hi), r[8], r[9])
 
 
 @triton.jit

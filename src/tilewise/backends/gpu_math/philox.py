@@ -35,14 +35,13 @@ def words(RNG, stream, rows, groups):
 
 
 @triton.jit
-def keep(RNG, t, b, h, heads, first_row, first_col, ROWS: tl.constexpr, COLS: tl.constexpr, TRANSPOSED: tl.constexpr):
+def keep(RNG, t, b, h, heads, rows, first_col, ROWS: tl.constexpr, COLS: tl.constexpr, TRANSPOSED: tl.constexpr):
     """True where an element is kept: [ROWS, COLS], or [COLS, ROWS] if TRANSPOSED.
 
-    t: the threshold; first_row: any; first_col: a multiple of 32, as is COLS.
+    t: the threshold; rows [ROWS]; first_col: a multiple of 32, as is COLS; h: a scalar, or [ROWS, 1] if not TRANSPOSED.
     """
     stream = (tl.load(RNG + 2) + b) * heads + h
     BLOCKS: tl.constexpr = COLS // 32
-    rows = first_row + tl.arange(0, ROWS)
     groups = first_col // 8 + tl.arange(0, COLS // 8)
     if TRANSPOSED:
         w0, w1, w2, w3 = words(RNG, stream, rows[None, :], groups[:, None])

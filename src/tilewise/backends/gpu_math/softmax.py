@@ -51,9 +51,19 @@ def update(m_i, l_i, acc, s, unit, NATURAL: tl.constexpr):
 
 
 @triton.jit
+def merge(m_i, l_i, acc, part, lse, NATURAL: tl.constexpr):
+    """Takes in a finished part, out [BLOCK_M, BLOCK_DV] and natural lse [BLOCK_M], over other keys: a state with sum 1."""
+    m_part = lse if NATURAL else lse * LOG2E
+    m_new = tl.maximum(m_i, m_part)
+    pivot = finite_or_zero(m_new)
+    alpha, beta = ratio(m_i, pivot, NATURAL), ratio(m_part, pivot, NATURAL)
+    return m_new, l_i * alpha + beta, acc * alpha[:, None] + part * beta[:, None]
+
+
+@triton.jit
 def add_sink(m_i, l_i, acc, sink, NATURAL: tl.constexpr):
-    """One more logit in the denominator."""
-    sink = tl.full(m_i.shape, sink if NATURAL else sink * LOG2E, tl.float32)
+    """One more logit in the denominator: a scalar, or one for each row."""
+    sink = tl.zeros_like(m_i) + (sink if NATURAL else sink * LOG2E)
     m_new = tl.maximum(m_i, sink)
     pivot = finite_or_zero(m_new)
     alpha = ratio(m_i, pivot, NATURAL)

@@ -17,10 +17,12 @@ from torch import Tensor
 from tilewise.backends import Gradients, Needs
 from tilewise.backends.tiled.passes import Tiled, gradients_of
 from tilewise.backends.tiled.walk import tile_sizes
+from tilewise.kv_cache import write
 from tilewise.problem import Operands, Problem
+from tilewise.sequences import one_by_one, over_sequences
 from tilewise.state import AttentionState, sink_gradient
 
-__all__ = ["attention", "backward", "forward", "precision", "supports", "tile_sizes", "volunteers", "workspace"]
+__all__ = ["attention", "backward", "forward", "precision", "supports", "tile_sizes", "volunteers", "workspace", "write"]
 
 
 def supports(problem: Problem) -> str | None:
@@ -49,6 +51,8 @@ def workspace(problem: Problem) -> tuple[int, int]:
 
 def attention(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
     """out and lse, sinks included, as a differentiable function of the operands: any order, forward and reverse."""
+    if problem.unequal:
+        return over_sequences(attention, problem, x)
     state = AttentionState(*Tiled.apply(problem, (x.ints, x.floats), x.q, x.k, x.v, x.bias, x.rng, *x.captured))
     if x.sinks is not None:
         state = state.with_sink(x.sinks)
@@ -63,7 +67,28 @@ def forward(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
 def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
              needs: Needs) -> Gradients:
     with torch.no_grad():
+        if problem.unequal:
+            return backward_over_sequences(backward, problem, x, out, lse, dout, dlse, needs)
         gradients, delta = gradients_of(problem, x, out, lse, dout, dlse, needs)
         if not needs.sinks or x.sinks is None:
             return gradients
         return gradients._replace(sinks=sink_gradient(x.sinks, lse, delta))
+
+
+def backward_over_sequences(backward, problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor,
+                            dlse: Tensor | None, needs: Needs) -> Gradients:
+    """The gradients of packed sequences by the backward of one."""
+    dq, dk, dv = problem.new_q(problem.head_dim), problem.new_k(problem.head_dim), problem.new_k(problem.head_dim_v)
+    dbias = torch.zeros_like(x.bias) if needs.bias and x.bias is not None else None
+    sums: list[Tensor | None] = [None] * (1 + len(x.captured))
+    for part in one_by_one(problem, x):
+        rows, keys = part.q[1], part.k[1]
+        found = backward(part.problem, part.operands, out[:, :, rows], lse[:, :, rows], dout[:, :, rows],
+                         None if dlse is None else dlse[:, :, rows], needs)
+        dq[:, :, rows], dk[:, :, keys], dv[:, :, keys] = found.q, found.k, found.v
+        if dbias is not None:
+            b = part.problem.first - problem.first if dbias.shape[0] > 1 else 0
+            dbias[b:b + 1, :, :found.bias.shape[2], :found.bias.shape[3]] += found.bias
+        for i, gradient in enumerate((found.sinks, *found.captured)):
+            sums[i] = gradient if sums[i] is None else sums[i] + gradient if gradient is not None else sums[i]
+    return Gradients(dq, dk, dv, dbias, sums[0], sums[1:])

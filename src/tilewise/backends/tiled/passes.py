@@ -11,6 +11,7 @@ from tilewise.backends import Gradients, Needs, flat_dims, over_leading
 from tilewise.backends.tiled.sums import BOTH, COLS, ROWS, WHOLE, Axes, BlockSum, Diagonals, Sum, cut, full_precision
 from tilewise.backends.tiled.walk import Tile, Walk, probabilities, product, product_over_rows, tile_sizes, walk
 from tilewise.problem import Operands, Problem
+from tilewise.state import AttentionState, merge_states
 from tilewise.trace.evaluate import evaluate
 from tilewise.trace.learned import Learned, gather, sums_shape, tile_sums
 
@@ -21,28 +22,38 @@ def forward_tiles(w: Walk, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None)
     wide = torch.promote_types(problem.dtype, torch.float32)
     q, k, v = w.clean(dict(q=q.to(wide), k=k.to(wide), v=v.to(wide))).values()
     bias = None if bias is None else bias.to(wide)
-    out = problem.empty(problem.heads, problem.seqlen_q, problem.head_dim_v)
-    lse = problem.empty_lse()
+    out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
     tile_q = tile_sizes(problem)[0]
     for i, row in enumerate(w.tiles):
         rows = slice(i * tile_q, min((i + 1) * tile_q, problem.seqlen_q))
         q_i = q[:, :, rows] * problem.scale
-        m_i = q_i.new_full((*q_i.shape[:3], 1), -torch.inf)
-        l_i = q_i.new_zeros(m_i.shape)
-        acc = q_i.new_zeros((*q_i.shape[:3], v.shape[3]))
-        for tile in row:
-            s, _ = w.scores(tile, q_i, cut(k, COLS, tile), None if bias is None else cut(bias, BOTH, tile))
-            m_new = torch.maximum(m_i, s.amax(-1, keepdim=True))
-            pivot = torch.where(m_new == -torch.inf, 0.0, m_new)
-            p = s.sub_(pivot).exp_()
-            alpha = torch.exp(m_i - pivot)
-            l_i.mul_(alpha).add_(p.sum(-1, keepdim=True))
-            acc.mul_(alpha).add_(product(w.dropped(tile, p), cut(v, COLS, tile), problem.group))
-            m_i = m_new
-        empty = l_i == 0
-        out[:, :, rows] = acc / torch.where(empty, 1.0, l_i)
-        lse[:, :, rows] = torch.where(empty, -torch.inf, m_i + torch.log(l_i))[..., 0]
+        parts = [row[first::problem.splits] for first in range(problem.splits)] if problem.splits > 1 else [row]
+        states = [attend(w, q_i, k, v, bias, part) for part in parts]
+        out[:, :, rows], lse[:, :, rows] = states[0] if len(states) == 1 else merged(states)
     return out, lse
+
+
+def merged(states: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    state = merge_states([AttentionState(*state) for state in states])
+    return state.out, state.lse
+
+
+def attend(w: Walk, q_i: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, tiles: Sequence[Tile]) -> tuple[Tensor, Tensor]:
+    """(out, lse) of a block of queries, multiplied by scale, over some of its tiles."""
+    m_i = q_i.new_full((*q_i.shape[:3], 1), -torch.inf)
+    l_i = q_i.new_zeros(m_i.shape)
+    acc = q_i.new_zeros((*q_i.shape[:3], v.shape[3]))
+    for tile in tiles:
+        s, _ = w.scores(tile, q_i, cut(k, COLS, tile), None if bias is None else cut(bias, BOTH, tile))
+        m_new = torch.maximum(m_i, s.amax(-1, keepdim=True))
+        pivot = torch.where(m_new == -torch.inf, 0.0, m_new)
+        p = s.sub_(pivot).exp_()
+        alpha = torch.exp(m_i - pivot)
+        l_i.mul_(alpha).add_(p.sum(-1, keepdim=True))
+        acc.mul_(alpha).add_(product(w.dropped(tile, p), cut(v, COLS, tile), w.problem.group))
+        m_i = m_new
+    empty = l_i == 0
+    return acc / torch.where(empty, 1.0, l_i), torch.where(empty, -torch.inf, m_i + torch.log(l_i))[..., 0]
 
 
 Inputs = dict[str, Tensor]              # q, k, v, then bias and captured tensors, by the names of their slots
@@ -145,7 +156,7 @@ class Tiled(torch.autograd.Function):
     def forward(problem: Problem, numbers: Sequence, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None,
                 rng: Tensor | None, *captured: Tensor):
         with full_precision(q):
-            return forward_tiles(walk(problem, Operands(q, k, v, bias, None, rng, captured, *numbers)), q, k, v, bias)
+            return forward_tiles(walk(problem, operands(q, k, v, bias, rng, captured, numbers)), q, k, v, bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -157,7 +168,7 @@ class Tiled(torch.autograd.Function):
     def saved(ctx) -> tuple[Operands, Tensor, Tensor]:
         """The operands, out and lse."""
         out, lse, q, k, v, bias, rng, *captured = ctx.saved_tensors
-        return Operands(q, k, v, bias, None, rng, captured, *ctx.numbers), out, lse
+        return operands(q, k, v, bias, rng, captured, ctx.numbers), out, lse
 
     @staticmethod
     def backward(ctx, dout, dlse):
@@ -184,6 +195,11 @@ class Tiled(torch.autograd.Function):
         return over_leading(Tiled.apply, info, flat_dims(in_dims), *inputs)
 
 
+def operands(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rng: Tensor | None, captured: Sequence[Tensor],
+             numbers: Sequence) -> Operands:
+    return Operands(q, k, v, bias, None, rng, None, None, None, None, None, captured, *numbers)
+
+
 def named_inputs(x: Operands, wanted: Collection[str]) -> Inputs:
     """q, k, v, bias where there is one, and the captured tensors among the wanted names."""
     tables = {f"tf{slot}": t for slot, t in enumerate(x.captured) if f"tf{slot}" in wanted}
@@ -208,7 +224,7 @@ def gradients_of(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: 
     tables: dict[str, Tensor] = {}
     for lookup, sums in zip(wanted_lookups(problem, wanted), rest, strict=True):
         name = lookup.name
-        found = gather(lookup, sums, w.values, inputs[name])
+        found = gather(lookup, sums, w.values, inputs[name], problem.seqlen_k)
         tables[name] = tables[name] + found if name in tables else found
     captured = [tables[f"tf{slot}"].to(t.dtype) if slot in slots else None for slot, t in enumerate(x.captured)]
     return Gradients(dq.to(x.q.dtype), dk.to(x.k.dtype), dv.to(x.v.dtype), dbias, None, captured), delta

@@ -84,14 +84,14 @@ class Walk:
         if self.rng is None:
             return p
         index = self.indices(tile)
-        kept = rng.keep(self.rng, self.problem.dropout, self.values["b"], self.values["h"], self.problem.heads, index["q"],
-                        index["k"])
+        kept = rng.keep(self.rng, self.problem.dropout, self.values["b"], self.values["h"], self.problem.heads,
+                        index["q"] + self.problem.row, index["k"])
         return torch.where(kept, p, 0.0) * rng.rescale(self.problem.dropout)
 
 
 def walk(problem: Problem, x: Operands) -> Walk:
     values = leaf_values(slot_values(x.captured, x.ints, x.floats, problem.dtype), problem.batch, problem.heads,
-                         problem.seqlen_q, problem.seqlen_k, problem.device)
+                         problem.seqlen_q, problem.seqlen_k, problem.device, problem.first)
     graphs, device = problem.graphs, problem.device
     queries = dict(q=torch.arange(problem.seqlen_q, device=device)[:, None])
     keys = dict(k=torch.arange(problem.seqlen_k, device=device)[:, None])
@@ -110,12 +110,18 @@ def _if_any(hidden: Tensor | None) -> Tensor | None:
 
 
 def tile_sizes(problem: Problem) -> tuple[int, int]:
-    """(queries, keys) per tile: near TILE_ELEMENTS over all sequences and heads."""
-    side = (TILE_ELEMENTS / max(1, problem.batch * problem.heads)) ** 0.5
-    length = min(LONGEST_TILE, max(SHORTEST_TILE, 1 << int(side).bit_length() - 1))
+    """(queries, keys) per tile: near TILE_ELEMENTS over all sequences and heads; few queries have tiles of many keys."""
+    each = TILE_ELEMENTS / max(1, problem.batch * problem.heads)
+    length = min(LONGEST_TILE, max(SHORTEST_TILE, power_of_two(each ** 0.5)))
     if problem.graphs.listed:
         return min(length, BLOCK[0]), min(length, BLOCK[1])
-    return length, length
+    keys = max(length, power_of_two(each / max(1, problem.seqlen_q))) if problem.seqlen_q < length // 2 else length
+    return length, min(keys, -(-max(1, problem.seqlen_k) // max(1, problem.splits)))
+
+
+def power_of_two(x: float) -> int:
+    """The largest up to x."""
+    return 1 << int(x).bit_length() - 1
 
 
 def _visited(problem: Problem, values: dict[str, Any]) -> Iterator[tuple[Tile, ...]]:

@@ -8,6 +8,7 @@ import functools
 
 import torch
 
+from tilewise.kv_cache import write
 from tilewise.problem import Problem
 
 
@@ -49,8 +50,8 @@ def interpreting() -> bool:
 
 def tile_sizes(problem: Problem) -> tuple[int, int]:
     """(queries, keys) per tile of the forward kernel."""
-    from tilewise.backends.triton.configs import architecture, choose
-    config = choose("forward", problem, architecture(problem.device))
+    from tilewise.backends.triton.configs import architecture, choose, forward_row
+    config = choose(forward_row(problem), problem, architecture(problem.device))
     return config.BLOCK_M, config.BLOCK_N
 
 

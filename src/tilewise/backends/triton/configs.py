@@ -25,7 +25,7 @@ TABLE = Path(__file__).with_name("configs.tsv")
 COLUMNS = ("kernel", "width", "arch", "head_dim", "features", "BLOCK_M", "BLOCK_N", "num_warps", "num_stages")
 ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100", "gfx942")
 WIDTHS = {"16": (torch.bfloat16, "ieee"), "ieee": (torch.float32, "ieee"), "tf32": (torch.float32, "tf32")}
-HEAD_DIMS = (64, 128, 256, 512)
+HEAD_DIMS = (64, 128, 256, 512, 576)    # the last for keys of which values are a part, in a cache
 
 
 class Config(NamedTuple):
@@ -74,10 +74,38 @@ def choose(kernel: str, problem: Problem, arch: str) -> Config:
     return rows[wanted if wanted in rows else wanted._replace(features="rich")]
 
 
+DECODE_ROWS = 64                        # queries of a group up to which its keys are split rather than walked at once
+SPAN = 1024                             # keys in a span of batch_invariant
+
+
+def few_queries(problem: Problem) -> bool:
+    """Whether a sequence's queries of a whole group fit into a tile or two, as in decoding."""
+    return problem.seqlen_q * problem.group <= DECODE_ROWS
+
+
+def folds(problem: Problem) -> bool:
+    """Whether the queries of a group share blocks. Where tiles come in lists, each head has its own."""
+    return (problem.cached or few_queries(problem)) and not problem.graphs.listed
+
+
+def forward_row(problem: Problem) -> str:
+    """What the table calls the forward kernel: by what is compiled into it, and by how many queries it works on."""
+    if folds(problem) and few_queries(problem) and not problem.batch_invariant:
+        return "decode"
+    return "prefill" if problem.cached else "forward"
+
+
+def span_of(problem: Problem, config: Config) -> int:
+    """Tiles in a span; 0: all keys are one."""
+    return max(1, SPAN // config.BLOCK_N) if problem.batch_invariant and not problem.graphs.listed else 0
+
+
 def missing(problem: Problem, arch: str) -> str | None:
     """What is not shipped for a problem on an architecture; None: all its kernels are."""
     if arch not in (*ARCHITECTURES, "interpreter"):
         return f"no kernels are shipped for {arch}"
+    if problem.head_dim > 512 and not problem.shared:
+        return "head dims over 512 but where values are stored as a part of keys"
     for kernel in needed(problem):
         try:
             choose(kernel, problem, arch)
@@ -90,8 +118,10 @@ def missing(problem: Problem, arch: str) -> str | None:
 
 
 def needed(problem: Problem) -> list[str]:
-    """The kernels of a forward and a backward pass."""
-    return ["forward", "preprocess", *("key_gradients" + part for part in parts(problem)), "query_gradients",
+    """The kernels of a forward pass, and of a backward pass where there is one."""
+    if problem.cached:
+        return [forward_row(problem), "merge"]
+    return [forward_row(problem), "merge", "preprocess", *("key_gradients" + part for part in parts(problem)), "query_gradients",
             *(["summed_gradient"] if problem.bias_shape is not None or problem.graphs.learned else [])]
 
 

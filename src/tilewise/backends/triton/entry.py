@@ -28,7 +28,8 @@ from {module} import {kernel}
 GRAPHS = {"SCORE": "score", "SCORE_GRADIENT": "score_gradient", "MASK": "mask", "KEYS": "keys", "QUERIES": "queries",
           "FACTOR": "factor", "PLACE": "place"}
 SCALARS = {"scale": "fp32", "heads": "i32", "group": "i32", "nq": "i32", "nk": "i32", "dropout": "i32",
-           "sum_batch": "i32", "sum_heads": "i32"}
+           "sum_batch": "i32", "sum_heads": "i32", "lse_rows": "i32", "page_size": "i32", "pages_row": "i64", "splits": "i32",
+           "out_split": "i64", "lse_split": "i64"}
 MAX_ALIGN = 16
 
 

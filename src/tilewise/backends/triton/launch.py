@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,26 +12,29 @@ from torch import Tensor
 
 from tilewise.backends import Gradients, Needs
 from tilewise.backends.triton import backward_kernels as bwd
-from tilewise.backends.triton.configs import Config, architecture, choose, parts, precision
+from tilewise.backends.triton.configs import (
+    Config, architecture, choose, few_queries, folds, forward_row, parts, precision, span_of)
 from tilewise.backends.triton.entry import entry, flatten
 from tilewise.backends.triton.forward_kernel import forward as forward_kernel
-from tilewise.problem import Operands, Problem
+from tilewise.backends.triton.forward_kernel import merge as merge_kernel
+from tilewise.backends.triton.schedule import schedule
+from tilewise.problem import MAX_SPLITS, Operands, Problem
 from tilewise.state import sink_gradient
 from tilewise.trace.evaluate import leaf_values, slot_values
 from tilewise.trace.learned import Learned, from_offset_tiles, gather, sums_shape
 from tilewise.trace.tile_lists import Question, tile_list
 
-Run = Callable[[Any, Problem, Callable[[Config], int], Mapping[str, Any]], None]
+Run = Callable[[Any, Problem, Callable[[Config], tuple[int, ...]], Mapping[str, Any]], None]
 
 
-def run(kernel: Any, problem: Problem, programs: Callable[[Config], int], values: Mapping[str, Any]) -> None:
+def run(kernel: Any, problem: Problem, programs: Callable[[Config], tuple[int, ...]], values: Mapping[str, Any]) -> None:
     """Launches `kernel` in the configuration chosen for this device on a grid of programs(configuration).
 
     values: the kernel's arguments by name, except the sizes that problem and configuration give.
     """
     config = choose(config_name(kernel, values), problem, architecture(problem.device))
     grid = programs(config)
-    if grid == 0:
+    if 0 in grid:
         return
     bias = values.get("BIAS")
     if bias is not None and bias.itemsize > values["Q"].itemsize:  # rows are judged with a bias as wide as the inputs
@@ -38,13 +42,18 @@ def run(kernel: Any, problem: Problem, programs: Callable[[Config], int], values
     flat = flatten(kernel, problem.program, {**values, **settled(problem, values, config)})
     # Triton launches on the current device, whatever device the tensors are on
     with torch.cuda.device(problem.device) if problem.device.type == "cuda" else contextlib.nullcontext():
-        entry(kernel, problem.program, values.get("LOOKUP"))[(grid,)](
+        entry(kernel, problem.program, values.get("LOOKUP"))[grid](
             **flat, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def settled(problem: Problem, values: Mapping[str, Any], config: Config) -> dict[str, Any]:
     """The arguments of a kernel that follow from the configuration."""
-    return constants(problem, config) | (values["visits"](config) if "visits" in values else {})
+    found = constants(problem, config)
+    for name in ("visits", "work"):
+        found |= values[name](config) if name in values else {}
+    if values.get("SHARED"):
+        found["BLOCK_D"] = padded(problem.head_dim - problem.head_dim_v)
+    return found
 
 
 def visits(problem: Problem, x: Operands, transposed: bool = False, ascending: bool = False) -> Callable[[Config], dict]:
@@ -58,7 +67,7 @@ def visits(problem: Problem, x: Operands, transposed: bool = False, ascending: b
         listed = tile_list(Question(
             problem.program, graphs.mask, tuple(x.ints), tuple(x.floats), problem.batch, problem.heads,
             (problem.seqlen_q, problem.seqlen_k), (config.BLOCK_M, config.BLOCK_N), transposed, ascending, problem.device),
-            x.captured)
+            x.captured, of_sequences(problem, x) if problem.unequal else None)
         own = ("b" if listed.per_batch else "") + ("h" if listed.per_head else "")
         return dict(VISIT=f"list {own}".strip(), LIST=listed.tiles)
 
@@ -67,29 +76,101 @@ def visits(problem: Problem, x: Operands, transposed: bool = False, ascending: b
 
 def config_name(kernel: Any, values: Mapping[str, Any]) -> str:
     """What the table of configurations calls a kernel."""
-    return kernel.fn.__name__ + values.get("PART", "")
+    return values.get("ROW", kernel.fn.__name__) + values.get("PART", "")
+
+
+def of_sequences(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
+    """Where the queries and the keys of each sequence lie, of which at most q may be dense."""
+    if x.q_rows is not None and x.k_rows is not None:
+        return x.q_rows, x.k_rows
+    assert x.k_rows is not None
+    slots = torch.arange(problem.batch, dtype=torch.int32, device=problem.device)
+    return torch.stack([slots, 0 * slots, 0 * slots + problem.seqlen_q], 1), x.k_rows
 
 
 def forward(problem: Problem, x: Operands, run: Run = run) -> tuple[Tensor, Tensor]:
-    out = problem.empty(problem.heads, problem.seqlen_q, problem.head_dim_v)
-    lse = problem.empty_lse()
-    run(forward_kernel, problem, per_query_block(problem), arguments(problem, x) | dict(
-        OUT=out, LSE=lse, SINKS=x.sinks, out_strides=strides(out), HAS_SINKS=problem.has_sinks,
-        ASCENDING=int(problem.batch_invariant), visits=visits(problem, x, ascending=problem.batch_invariant)))
+    out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
+    row, fold = forward_row(problem), folds(problem)
+    splits = splits_of(problem, choose(row, problem, architecture(problem.device)))
+    values = arguments(problem, x) | dict(
+        OUT=out, LSE=lse, SINKS=x.sinks, out_strides=strides(out), HAS_SINKS=problem.has_sinks, ROW=row, FOLD=fold,
+        PAGES=x.pages, K_SCALE=x.k_scale, V_SCALE=x.v_scale, SHARED=problem.shared, CACHED=problem.cached,
+        page_size=problem.page_size or 1, pages_row=0 if x.pages is None else x.pages.stride(0),
+        splits=splits, out_split=0, lse_split=0, SPLIT=False,
+        ASCENDING=int(problem.batch_invariant), visits=visits(problem, x, ascending=problem.batch_invariant),
+        work=work(problem, x, "BLOCK_M", problem.group if fold else 1))
+    if splits == 1:
+        run(forward_kernel, problem, per_query_block(problem, fold), values)
+        return out, lse
+    parts = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
+    part_lse = torch.full((splits, *lse.shape), -torch.inf, device=lse.device)
+    shares = dict(splits=splits, out_split=parts.stride(0), lse_split=part_lse.stride(0))
+    per_block = per_query_block(problem, fold)
+    run(forward_kernel, problem, lambda c: (*per_block(c), splits), values | shares | dict(
+        OUT=parts, LSE=part_lse, out_strides=strides(parts[0]), SINKS=None, HAS_SINKS=False, SPLIT=True))
+    slots, rows = problem.rows_q
+    run(merge_kernel, problem, lambda c: (blocks(rows, c.BLOCK_M) * slots * problem.heads,), shares | dict(
+        PARTS=parts, PART_LSE=part_lse, SINKS=x.sinks, OUT=out, LSE=lse, out_strides=strides(out), heads=problem.heads, nq=rows,
+        HAS_SINKS=problem.has_sinks, NATURAL=values["NATURAL"]))
     return out, lse
+
+
+def splits_of(problem: Problem, config: Config) -> int:
+    """How many shares the keys are cut into."""
+    span = span_of(problem, config)
+    if span:
+        few = few_queries(problem)
+        return blocks(problem.seqlen_k, span * config.BLOCK_N) if few else 1
+    if problem.splits:
+        return problem.splits
+    if not few_queries(problem) or problem.graphs.listed:
+        return 1
+    programs = blocks(problem.seqlen_q * problem.group, config.BLOCK_M) * problem.batch * problem.kv_heads
+    return splits_for(programs, blocks(problem.seqlen_k, config.BLOCK_N), multiprocessors(problem.device))
+
+
+def splits_for(programs: int, tiles: int, multiprocessors: int) -> int:
+    """Shares of the keys that fill the device: the fewest within 15% of the best use of whole waves (Flash-Decoding).
+
+    programs: without a split; tiles: of keys at most. Each share has at least MIN_TILES of them.
+    """
+    if programs == 0 or programs >= 0.8 * multiprocessors:
+        return 1
+    use = {}
+    for splits in range(1, max(1, min(MAX_SPLITS, multiprocessors, tiles // MIN_TILES)) + 1):
+        if splits == 1 or blocks(tiles, splits) != blocks(tiles, splits - 1):
+            waves = programs * splits / multiprocessors
+            use[splits] = waves / math.ceil(waves)
+    return min(splits for splits in use if use[splits] >= 0.85 * max(use.values()))
+
+
+MIN_TILES = 2
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def work(problem: Problem, x: Operands, block: str, rows_per_row: int = 1, keys: bool = False) -> Callable[[Config], dict]:
+    """The blocks of packed queries, or keys, in the order in which they are worked on; nothing for others."""
+    rows, others, packed = (x.k_rows, x.q_rows, problem.packed_k) if keys else (x.q_rows, x.k_rows, problem.packed_q)
+    if packed is None or rows is None or others is None:
+        return lambda config: dict(WORK=None)
+    return lambda config: dict(WORK=schedule(rows, others, packed, getattr(config, block), rows_per_row))
 
 
 def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
              needs: Needs, run: Run = run) -> Gradients:
     if dout.stride(3) != 1 and dout.shape[3] > 1:  # such as the expanded gradient of a sum
         dout = dout.contiguous()
-    delta = problem.empty_lse()
+    delta = torch.empty_like(lse)
+    of_queries, of_keys = work(problem, x, "BLOCK_M"), work(problem, x, "BLOCK_N", keys=True)
     run(bwd.preprocess, problem, per_query_block(problem), dict(
-        OUT=out, DO=dout, DLSE=None if dlse is None else dlse.contiguous(), DELTA=delta, out_strides=strides(out),
-        do_strides=strides(dout), heads=problem.heads, nq=problem.seqlen_q, HAS_DLSE=dlse is not None))
-    dq = problem.empty(problem.heads, problem.seqlen_q, problem.head_dim)
-    dk = problem.empty(problem.kv_heads, problem.seqlen_k, problem.head_dim)
-    dv = problem.empty(problem.kv_heads, problem.seqlen_k, problem.head_dim_v)
+        OUT=out, DO=dout, DLSE=None if dlse is None else dlse.contiguous(), DELTA=delta, out_strides=strides(out), Q_ROWS=x.q_rows,
+        do_strides=strides(dout), heads=problem.heads, nq=problem.seqlen_q, lse_rows=problem.rows_q[1],
+        HAS_DLSE=dlse is not None, work=of_queries))
+    dq, dk, dv = problem.new_q(problem.head_dim), problem.new_k(problem.head_dim), problem.new_k(problem.head_dim_v)
     mode = bias_mode(problem, needs)
     dbias = _allocate_dbias(problem, x, mode)
     common = arguments(problem, x) | dict(DO=dout, LSE=lse, DELTA=delta, do_strides=strides(dout), DBIAS=dbias,
@@ -97,11 +178,11 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
     for part in parts(problem):
         run(bwd.key_gradients, problem, per_key_block(problem), common | dict(
             DK=dk, DV_=dv, dk_strides=strides(dk), dv_strides=strides(dv), PART=part,
-            visits=visits(problem, x, transposed=True),
+            visits=visits(problem, x, transposed=True), work=of_keys,
             DBIAS_MODE=mode if mode == "over_rows" and part != " dv" else None))
     run(bwd.query_gradients, problem, per_query_block(problem), common | dict(
         DQ=dq, dq_strides=strides(dq), DBIAS_MODE=mode if mode in ("direct", "over_cols") else None,
-        visits=visits(problem, x)))
+        visits=visits(problem, x), work=of_queries))
     if mode == "summed" and x.bias is not None:
         summed(problem, x, common, "direct", x.bias.shape[:2], dbias, None, run)
     if dbias is not None and x.bias is not None:
@@ -115,10 +196,10 @@ def summed(problem: Problem, x: Operands, common: Mapping[str, Any], pattern: st
     """Launches `summed_gradient`. leading: sequences and heads that have sums of their own; all others share them."""
     batch, heads = leading
 
-    def programs(c: Config) -> int:
+    def programs(c: Config) -> tuple[int, ...]:
         m, n = blocks(problem.seqlen_q, c.BLOCK_M), blocks(problem.seqlen_k, c.BLOCK_N)
         per_head = {"direct": m * n, "cols": n, "diagonal": tile_offsets(problem, c)}.get(pattern, m)
-        return batch * heads * per_head
+        return (batch * heads * per_head,)
 
     run(bwd.summed_gradient, problem, programs, dict(
         common, PATTERN=pattern, LOOKUP=lookup, SUMS=sums, SCALE=scale, VISIT=len(problem.graphs.keys) // 4,
@@ -143,7 +224,8 @@ def lookup_gradient(problem: Problem, x: Operands, common: Mapping[str, Any], nu
     """The gradient of a table by one of its lookups, fp32."""
     batch, heads, nq, nk = problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_k
     everyone, device = (batch, heads), problem.device
-    values = leaf_values(slot_values(x.captured, x.ints, x.floats), batch, heads, nq, nk, device)
+    own = [r[:, 2, None, None, None].long() for r in of_sequences(problem, x)] if problem.unequal else (nq, nk)
+    values = leaf_values(slot_values(x.captured, x.ints, x.floats), batch, heads, *own, device)
     pattern = lookup.pattern
     if pattern == "any":
         largest = torch.zeros((batch, heads, nq), device=device)
@@ -157,11 +239,11 @@ def lookup_gradient(problem: Problem, x: Operands, common: Mapping[str, Any], nu
         config = choose("summed_gradient", problem, architecture(device))
         sums = torch.zeros((batch, heads, tile_offsets(problem, config), config.BLOCK_M, config.BLOCK_N), device=device)
         summed(problem, x, common, pattern, everyone, sums, number, run)
-        return gather(lookup, from_offset_tiles(sums, nq, nk), values, table).float()
+        return gather(lookup, from_offset_tiles(sums, nq, nk), values, table, nk).float()
     shape = sums_shape(lookup, table, batch, heads, nq, nk)
     sums = torch.zeros(shape, device=device)
     summed(problem, x, common, pattern, shape[:2], sums, number, run)
-    return gather(lookup, sums, values, table).float()
+    return gather(lookup, sums, values, table, nk).float()
 
 
 def fixed_point_scale(largest: Tensor, terms: int) -> Tensor:
@@ -177,12 +259,20 @@ def tile_offsets(problem: Problem, config: Config) -> int:
     return (m - 1) * (config.BLOCK_M // unit) + (n - 1) * (config.BLOCK_N // unit) + 1
 
 
-def per_query_block(problem: Problem) -> Callable[[Config], int]:
-    return lambda c: blocks(problem.seqlen_q, c.BLOCK_M) * problem.batch * problem.heads
+def per_query_block(problem: Problem, fold: bool = False) -> Callable[[Config], tuple[int, ...]]:
+    heads, group = (problem.kv_heads, problem.group) if fold else (problem.heads, 1)
+    return lambda c: (in_all(problem.packed_q, problem.seqlen_q, problem.batch, group, c.BLOCK_M) * heads,)
 
 
-def per_key_block(problem: Problem) -> Callable[[Config], int]:
-    return lambda c: blocks(problem.seqlen_k, c.BLOCK_N) * problem.batch * problem.kv_heads
+def per_key_block(problem: Problem) -> Callable[[Config], tuple[int, ...]]:
+    return lambda c: (in_all(problem.packed_k, problem.seqlen_k, problem.batch, 1, c.BLOCK_N) * problem.kv_heads,)
+
+
+def in_all(packed: int | None, seqlen: int, batch: int, rows_per_row: int, block: int) -> int:
+    """Blocks of all sequences; of packed ones as many as `schedule` has."""
+    if packed is not None:
+        return packed * rows_per_row // block + batch if batch else 0
+    return blocks(seqlen * rows_per_row, block) * batch
 
 
 def bias_mode(problem: Problem, needs: Needs) -> str | None:
@@ -205,12 +295,13 @@ def bias_mode(problem: Problem, needs: Needs) -> str | None:
 
 def _allocate_dbias(problem: Problem, x: Operands, mode: str | None) -> Tensor | None:
     device = problem.device
+    new = torch.zeros if problem.unequal else torch.empty  # no one writes behind a sequence
     if x.bias is None:
         return None
     if mode == "over_rows":
-        return torch.empty((problem.batch, problem.heads, 1, problem.seqlen_k), dtype=torch.float32, device=device)
+        return new((problem.batch, problem.heads, 1, problem.seqlen_k), dtype=torch.float32, device=device)
     if mode == "over_cols":
-        return torch.empty((problem.batch, problem.heads, problem.seqlen_q, 1), dtype=torch.float32, device=device)
+        return new((problem.batch, problem.heads, problem.seqlen_q, 1), dtype=torch.float32, device=device)
     if mode == "direct":  # tiles that no query sees are never stored
         return torch.zeros(x.bias.shape, dtype=x.bias.dtype, device=device)
     return torch.empty(x.bias.shape, dtype=x.bias.dtype, device=device) if mode == "summed" else None
@@ -220,8 +311,9 @@ def arguments(problem: Problem, x: Operands) -> dict[str, Any]:
     """What all attention kernels are told about a problem."""
     natural = problem.dtype == torch.float32
     raw = not natural and problem.graphs.score is None and x.bias is None and 1e-30 < problem.scale < 1e30
+    k, v = (t.view(torch.uint8) if x.k_scale is not None else t for t in (x.k, x.v))
     return dict(
-        Q=x.q, K=x.k, V=x.v, BIAS=x.bias, RNG=x.rng, q_strides=strides(x.q), k_strides=strides(x.k),
+        Q=x.q, K=k, V=v, BIAS=x.bias, RNG=x.rng, Q_ROWS=x.q_rows, K_ROWS=x.k_rows, lse_rows=problem.rows_q[1], q_strides=strides(x.q), k_strides=strides(x.k),
         v_strides=strides(x.v), bias_strides=bias_strides(x.bias), scale=problem.scale, heads=problem.heads,
         group=problem.group, nq=problem.seqlen_q, nk=problem.seqlen_k, dropout=problem.dropout,
         captured=tuple(x.captured), ints=tuple(x.ints), floats=tuple(x.floats),
@@ -250,7 +342,7 @@ def blocks(n: int, block: int) -> int:
 
 
 def constants(problem: Problem, config: Config) -> dict[str, Any]:
-    return dict(D=problem.head_dim, DV=problem.head_dim_v, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
+    return dict(SPAN=span_of(problem, config), D=problem.head_dim, DV=problem.head_dim_v, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
                 BLOCK_D=padded(problem.head_dim), BLOCK_DV=padded(problem.head_dim_v), PRECISION=precision(problem))
 
 

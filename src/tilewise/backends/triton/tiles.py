@@ -1,51 +1,106 @@
-"""Where a program works, and how tiles of rows come from memory and go back. Offsets are 64-bit."""
+"""Where a program works, and how tiles of rows come from memory and go back. Offsets are 64-bit.
+
+Rows of a sequence are found by its slot and first row (`tilewise/sequences.py`); all other row numbers count from there.
+"""
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def place(pid, blocks, heads, group, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """(sequence, head, key head, first row) of a program. LAST_FIRST: longest first under a causal mask, for queries."""
-    block = pid % blocks
-    if LAST_FIRST:
-        block = blocks - 1 - block
-    h = (pid // blocks) % heads
-    return pid // blocks // heads, h, h // group, block * BLOCK
+def place(pid, WORK, blocks, heads, group, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
+    """(sequence, head, key head, first row) of a program.
+
+    WORK: None, or for sequences of unequal length the blocks of all of them (`schedule.py`), sequence -1: nothing to do.
+    Otherwise each sequence has `blocks`; LAST_FIRST: longest first under a causal mask, for queries.
+    """
+    if WORK is None:
+        block = pid % blocks
+        if LAST_FIRST:
+            block = blocks - 1 - block
+        h = (pid // blocks) % heads
+        return pid // blocks // heads, h, h // group, block * BLOCK
+    else:
+        h = pid % heads
+        item = WORK + 2 * (pid // heads)
+        return tl.load(item), h, h // group, tl.load(item + 1) * BLOCK
 
 
 @triton.jit
-def row_offsets(strides, b, h, first_row, ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Offsets of a tile [ROWS, BLOCK_D]; the scalar part is added first, which keeps it out of the vector registers."""
-    base = b.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + first_row.to(tl.int64) * strides[2]
-    return base + (tl.arange(0, ROWS)[:, None].to(tl.int64) * strides[2] + tl.arange(0, BLOCK_D)[None, :])
+def sequence(ROWS, b, n):
+    """(slot, first row, number of rows) of a sequence; of none, for b = -1, no rows. ROWS None: n rows from 0 in slot b."""
+    if ROWS is None:
+        return b, 0, tl.where(b < 0, 0, n)
+    else:
+        own = ROWS + 3 * tl.maximum(b, 0)
+        return tl.load(own), tl.load(own + 1), tl.where(b < 0, 0, tl.load(own + 2))
 
 
 @triton.jit
-def load_rows(X, strides, b, h, first_row, n, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Rows first_row .. of X[b, h] as a tile [ROWS, BLOCK_D]; 0 beyond row n and beyond column D."""
-    return load_rows_between(X, strides, b, h, first_row, 0, n, ROWS, D, BLOCK_D, True)
+def located(X, strides, slot, h, start):
+    """X at a sequence's first row of one head."""
+    return X + (slot.to(tl.int64) * strides[0] + h.to(tl.int64) * strides[1] + tl.cast(start, tl.int64) * strides[2])
 
 
 @triton.jit
-def load_rows_between(X, strides, b, h, first_row, start, end, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
-                      RAGGED: tl.constexpr):
-    """As `load_rows`; if RAGGED, 0 outside rows start .. end, otherwise they are known to be inside."""
-    pointers = X + row_offsets(strides, b, h, first_row, ROWS, BLOCK_D)
-    rows = first_row + tl.arange(0, ROWS)[:, None]
+def load_at(pointers, keep, D: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr):
+    """The rows [ROWS, BLOCK_D] that begin at pointers [ROWS, 1]; 0 beyond column D and, if RAGGED, where not `keep` [ROWS, 1]."""
     dims = tl.arange(0, BLOCK_D)[None, :]
     if RAGGED and D < BLOCK_D:
-        return tl.load(pointers, mask=(rows >= start) & (rows < end) & (dims < D), other=0.0)
+        return tl.load(pointers + dims, mask=keep & (dims < D), other=0.0)
     elif RAGGED:
-        return tl.load(pointers, mask=(rows >= start) & (rows < end), other=0.0)
+        return tl.load(pointers + dims, mask=keep, other=0.0)
     elif D < BLOCK_D:
-        return tl.load(pointers, mask=dims < D, other=0.0)
+        return tl.load(pointers + dims, mask=dims < D, other=0.0)
     else:
-        return tl.load(pointers)
+        return tl.load(pointers + dims)
 
 
 @triton.jit
-def store_rows(X, strides, b, h, first_row, n, x, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Stores a tile [ROWS, BLOCK_D] to X[b, h], inside row n and column D."""
-    pointers = X + row_offsets(strides, b, h, first_row, ROWS, BLOCK_D)
+def rows_from(X, stride, first_row, ROWS: tl.constexpr):
+    """Pointers [ROWS, 1] to rows first_row ..; the scalar part is added first, which keeps it out of the vector registers."""
+    return X + first_row.to(tl.int64) * stride + tl.arange(0, ROWS)[:, None].to(tl.int64) * stride
+
+
+@triton.jit
+def load_rows(X, stride, first_row, n, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Rows first_row .. of X as a tile [ROWS, BLOCK_D]; 0 beyond row n and beyond column D."""
+    return load_rows_between(X, stride, first_row, 0, n, ROWS, D, BLOCK_D, True)
+
+
+@triton.jit
+def load_rows_between(X, stride, first_row, start, end, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+                      RAGGED: tl.constexpr):
+    """As `load_rows`; if RAGGED, 0 outside rows start .. end, otherwise they are known to be inside."""
     rows = first_row + tl.arange(0, ROWS)[:, None]
-    tl.store(pointers, x.to(X.dtype.element_ty), mask=(rows < n) & (tl.arange(0, BLOCK_D)[None, :] < D))
+    return load_at(rows_from(X, stride, first_row, ROWS), (rows >= start) & (rows < end), D, BLOCK_D, RAGGED)
+
+
+@triton.jit
+def load_keys(X, strides, PAGES, page_size, first_row, start, end, ROWS: tl.constexpr, D: tl.constexpr,
+              BLOCK_D: tl.constexpr, RAGGED: tl.constexpr):
+    """As `load_rows_between`, for keys or values. PAGES: None, or the pages of the sequence; X is then at page 0."""
+    if PAGES is None:
+        return load_rows_between(X, strides[2], first_row, start, end, ROWS, D, BLOCK_D, RAGGED)
+    else:
+        rows = first_row + tl.arange(0, ROWS)[:, None]
+        keep = (rows >= start) & (rows < end)
+        if RAGGED:
+            page = tl.load(PAGES + rows // page_size, mask=keep, other=0)
+        else:
+            page = tl.load(PAGES + rows // page_size)
+        pointers = X + page.to(tl.int64) * strides[0] + (rows % page_size).to(tl.int64) * strides[2]
+        return load_at(pointers, keep, D, BLOCK_D, RAGGED)
+
+
+@triton.jit
+def store_at(pointers, keep, x, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores rows [ROWS, BLOCK_D] at pointers [ROWS, 1], where `keep` [ROWS, 1] and inside column D."""
+    dims = tl.arange(0, BLOCK_D)[None, :]
+    tl.store(pointers + dims, x.to(pointers.dtype.element_ty), mask=keep & (dims < D))
+
+
+@triton.jit
+def store_rows(X, stride, first_row, n, x, ROWS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Stores a tile [ROWS, BLOCK_D] to rows first_row .. of X, inside row n and column D."""
+    rows = first_row + tl.arange(0, ROWS)[:, None]
+    store_at(rows_from(X, stride, first_row, ROWS), rows < n, x, D, BLOCK_D)

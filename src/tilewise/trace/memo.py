@@ -1,0 +1,53 @@
+"""Values that follow from tensors, remembered for as long as no one writes to those."""
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Memo:
+    """The last `kept` values, by key and by the tensors they were made from."""
+
+    def __init__(self, kept: int = 64):
+        self.kept = kept
+        self.known: OrderedDict[tuple, tuple[list, Any]] = OrderedDict()
+
+    def find(self, key: tuple, tensors: Sequence[Tensor]) -> Any:
+        """The value remembered for a key and these very tensors, unchanged since; None if there is none."""
+        whole = (*key, *map(id, tensors))
+        if whole not in self.known or not _tell_writes(tensors):
+            return None
+        found, value = self.known[whole]
+        if any(ref() is not t or version != t._version for (ref, version), t in zip(found, tensors, strict=True)):
+            return None
+        self.known.move_to_end(whole)
+        return value
+
+    def keep(self, key: tuple, tensors: Sequence[Tensor], value: Any) -> Any:
+        """The value, remembered where it can be."""
+        if _tell_writes(tensors):
+            self.known[(*key, *map(id, tensors))] = [(weakref.ref(t), t._version) for t in tensors], value
+            while len(self.known) > self.kept:
+                self.known.popitem(last=False)
+        return value
+
+    def get(self, key: tuple, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
+        """The value, made where it is not remembered; always made where a CUDA graph is captured, to be made again on replay."""
+        if tensors and capturing(tensors[0].device) or torch.compiler.is_compiling():
+            return make()
+        value = self.find(key, tensors)
+        return self.keep(key, tensors, make()) if value is None else value
+
+
+def _tell_writes(tensors: Sequence[Tensor]) -> bool:
+    return not any(t.is_inference() for t in tensors)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether a CUDA graph is being captured."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
