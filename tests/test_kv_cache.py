@@ -139,8 +139,35 @@ def test_nothing_is_written_without_tokens(cu_seqlens):
         assert unchanged(cache, before)
 
 
+def test_rows_of_new_tokens_in_any_order():
+    cache = contiguous(batch=3, head_dim_v=D)
+    k, q, rotary = draw(2, H, 4, D), draw(2, 1, 5, D, seed=1), Rotary.of(D, 9)
+    new, q_rows = ints(1, 1, 2, 1, 1, 0, 0, 0, 4).view(3, 3), ints(0, 3, 2, 1, 0, 0, 0, 0, 3).view(3, 3)
+    turned = write(cache.stored(), new, k, k, q, q_rows, rotary)
+    cache.lengths.copy_(ints(2, 0, 4))
+    same(cache.stored(), [(rotary.rotate(x, torch.arange(x.shape[1])).transpose(0, 1), x.transpose(0, 1))
+                          for x in (k[1, :, 1:3], k[0, :, :0], k[0])])
+    assert torch.equal(turned[0], rotary.rotate(q[0], torch.tensor([1, 2, 3, 0, 1])))
+    assert torch.equal(turned[1], q[1])
+
+
+def test_without_a_check_lengths_stop_at_the_capacity(monkeypatch):
+    """As on a GPU, where lengths are not read."""
+    monkeypatch.setattr(KVCache, "_readable", lambda self, check: check)
+    cache = contiguous(batch=2, capacity=5, left_padding=ints(0, 1))
+    for _ in range(3):
+        k = draw(2, 2, H, D)
+        cache.append(k, k[..., :D_V])
+    assert cache.lengths.tolist() == [5, 4]
+    assert [len(k[0]) for k, _ in dense(cache.stored())] == [5, 4]
+    assert cache.k[1, 0].isnan().all()
+    cache.truncate(ints(9, 2))
+    assert cache.lengths.tolist() == [5, 2]
+    with pytest.raises(ValueError, match="k_new: expected at most 0 tokens for sequence 0"):
+        cache.append(k, k[..., :D_V], check=True)
+
+
 def test_what_does_not_fit_is_not_written():
-    """Without the check that a GPU leaves out: the definition still writes nowhere else, and lengths stop."""
     cache = contiguous(batch=2, capacity=5)
     cache.append(draw(2, 3, H, D), draw(2, 3, H, D_V))
     k = cache.k.clone()
@@ -229,7 +256,7 @@ def test_rotary_turns_to_absolute_positions(interleaved):
 
 
 def test_queries_of_no_sequence_are_copied():
-    rotary = Rotary.of(6, 30)
+    rotary = Rotary(draw(30, 3), draw(30, 3, seed=1))         # position 0 turns too
     cache = paged()
     numbers = [cache.new() for _ in range(4)]
     cache.append(draw(4, 2, H, D), draw(4, 2, H, D_V), sequences=numbers)
@@ -250,15 +277,16 @@ def test_fp8_round_trip(make, dtype):
     cache = make(dtype=FP8, k_scale=scale)
     assert cache.v_scale.tolist() == [1.0, 1.0]
     which = {"sequences": [cache.new() for _ in range(3)]} if make is paged else {}
-    k, v = draw(3, 7, H, D, dtype=dtype), draw(3, 7, H, D_V, dtype=dtype)
+    k, v = draw(3, 20, H, D, dtype=dtype), draw(3, 20, H, D_V, dtype=dtype)
     k[0, 0, :, :2] = 2000.0
-    rotary = Rotary.of(2, 9)
+    rotary = Rotary.of(D, 20)
     cache.append(k, v, rotary=rotary, **which)
-    k = rotary.rotate(k.transpose(1, 2).float(), torch.arange(7))
+    k = rotary.rotate(k.transpose(1, 2).float(), torch.arange(20))        # rounded once, to fp8
     saturated = torch.minimum(k.abs(), 448 * scale[:, None, None]) * k.sign()
     for b, (stored_k, stored_v) in enumerate(dense(cache.stored(*which.values()))):
         error = (stored_k.float() * scale[:, None, None] - saturated[b]).abs()
         assert (error <= saturated[b].abs() / 16 + 2**-10 * scale[:, None, None]).all()   # 3 bits; subnormals: steps of 2^-9
+        assert torch.equal(stored_k.float(), (saturated[b] / scale[:, None, None]).to(FP8).float())
         assert torch.equal(stored_v.float(), v[b].float().to(FP8).float().transpose(0, 1))
 
 
@@ -353,6 +381,16 @@ def test_forks_may_grow_in_one_call():
     whole = [torch.cat([prompt[0], x]) for x in k]
     same(cache.stored(family), [(x, x[..., :D_V]) for x in whole])
     assert cache.free_pages == 8 - 1 - 3 - 3        # one shared, and of their own the second page and the third
+
+
+def test_only_those_that_write_need_a_copy():
+    cache = paged(pages=2, page_size=4)
+    k = draw(1, 2, H, D)
+    family = [cache.new()]
+    cache.append(k, k[..., :D_V], sequences=family)
+    family += [cache.fork(0), cache.fork(0)]
+    cache.extend(family, [0, 1, 0])
+    assert cache.free_pages == 0
 
 
 def test_pages_are_given_back_and_used_again():

@@ -111,12 +111,14 @@ def _put(memory: Tensor, scale: Tensor | None, x: Tensor, slot: Tensor, row: Ten
     x = x.transpose(1, 2).flatten(0, 1)
     if scale is not None:
         x = (x.float() / scale[:, None]).clamp(-LARGEST_FP8, LARGEST_FP8)
-    slot, row, wanted = slot.flatten(), row.flatten(), wanted.flatten()
+    x, slot, row, wanted = x.to(memory.dtype), slot.flatten(), row.flatten(), wanted.flatten()
     # To drop rows one has to know how many, and wait. Instead those not wanted repeat one that is; if none is, what lies
     # at one place is written back there.
-    source = torch.where(wanted, torch.arange(len(x), device=x.device), wanted.int().argmax())
-    slot, row = (torch.where(wanted.any(), place[source], 0) for place in (slot, row))
-    memory[slot, :, row] = torch.where(wanted.any(), x[source].to(memory.dtype), memory[slot, :, row])
+    some, one = wanted.any(), wanted.int().argmax(0, keepdim=True)
+    spare_slot, spare_row = torch.where(some, slot[one], 0), torch.where(some, row[one], 0)
+    spare = torch.where(some, x[one], memory[spare_slot, :, spare_row])
+    slot, row = torch.where(wanted, slot, spare_slot), torch.where(wanted, row, spare_row)
+    memory[slot, :, row] = torch.where(wanted[:, None, None], x, spare)
 
 
 class NewTokens(NamedTuple):

@@ -39,13 +39,13 @@ def packed_rows(name: str, cu_seqlens: Tensor, seqused: Tensor | None, total: in
         raise ValueError(f"cu_seqlens_{name}: expected one entry more than there are sequences, got {got}")
     if max_seqlen is not None and (isinstance(max_seqlen, bool) or not hasattr(max_seqlen, "__index__") or max_seqlen < 0):
         raise ValueError(f"max_seqlen_{name}: expected None or an integer >= 0, got {max_seqlen!r}")
-    longest = total if max_seqlen is None else min(max_seqlen, total)
+    longest = total if max_seqlen is None else max_seqlen
     tensors = [x for _, x in given]
     if not torch.compiler.is_compiling() and (check or device.type == "cpu"):
         found = _rows.get(("longest", name, total), tensors, lambda: _checked(name, cu_seqlens, seqused, total))
         if max_seqlen is not None and found > max_seqlen:
             raise ValueError(f"max_seqlen_{name}: expected at least the longest sequence, {found}, got {max_seqlen}")
-        longest = found
+        longest = found if max_seqlen is None else max_seqlen
     return _rows.get(("rows",), tensors, lambda: _packed(cu_seqlens, seqused)), longest
 
 

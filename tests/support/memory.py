@@ -11,26 +11,40 @@ from pathlib import Path
 
 def peak_growth(mode: str, lengths: tuple[int, ...]) -> list[float]:
     """Ratio of the peaks of neighbouring lengths."""
+    return [b / a for a, b in itertools.pairwise([peak_apart(mode, n) for n in lengths])]
+
+
+def peak_apart(mode: str, n: int) -> int:
+    """The peak in a process of its own."""
     from tilewise.bench.resident import GIVE_BACK
 
-    peaks = [int(subprocess.run([sys.executable, __file__, mode, str(n)], env=os.environ | GIVE_BACK, check=True,
-                                capture_output=True, text=True).stdout) for n in lengths]
-    return [b / a for a, b in itertools.pairwise(peaks)]
+    return int(subprocess.run([sys.executable, __file__, mode, str(n)], env=os.environ | GIVE_BACK, check=True,
+                              capture_output=True, text=True).stdout)
 
 
 def peak(mode: str, n: int) -> int:
-    """Bytes of resident memory gained at the peak, beyond inputs of [1, n, 4, 32]. Linux only."""
+    """Bytes of resident memory gained at the peak, beyond inputs of [1, n, 4, 32]. Linux only.
+
+    mode: "backward" or "double_backward" of one sequence; "packed": forward and backward of 8 of unequal length, "padded": of
+    the same, each as long as the longest, beyond inputs of that size.
+    """
     import torch
 
     import tilewise as tw
     from tilewise.bench.resident import restart_peak, status_bytes
+    from tilewise.packing import cu_seqlens
 
     def run(length: int) -> int:
-        q, k, v = (torch.randn(1, length, 4, 32, requires_grad=True) for _ in range(3))
+        lengths = [length * n // 36 for n in range(1, 9)]
+        shape = {"packed": (sum(lengths), 4, 32), "padded": (8, max(lengths), 4, 32)}.get(mode, (1, length, 4, 32))
+        q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
         restart_peak()
         before = status_bytes("VmRSS")
         mask = tw.window(512, None) if mode == "double_backward" else None
-        out = tw.attention(q, k, v, causal=True, mask=mask, backend="tiled")
+        if mode == "packed":
+            out = tw.attention_varlen(q, k, v, cu_seqlens(torch.tensor(lengths)), causal=True, backend="tiled")
+        else:
+            out = tw.attention(q, k, v, causal=True, mask=mask, backend="tiled")
         grads = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=mode == "double_backward")
         if mode == "double_backward":
             torch.autograd.grad(sum(g.square().sum() for g in grads), (q, k, v))

@@ -8,7 +8,6 @@ import functools
 
 import torch
 
-from tilewise.kv_cache import write
 from tilewise.problem import Problem
 
 
@@ -70,6 +69,12 @@ def precision(problem: Problem) -> str:
 def forward(problem, operands):
     from tilewise.backends.triton import launch
     return launch.forward(problem, operands)
+
+
+def write(stored, new, k_new, v_new, q, q_rows, rotary):
+    """`kv_cache.write` in one launch."""
+    from tilewise.backends.triton import append
+    return append.write(stored, new, k_new, v_new, q, q_rows, rotary)
 
 
 def backward(problem, operands, out, lse, dout, dlse, needs):

@@ -15,16 +15,19 @@ import torch
 
 from tilewise import backends, masks, score_mods
 from tilewise.backends.gpu_math import elementary, masking, philox, scoring, softmax
-from tilewise.backends.triton import backward_kernels, forward_kernel, launch, tiles
-from tilewise.backends.triton.configs import ARCHITECTURES, HEAD_DIMS, WIDTHS, Config, choose, missing
+from tilewise.backends.triton import append, append_kernel, backward_kernels, forward_kernel, launch, tiles
+from tilewise.backends.triton.configs import ARCHITECTURES, DECODE_ROWS, HEAD_DIMS, WIDTHS, Config, choose, missing
 from tilewise.backends.triton.entry import entry, flatten, source_of
 from tilewise.block_sparse import block_mask
-from tilewise.problem import Operands, Problem, make
+from tilewise.kv_cache import KVCache
+from tilewise.paged_cache import PagedKVCache
+from tilewise.problem import MAX_HEAD_DIM, Layout, Operands, Problem, make, make_unequal
 from tilewise.rng import Rng
+from tilewise.rotary import Rotary
 
-SOURCES = (elementary, masking, philox, scoring, softmax, backward_kernels, forward_kernel, tiles)
+SOURCES = (elementary, masking, philox, scoring, softmax, append_kernel, backward_kernels, forward_kernel, tiles)
 TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
-         torch.bool: "i1"}
+         torch.bool: "i1", torch.uint8: "u8"}
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,11 @@ class Case:
     unaligned: frozenset[str] = frozenset()
 
 
-# The programs compiled for each kind of row: one for all kernels, then "tables" for `summed_gradient`.
-VARIANTS = {"plain": ("",), "listed": ("",), "rich": ("", "tables")}
+# What is compiled for each kind of row: a forward and a backward pass, of equal sequences ("") or packed ones, which takes more
+# registers; `summed_gradient` alone ("tables"); forward passes alone, from a cache or batch-invariant.
+CACHED = ("decode", "decode pages", "prefill pages", "invariant pages")
+VARIANTS = {"plain": ("", "packed", "invariant", *CACHED[:3]), "listed": ("",), "rich": ("packed", "tables", *CACHED[1:])}
+ONLY = {"preprocess": ("plain", "rich packed"), "merge": ("plain decode", "rich decode pages")}
 
 
 def shipped() -> Iterator[Case]:
@@ -53,29 +59,33 @@ def shipped() -> Iterator[Case]:
         for width in WIDTHS:
             for head_dim in HEAD_DIMS:
                 for features, variants in VARIANTS.items():
-                    if missing(example(width, head_dim, features)[0], arch) is None:
-                        for variant in variants:
-                            yield from cases(arch, width, head_dim, features, variant)
+                    for variant in variants:
+                        if head_dim <= MAX_HEAD_DIM or variant in CACHED:
+                            if missing(example(width, head_dim, features, variant)[0], arch) is None:
+                                yield from cases(arch, width, head_dim, features, variant)
+        for head_dim in HEAD_DIMS:
+            yield from of_append(arch, head_dim)
 
 
 def cases(arch: str, width: str, head_dim: int, features: str, variant: str = "",
           config: Config | None = None) -> Iterator[Case]:
-    """The kernels of one forward and backward pass; `config` overrides the table."""
+    """The kernels of a variant; `config` overrides the table."""
     recorded: list[tuple[Any, Problem, Mapping[str, Any]]] = []
     problem, x = example(width, head_dim, features, variant)
+    label = f"{features} {variant}".strip()
 
     def record(kernel, problem, programs, values):
-        if variant != "tables" or kernel.fn.__name__ == "summed_gradient":
+        name = kernel.fn.__name__
+        if label in ONLY.get(name, (label,)) and (variant != "tables" or name == "summed_gradient"):
             recorded.append((kernel, problem, values))
 
     out, lse = launch.forward(problem, x, run=record)
-    needs = backends.Needs(x.bias is not None, x.sinks is not None, tuple(t.is_floating_point() for t in x.captured))
-    launch.backward(problem, x, out, lse, out, lse, needs, run=record)
+    if not problem.cached and not problem.batch_invariant:
+        needs = backends.Needs(x.bias is not None, x.sinks is not None, tuple(t.is_floating_point() for t in x.captured))
+        launch.backward(problem, x, out, lse, out, lse, needs, run=record)
     for kernel, of, values in recorded:
-        if features == "listed" and kernel.fn.__name__ == "preprocess":
-            continue
         found = config or choose(launch.config_name(kernel, values), of, arch)
-        yield _case(kernel, of, values, arch, f"{width} {features} {variant}".strip(), found, width != "ieee")
+        yield _case(kernel, of, values, arch, f"{width} {label}", found, width != "ieee")
 
 
 @functools.cache
@@ -83,44 +93,90 @@ def example(width: str, head_dim: int, features: str, variant: str = "") -> tupl
     """A problem that is "plain": causal; "listed": sparse in blocks; "rich": two intervals, score functions, bias, sinks and
     dropout, or as "tables" relative positions and a table read by any index."""
     dtype, precision = WIDTHS[width]
-    q = torch.zeros(2, 32, 2, head_dim, dtype=dtype)
-    table, ids = torch.zeros(2, 63), torch.zeros(32, dtype=torch.int32)
+    n = 2 * DECODE_ROWS
+    q = torch.zeros(2, n, 2, min(head_dim, MAX_HEAD_DIM), dtype=dtype)
+    table, ids = torch.zeros(2, 2 * n), torch.zeros(n, dtype=torch.int32)
     programs: dict[str, dict[str, Any]] = {
         "plain": dict(causal=True),
-        "listed": dict(mask=block_mask(torch.ones(2, 2, 2, dtype=torch.bool), block_size=16)),
+        "listed": dict(mask=block_mask(torch.ones(2, 2, 2, dtype=torch.bool), block_size=DECODE_ROWS)),
         "rich": dict(mask=masks.causal() | masks.prefix(torch.zeros(2, dtype=torch.int32)), sinks=torch.zeros(2),
                      score_mod=[score_mods.alibi(torch.zeros(2)), score_mods.softcap(30.0)],
-                     bias=torch.zeros(2, 32, 32, dtype=dtype), dropout_p=0.1, rng=Rng(0)),
-        "rich tables": dict(causal=True, score_mod=lambda s, b, h, i, j: s + table[h, i - j + 31] + table[h, ids[i] + ids[j]]),
+                     bias=torch.zeros(2, n, n, dtype=dtype), dropout_p=0.1, rng=Rng(0)),
+        "rich tables": dict(causal=True, score_mod=lambda s, b, h, i, j: s + table[h, i - j + n] + table[h, ids[i] + ids[j]]),
     }
-    problem, x = make(q, q, q, **programs[f"{features} {variant}".strip()])
+    options = programs.get(f"{features} {variant}", programs[features])
+    kind, _, pages = variant.partition(" ")
+    if kind in ("packed", "decode", "prefill", "invariant") and variant != "invariant":
+        problem, x = unequal(kind, bool(pages), head_dim, dtype, options)
+    else:
+        problem, x = make(q, q, q, batch_invariant=kind == "invariant", **options)
     settings = problem.settings._replace(precision=precision)
     return Problem(**{**problem.__dict__, "settings": settings}), x
+
+
+def unequal(kind: str, pages: bool, head_dim: int, dtype: torch.dtype, options: Mapping[str, Any]) -> tuple[Problem, Operands]:
+    """Two packed sequences, or queries of 2 heads and a cache with 1, in pages and fp8 if `pages`."""
+    n = 2 * DECODE_ROWS
+    rows = torch.zeros(2, 3, dtype=torch.int32)
+    if kind == "packed":
+        q = torch.zeros(1, 2, n, head_dim, dtype=dtype)
+        return make_unequal(q, q, q, Layout(rows, rows, max_seqlen_q=n, max_seqlen_k=n), **options)
+    stored = torch.float8_e4m3fn if pages and dtype == torch.bfloat16 else dtype
+    cache = (PagedKVCache(4, 16, 1, head_dim, max_sequences=2, dtype=stored, head_dim_v=min(head_dim, MAX_HEAD_DIM),
+                          v_in_k=head_dim > MAX_HEAD_DIM) if pages else
+             KVCache(2, 64, 1, head_dim, dtype=stored, head_dim_v=min(head_dim, MAX_HEAD_DIM), v_in_k=head_dim > MAX_HEAD_DIM))
+    found = cache.stored([cache.new(), cache.new()]) if isinstance(cache, PagedKVCache) else cache.stored()
+    where = Layout(None, found.rows, found.pages, found.k_scale, found.v_scale, 0, n, cached=True, shared=cache.v_in_k)
+    q = torch.zeros(2, 2, n if kind == "prefill" else 1, head_dim, dtype=dtype)
+    if options.get("bias") is not None:
+        options = {**options, "bias": torch.zeros(2, q.shape[2], n, dtype=dtype)}
+    return make_unequal(q, found.k, found.v, where, num_splits=2 if kind == "decode" else None,
+                        batch_invariant=kind == "invariant", **options)
+
+
+def of_append(arch: str, head_dim: int) -> Iterator[Case]:
+    """New tokens with rotary into pages in fp8, and without into fp32."""
+    latent = head_dim > MAX_HEAD_DIM
+    for width, (dtype, _) in list(WIDTHS.items())[:2]:
+        stored = torch.float8_e4m3fn if dtype == torch.bfloat16 else dtype
+        cache = PagedKVCache(4, 16, 1, head_dim, max_sequences=1, dtype=stored, head_dim_v=min(head_dim, MAX_HEAD_DIM), v_in_k=latent)
+        found, rows = cache.stored([cache.new()]), torch.zeros(1, 3, dtype=torch.int32)
+        k, q = torch.zeros(1, 1, 16, head_dim, dtype=dtype), torch.zeros(1, 2, 16, head_dim, dtype=dtype)
+        rotary = None if latent or dtype == torch.float32 else Rotary.of(head_dim // 2, 16, interleaved=True)
+        v = None if latent else k
+        values = append.arguments(found, rows, k, v, q if rotary else None, q if rotary else None, rows, rotary) | dict(blocks=1)
+        flat = flatten(append_kernel.append, append.NOTHING, values)
+        yield _compiled(f"append d{head_dim} {width}", "forward", append_kernel.append, append.NOTHING, None, flat, arch,
+                        Config(append.BLOCK, 0, append.WARPS, 1), False)
 
 
 def _case(kernel: Any, problem: Problem, values: Mapping[str, Any], arch: str, row: str, config: Config,
           tensor_cores: bool) -> Case:
     flat = flatten(kernel, problem.program, {**values, **launch.settled(problem, values, config)})
+    name, pattern = kernel.fn.__name__, values.get("PATTERN", "direct")
+    label = launch.config_name(kernel, values) + ("" if pattern == "direct" else f" {pattern}")
+    return _compiled(f"{label} d{problem.head_dim} {row}", "forward" if name in ("forward", "merge") else "backward", kernel,
+                     problem.program, values.get("LOOKUP"), flat, arch, config,
+                     tensor_cores and name not in ("preprocess", "merge"))
+
+
+def _compiled(name: str, direction: str, kernel: Any, program: str, lookup: int | None, flat: dict[str, Any], arch: str,
+              config: Config, tensor_cores: bool) -> Case:
     # strides of real tensors: as aligned as the inputs' rows
     flat["ALIGN"] = 16
-    point = entry(kernel, problem.program, values.get("LOOKUP"))
+    point = entry(kernel, program, lookup)
     annotations = point.fn.__annotations__
     constants, signature = {}, {}
-    for name, value in flat.items():
+    for argument, value in flat.items():
         if isinstance(value, torch.Tensor):
-            signature[name] = "*" + TYPES[value.dtype]
-        elif isinstance(annotations.get(name), str):
-            signature[name] = annotations[name]
+            signature[argument] = "*" + TYPES[value.dtype]
+        elif isinstance(annotations.get(argument), str):
+            signature[argument] = annotations[argument]
         else:
-            constants[name] = value
-    name = kernel.fn.__name__
-    text = repr((sources_hash(), source_of(kernel, problem.program, values.get("LOOKUP")), sorted(signature.items()),
+            constants[argument] = value
+    text = repr((sources_hash(), source_of(kernel, program, lookup), sorted(signature.items()),
                  sorted(constants.items(), key=str), config, arch))
-    pattern = values.get("PATTERN", "direct")
-    label = launch.config_name(kernel, values) + ("" if pattern == "direct" else f" {pattern}")
-    return Case(f"{label} d{problem.head_dim} {row}",
-                "forward" if name == "forward" else "backward", arch, point, signature, constants, config.num_warps,
-                config.num_stages, tensor_cores=name != "preprocess" and tensor_cores,
+    return Case(name, direction, arch, point, signature, constants, config.num_warps, config.num_stages, tensor_cores,
                 key=hashlib.sha256(text.encode()).hexdigest()[:16])
 
 

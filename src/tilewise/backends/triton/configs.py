@@ -90,7 +90,9 @@ def folds(problem: Problem) -> bool:
 
 def forward_row(problem: Problem) -> str:
     """What the table calls the forward kernel: by what is compiled into it, and by how many queries it works on."""
-    if folds(problem) and few_queries(problem) and not problem.batch_invariant:
+    if problem.batch_invariant:
+        return "invariant"
+    if folds(problem) and few_queries(problem):
         return "decode"
     return "prefill" if problem.cached else "forward"
 
@@ -121,7 +123,7 @@ def needed(problem: Problem) -> list[str]:
     """The kernels of a forward pass, and of a backward pass where there is one."""
     if problem.cached:
         return [forward_row(problem), "merge"]
-    return [forward_row(problem), "merge", "preprocess", *("key_gradients" + part for part in parts(problem)), "query_gradients",
+    return [forward_row(problem), *(["merge"] if few_queries(problem) else []), "preprocess", *("key_gradients" + part for part in parts(problem)), "query_gradients",
             *(["summed_gradient"] if problem.bias_shape is not None or problem.graphs.learned else [])]
 
 

@@ -30,5 +30,5 @@ def _build(lengths: Tensor, others: Tensor, most: int, block: int, rows_per_row:
     items = torch.arange(most * rows_per_row // block + batch, device=device)
     place = torch.searchsorted(ends, items, right=True)
     inside = place.clamp(max=batch - 1)
-    own = torch.stack([order[inside], ends[inside] - 1 - items], 1)
-    return torch.where((place < batch)[:, None], own, torch.tensor([-1, 0], device=device)).int()
+    there = place < batch
+    return torch.stack([torch.where(there, order[inside], -1), torch.where(there, ends[inside] - 1 - items, 0)], 1).int()
