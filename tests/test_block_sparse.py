@@ -179,7 +179,7 @@ def test_lists_of_masks_on_a_device_need_not_know_their_length(monkeypatch):
     asked, captured = question(lambda b, h, q, k: (q - k).abs() < 20, 1, 1, 100, 100, (16, 16))
     compact = tile_list(asked, captured).tiles
     monkeypatch.setattr(tile_lists, "on_host", lambda device: False)
-    tile_lists._lists.clear()
+    tile_lists._lists.known.clear()
     padded = tile_list(asked, captured).tiles
     assert len(padded) > len(compact)
     assert torch.equal(padded[:len(compact)], compact)

@@ -122,8 +122,9 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | Non
     return (out, lse[0]) if return_lse else out
 
 
-def attention_with_kv_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Tensor | None = None, v_new: Tensor | None = None, *,
-                            cache_batch_idx: Tensor | Sequence[int] | None = None, cu_seqlens_q: Tensor | None = None,
+def attention_with_kv_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Tensor | None = None,
+                            v_new: Tensor | None = None, *, cache_batch_idx: Tensor | Sequence[int] | None = None,
+                            cu_seqlens_q: Tensor | None = None,
                             max_seqlen_q: int | None = None, rotary: Rotary | None = None, extended: bool = False,
                             causal: bool = False, mask: Mask | Callable | Tensor | None = None, score_mod: Mods = None,
                             bias: Tensor | None = None, sinks: Tensor | None = None, scale: float | None = None,
@@ -163,8 +164,8 @@ def attention_with_kv_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Ten
     """
     problem, operands, backend = _appended(
         q, cache, k_new, v_new, backend, rotary, extended, cache_batch_idx=cache_batch_idx, cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q, check=check, causal=causal, mask=mask, score_mod=score_mod, bias=bias, sinks=sinks, scale=scale,
-        dropout_p=dropout_p, rng=rng, batch_invariant=batch_invariant, num_splits=num_splits)
+        max_seqlen_q=max_seqlen_q, check=check, causal=causal, mask=mask, score_mod=score_mod, bias=bias, sinks=sinks,
+        scale=scale, dropout_p=dropout_p, rng=rng, batch_invariant=batch_invariant, num_splits=num_splits)
     out, lse = ops.attention(problem, operands, backend)
     return _as_given(AttentionState(out, lse), cu_seqlens_q is not None, return_lse)
 
@@ -197,15 +198,13 @@ def cascade_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, cache: KVCa
         num_splits=num_splits, prefix=True)
     own = AttentionState(*ops.attention(problem, operands, chosen))
     together = operands.q.transpose(1, 2).flatten(0, 1)[None]           # all queries as those of one sequence
-    out, lse = ops.attention(*make(together, prefix_k[None], prefix_v[None], score_mod=score_mod, scale=problem.scale), backend)
-    slots, rows = problem.rows_q
-    shared = AttentionState(out.unflatten(2, (slots, rows))[0].transpose(0, 1), lse.unflatten(2, (slots, rows))[0].transpose(0, 1))
+    of_all = ops.attention(*make(together, prefix_k[None], prefix_v[None], score_mod=score_mod, scale=problem.scale), backend)
+    shared = AttentionState(*(x.unflatten(2, problem.rows_q)[0].transpose(0, 1) for x in of_all))
     state = merge_states([shared, own])
     return _as_given(state if sinks is None else state.with_sink(sinks), cu_seqlens_q is not None, return_lse)
 
 
-def explain(q: Tensor, k: Tensor | KVCache | PagedKVCache, v: Tensor | None = None, *, backend: str = "auto", layout: str = "bshd",
-            **options) -> Plan:
+def explain(q: Tensor, k: Any, v: Tensor | None = None, *, backend: str = "auto", layout: str = "bshd", **options) -> Plan:
     """What `attention` with the same arguments would do: a `Plan`, to print or to read.
 
     With cu_seqlens_q or nested tensors: what `attention_varlen` would do; with a cache in the place of k, without v: what
@@ -219,6 +218,8 @@ def explain(q: Tensor, k: Tensor | KVCache | PagedKVCache, v: Tensor | None = No
         options["rng"] = Rng(0)  # nothing is drawn: the generator stays where it is
     if isinstance(k, (KVCache, PagedKVCache)):
         problem, operands = _of_cache(q, k, None, **options)
+    elif v is None:
+        raise TypeError("v: expected a tensor, got None")
     elif "cu_seqlens_q" in options or (isinstance(q, Tensor) and q.is_nested):
         problem, operands = _of_packed(q, k, v, options.pop("cu_seqlens_q", None), options.pop("cu_seqlens_k", None), **options)
     else:
@@ -226,7 +227,7 @@ def explain(q: Tensor, k: Tensor | KVCache | PagedKVCache, v: Tensor | None = No
     return plan(problem, operands, backend)
 
 
-def _of_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_seqlens_k: Tensor | None, *,
+def _of_packed(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *,
                max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, seqused_q: Tensor | None = None,
                seqused_k: Tensor | None = None, check: bool = False, **options) -> tuple[Problem, Operands]:
     """The problem of packed or nested sequences."""
@@ -245,11 +246,10 @@ def _of_packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None, cu_
     k_rows, longest_k = packed_rows("k", cu_seqlens_k, seqused_k, k.shape[2], max_seqlen_k, q.device, check)
     if len(q_rows) != len(k_rows):
         raise ValueError(f"cu_seqlens_k: expected as many sequences as cu_seqlens_q ({len(q_rows)}), got {len(k_rows)}")
-    return make_unequal(q, k, v, Layout(q_rows, k_rows, max_seqlen_q=longest_q, max_seqlen_k=longest_k), **options)
+    return make_unequal(Layout(q_rows, k_rows, max_seqlen_q=longest_q, max_seqlen_k=longest_k), q, k, v, **options)
 
 
-def _of_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Tensor | None, *,
-              cache_batch_idx: Tensor | Sequence[int] | None = None, cu_seqlens_q: Tensor | None = None,
+def _of_cache(q: Any, cache: Any, k_new: Tensor | None, *, cache_batch_idx: Any = None, cu_seqlens_q: Tensor | None = None,
               max_seqlen_q: int | None = None, check: bool = False, **options) -> tuple[Problem, Operands]:
     """The problem of queries and a cache, as it will be once k_new is appended; nothing is written yet."""
     if not isinstance(cache, (KVCache, PagedKVCache)):
@@ -259,8 +259,8 @@ def _of_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Tensor | None, *,
     if cu_seqlens_q is None:
         if not isinstance(q, Tensor) or q.dim() != 4 or q.shape[0] != len(stored.rows):
             got = list(q.shape) if isinstance(q, Tensor) else type(q).__name__
-            raise ValueError(f"q: expected [B, S_q, heads, head_dim] with B = {len(stored.rows)} sequences, or packed sequences "
-                             f"with cu_seqlens_q, got {got}")
+            raise ValueError(f"q: expected [B, S_q, heads, head_dim] with B = {len(stored.rows)} sequences, or packed "
+                             f"sequences with cu_seqlens_q, got {got}")
     else:
         q = _packed("q", q)
         q_rows, longest_q = packed_rows("q", cu_seqlens_q, None, q.shape[0], max_seqlen_q, q.device, check)
@@ -277,12 +277,12 @@ def _of_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Tensor | None, *,
                    shared=cache.v_in_k)
     if q.dtype != cache.dtype and stored.k_scale is None:
         raise TypeError(f"q: expected the cache's dtype {cache.dtype}, got {q.dtype}")
-    return make_unequal(_heads_first(q), stored.k, stored.v, where, **options)
+    return make_unequal(where, _heads_first(q), stored.k, stored.v, **options)
 
 
-def _appended(q: Tensor, cache: KVCache | PagedKVCache, k_new: Tensor | None, v_new: Tensor | None, backend: str,
-              rotary: Rotary | None, extended: bool, *, cache_batch_idx: Tensor | Sequence[int] | None,
-              cu_seqlens_q: Tensor | None, check: bool, prefix: bool = False, **options) -> tuple[Problem, Operands, str]:
+def _appended(q: Any, cache: Any, k_new: Any, v_new: Any, backend: str, rotary: Rotary | None, extended: bool, *,
+              cache_batch_idx: Any, cu_seqlens_q: Tensor | None, check: bool, prefix: bool = False,
+              **options) -> tuple[Problem, Operands, str]:
     """The problem after the new keys are written, and the backend's name. Everything is checked before."""
     q, k_new, v_new = (x if x is None else autocast(x)[0] for x in (q, k_new, v_new))
     _check_inference(q=q, k_new=k_new, v_new=v_new)

@@ -110,7 +110,8 @@ def _put(memory: Tensor, scale: Tensor | None, x: Tensor, slot: Tensor, row: Ten
     """memory[slot, :, row] = x, [slots, H, length, D], for the rows wanted [slots, length]."""
     x = x.transpose(1, 2).flatten(0, 1)
     if scale is not None:
-        x = (x.float() / scale[:, None]).clamp(-LARGEST_FP8, LARGEST_FP8)
+        x = x.float() / scale[:, None]
+        x = torch.where(x.isinf(), torch.nan, x.clamp(-LARGEST_FP8, LARGEST_FP8))    # fp8 has no infinities
     x, slot, row, wanted = x.to(memory.dtype), slot.flatten(), row.flatten(), wanted.flatten()
     # To drop rows one has to know how many, and wait. Instead those not wanted repeat one that is; if none is, what lies
     # at one place is written back there.
@@ -257,7 +258,7 @@ class KVCache(Storage):
     k: [batch, capacity, H_kv, D]; v: [batch, capacity, H_kv, D_v], with v_in_k a view of k's first D_v entries (multi-head
     latent attention); lengths: int32 [batch], how many keys are stored, left padding not counted.
     dtype: float16, bfloat16, float32, float64, or float8_e4m3fn, which k_scale and v_scale, fp32 [H_kv], scale (default 1):
-    stored = key / scale, saturating. left_padding: int32 [batch], rows before a sequence's first key.
+    stored = key / scale, saturating; infinities become NaN. left_padding: int32 [batch], rows before a sequence's first key.
     """
     left_padding: Tensor | None
 

@@ -154,7 +154,8 @@ def like_inputs(problem: Problem) -> list[Tensor]:
 def _(dout, dlse, out, lse, needs_bias, needs_sinks, needs_captured, *arguments):
     problem, x, _ = described(arguments)
     wanted = zip((x.bias, x.sinks, *x.captured), (needs_bias, needs_sinks, *needs_captured), strict=True)
-    return like_inputs(problem) + [torch.empty_like(t, memory_format=torch.contiguous_format) for t, needed in wanted if needed]
+    return like_inputs(problem) + [torch.empty_like(t, memory_format=torch.contiguous_format) for t, needed in wanted
+                                   if needed and t is not None]
 
 
 def _save(ctx, inputs, output):

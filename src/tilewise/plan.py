@@ -1,12 +1,14 @@
 """Which backend computes a problem, and what that will cost: decided here, shown by `tilewise.explain`."""
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from tilewise import backends
 from tilewise.problem import Operands, Problem
+from tilewise.sequences import hosted
 from tilewise.trace.bounds import EMPTY, FULL, tile_classes
 from tilewise.trace.evaluate import leaf_values, slot_values
 
@@ -40,6 +42,7 @@ class Plan:
 
     tiles           (queries, keys) per tile
     visited, full   tiles computed, and those of them without a mask, of all `tiles_in_all`; over sequences and heads
+    splits          shares of the keys, merged afterwards (Flash-Decoding)
     flops           of the matrix products, forward and backward
     read, written   bytes between slow and fast memory, forward, if nothing stays in a cache between tiles
     workspace       bytes beside inputs, outputs and gradients, forward and backward
@@ -54,6 +57,7 @@ class Plan:
     visited: int
     full: int
     tiles_in_all: int
+    splits: int
     flops: tuple[int, int]
     read: int
     written: int
@@ -65,8 +69,10 @@ class Plan:
 
     def __str__(self) -> str:
         p = self.problem
-        shapes = (f"q [B {p.batch}, S {p.seqlen_q}, H {p.heads}, D {p.head_dim}]  "
-                  f"k [B {p.batch}, S {p.seqlen_k}, H {p.kv_heads}, D {p.head_dim}]  D_v {p.head_dim_v}")
+        shapes = (f"q [{rows_of(p.batch, p.seqlen_q, p.packed_q)}, H {p.heads}, D {p.head_dim}]  "
+                  f"k [{rows_of(p.batch, p.seqlen_k, p.packed_k)}, H {p.kv_heads}, D {p.head_dim}]  D_v {p.head_dim_v}")
+        if p.cached:
+            shapes += f", from {'pages of ' + str(p.page_size) if p.page_size else 'a cache'}"
         rows = [("problem", f"{shapes}, {str(p.dtype)[6:]} on {p.device}"), ("backend", self.backend)]
         rows += [("", f"not {name}: {reason}") for name, reason in self.passed_over.items()]
         share = self.visited / max(1, self.tiles_in_all)
@@ -78,39 +84,61 @@ class Plan:
                         f"{si(self.standard_traffic)}B"),
             ("extra memory", f"{si(self.workspace[0])}B forward, {si(self.workspace[1])}B backward; standard attention "
                              f"{si(self.standard_workspace)}B")]
+        if self.splits > 1:
+            rows.append(("keys", f"in {self.splits} shares, each by programs of its own, merged afterwards"))
         if p.dtype == torch.float32:
             rows.append(("fp32 products", f"{self.products} (torch.set_float32_matmul_precision decides)"))
-        rows.append(("gradients", "bitwise repeatable"))
+        rows.append(("gradients", "none: a cache is for inference" if p.cached else "bitwise repeatable"))
         rows += [("", f"captured {list(shape)}: {PATTERNS[pattern]}") for shape, pattern in self.tables]
         return "\n".join(f"{label:13} {text}" for label, text in rows)
 
 
 def plan(problem: Problem, x: Operands, backend: str) -> Plan:
-    """The plan for a problem. Reads captured tensors' values, so it waits for the device they are on."""
+    """The plan for a problem. Reads captured tensors' values and lengths, so it waits for the device they are on."""
     name = choose(problem, backend)
     module = backends.load(name)
     earlier = backends.AUTO[:backends.AUTO.index(name)] if backend == "auto" else ()
     passed_over = {other: backends.load(other).volunteers(problem) for other in earlier}
     tiles = module.tile_sizes(problem)
-    values = leaf_values(slot_values([t.cpu() for t in x.captured], x.ints, x.floats), problem.batch, problem.heads,
-                         problem.seqlen_q, problem.seqlen_k)
+    slots = slot_values([t.cpu() for t in x.captured], x.ints, x.floats)
     mask, bands = (None, ()) if name == "reference" else (problem.graphs.mask, problem.graphs.keys)
-    classes = tile_classes(mask, bands, values, problem.batch, problem.heads, (problem.seqlen_q, problem.seqlen_k), tiles)
-    repeats = problem.batch * problem.heads // max(1, classes.shape[0] * classes.shape[1])
-    visited, full = int((classes != EMPTY).sum()) * repeats, int((classes == FULL).sum()) * repeats
-    size = torch.finfo(problem.dtype).bits // 8
-    forward_flops = 2 * visited * min(tiles[0], problem.seqlen_q) * min(tiles[1], problem.seqlen_k) * (
-        problem.head_dim + problem.head_dim_v)
-    rows, dims = problem.batch * problem.heads * problem.seqlen_q, problem.head_dim + problem.head_dim_v
-    matrix = rows * problem.seqlen_k * size
-    keys = visited * min(tiles[1], problem.seqlen_k) * dims * size
-    inputs = (rows * problem.head_dim + problem.batch * problem.kv_heads * problem.seqlen_k * dims) * size
+    size, dims = torch.finfo(problem.dtype).bits // 8, problem.head_dim + problem.head_dim_v
+    stored = x.k.itemsize
+    visited = full = in_all = flops = rows = keys = inputs = matrix = 0
+    for first, batch, nq, nk in groups(problem, x):
+        values = leaf_values(slots, batch, problem.heads, nq, nk, first=first)
+        classes = tile_classes(mask, bands, values, batch, problem.heads, (nq, nk), tiles)
+        repeats = batch * problem.heads // max(1, classes.shape[0] * classes.shape[1])
+        here = int((classes != EMPTY).sum()) * repeats
+        visited, full = visited + here, full + int((classes == FULL).sum()) * repeats
+        in_all += classes.shape[2] * classes.shape[3] * batch * problem.heads
+        flops += 2 * here * min(tiles[0], nq) * min(tiles[1], nk) * dims
+        keys += here * min(tiles[1], nk) * dims * stored
+        rows += batch * problem.heads * nq
+        matrix += batch * problem.heads * nq * nk * size
+        inputs += batch * (problem.heads * nq * problem.head_dim * size + problem.kv_heads * nk * dims * stored)
     return Plan(
-        problem, name, passed_over, tiles, visited, full, classes.shape[2] * classes.shape[3] * problem.batch * problem.heads,
-        flops=(forward_flops, int(2.5 * forward_flops)), read=rows * problem.head_dim * size + keys,
-        written=rows * (problem.head_dim_v * size + 4), workspace=module.workspace(problem), products=module.precision(problem),
+        problem, name, passed_over, tiles, visited, full, in_all, module.splits(problem), flops=(flops, int(2.5 * flops)),
+        read=rows * problem.head_dim * size + keys, written=rows * (problem.head_dim_v * size + 4),
+        workspace=module.workspace(problem), products=module.precision(problem),
         tables=tuple((x.captured[lookup.slot].shape, lookup.pattern) for lookup in problem.graphs.learned),
         standard_traffic=4 * matrix + inputs + rows * problem.head_dim_v * size, standard_workspace=2 * matrix)
+
+
+def groups(problem: Problem, x: Operands) -> Iterator[tuple[int, int, int, int]]:
+    """(first sequence, how many, queries, keys) of sequences of equal length."""
+    if not problem.unequal:
+        yield 0, problem.batch, problem.seqlen_q, problem.seqlen_k
+        return
+    lengths = zip(hosted(x.q_rows, problem.batch, problem.seqlen_q), hosted(x.k_rows, problem.batch, problem.seqlen_k),
+                  strict=True)
+    for b, (q, k) in enumerate(lengths):
+        if q[2] > 0:
+            yield b, 1, q[2], k[2]
+
+
+def rows_of(batch: int, longest: int, packed: int | None) -> str:
+    return f"B {batch}, S {longest}" if packed is None else f"{packed} in B {batch}, S up to {longest}"
 
 
 def si(value: float) -> str:

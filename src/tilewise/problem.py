@@ -151,6 +151,15 @@ class Problem:
     def rows_k(self) -> tuple[int, int]:
         return (self.batch, self.seqlen_k) if self.packed_k is None else (1, self.packed_k)
 
+    @property
+    def queries(self) -> int:
+        """Rows of q of all sequences together."""
+        return self.rows_q[0] * self.rows_q[1]
+
+    @property
+    def keys(self) -> int:
+        return self.rows_k[0] * self.rows_k[1]
+
     def new_q(self, dim: int) -> Tensor:
         """A tensor like q [.., heads, .., dim], in the memory order of the caller's layout; what no sequence holds is 0."""
         return self._new(self.heads, *self.rows_q, dim, self.packed_q)
@@ -190,10 +199,10 @@ DENSE = Layout()
 
 def make(q: Tensor, k: Tensor, v: Tensor, *, layout: str = "bshd", **options) -> tuple[Problem, Operands]:
     """Checks the arguments of `tilewise.attention` and describes them. Raises TypeError or ValueError naming the argument."""
-    return make_unequal(*_to_bhsd(q, k, v, layout), DENSE, layout=layout, **options)
+    return make_unequal(DENSE, *_to_bhsd(q, k, v, layout), layout=layout, **options)
 
 
-def make_unequal(q: Tensor, k: Tensor, v: Tensor, where: Layout, *, causal: bool = False,
+def make_unequal(where: Layout, q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False,
                  mask: Mask | Callable | Tensor | None = None, score_mod: Mods = None, bias: Tensor | None = None,
                  sinks: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0, rng: Any = None,
                  deterministic: bool | None = None, batch_invariant: bool = False, num_splits: int | None = None,
@@ -216,7 +225,7 @@ def make_unequal(q: Tensor, k: Tensor, v: Tensor, where: Layout, *, causal: bool
         precision=_precision(),
         deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic),
         batch_invariant=bool(batch_invariant), max_seqlen_q=where.max_seqlen_q, max_seqlen_k=where.max_seqlen_k,
-        cached=where.cached, shared=where.shared, splits=_check_splits(num_splits))
+        cached=where.cached, shared=where.shared, splits=_check_splits(num_splits, batch_invariant))
     operands = Operands(q, k, v, bias, sinks, _rng_tensor(rng, settings.dropout, q.device), *where[:5], program.captured,
                         program.ints, program.floats)
     return describe(operands, settings), operands
@@ -305,8 +314,7 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, where: Layout) -> None:
         raise ValueError(f"k: expected a number of heads that divides q's {heads}, got {k.shape[1]}")
     for name, x, most in (("q", q, MAX_LATENT_DIM if k.shape[1] == 1 else MAX_HEAD_DIM), ("v", v, MAX_HEAD_DIM)):
         if not 1 <= x.shape[3] <= most:
-            raise ValueError(f"{name}: expected a head_dim from 1 to {MAX_HEAD_DIM} (of q and k to {MAX_LATENT_DIM} with one "
-                             f"key head), got {x.shape[3]}")
+            raise ValueError(f"{name}: expected a head_dim from 1 to {most}, got {x.shape[3]}")
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.stride(3) != 1 and x.shape[3] > 1:
             raise ValueError(f"{name}: expected a contiguous last dimension (stride 1), got stride {x.stride(3)}: "
@@ -340,9 +348,11 @@ def _check_scale(scale: float | None, head_dim: int) -> float:
     return float(scale)
 
 
-def _check_splits(splits: int | None) -> int:
+def _check_splits(splits: int | None, batch_invariant: bool) -> int:
     if splits is None:
         return 0
+    if batch_invariant:
+        raise ValueError(f"num_splits: expected None with batch_invariant, which cuts keys by their position, got {splits!r}")
     if isinstance(splits, bool) or not isinstance(splits, int) or not 1 <= splits <= MAX_SPLITS:
         raise ValueError(f"num_splits: expected None or an integer from 1 to {MAX_SPLITS}, got {splits!r}")
     return splits
@@ -391,7 +401,8 @@ def _check_captured(program: Program, sizes: dict[str, int], device: torch.devic
         check_indices(program.text, program.captured, program.ints, program.floats, names, sizes, unequal)
 
 
-LEAF_NAMES = {"b": "the batch size", "h": "the number of query heads", "q": "S_q", "p": "S_q", "k": "S_k", "nq": "S_q", "nk": "S_k"}
+LEAF_NAMES = {"b": "the batch size", "h": "the number of query heads", "q": "S_q", "p": "S_q", "k": "S_k",
+              "nq": "S_q", "nk": "S_k"}
 
 # What torch.compiler.assume_constant_result does, without importing the compiler: constants while torch.compile traces.
 for constant in (_groups, _precision):

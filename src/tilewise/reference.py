@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tilewise import rng
-from tilewise.kv_cache import write
+from tilewise.kv_cache import write as write
 from tilewise.problem import Operands, Problem
 from tilewise.sequences import over_sequences
 from tilewise.state import AttentionState, merge_states
@@ -37,6 +37,11 @@ def workspace(problem: Problem) -> tuple[int, int]:
     """Bytes of the matrices of scores and probabilities, and of their gradients."""
     matrix = problem.batch * problem.heads * problem.seqlen_q * problem.seqlen_k * torch.finfo(problem.dtype).bits // 8
     return 2 * matrix, 4 * matrix
+
+
+def splits(problem: Problem) -> int:
+    """Shares of the keys."""
+    return max(1, problem.splits)
 
 
 def attention(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:

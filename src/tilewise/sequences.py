@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -35,9 +36,10 @@ def packed_rows(name: str, cu_seqlens: Tensor, seqused: Tensor | None, total: in
         if x.device != device:
             raise ValueError(f"{label}: expected a tensor on q's device {device}, got {x.device}")
     if len(cu_seqlens) < 1 or (seqused is not None and len(seqused) != len(cu_seqlens) - 1):
-        got = "an empty tensor" if len(cu_seqlens) < 1 else f"{len(cu_seqlens)} entries with {len(given[1][1])} in {given[1][0]}"
+        got = f"{len(cu_seqlens)} entries" + (f" with {len(given[1][1])} in {given[1][0]}" if seqused is not None else "")
         raise ValueError(f"cu_seqlens_{name}: expected one entry more than there are sequences, got {got}")
-    if max_seqlen is not None and (isinstance(max_seqlen, bool) or not hasattr(max_seqlen, "__index__") or max_seqlen < 0):
+    integer = isinstance(max_seqlen, int) or hasattr(max_seqlen, "__index__")  # torch.compile knows only the first of its own
+    if max_seqlen is not None and (isinstance(max_seqlen, (bool, Tensor)) or not integer or max_seqlen < 0):
         raise ValueError(f"max_seqlen_{name}: expected None or an integer >= 0, got {max_seqlen!r}")
     longest = total if max_seqlen is None else max_seqlen
     tensors = [x for _, x in given]
@@ -57,9 +59,9 @@ def _packed(cu_seqlens: Tensor, seqused: Tensor | None) -> Tensor:
 def _checked(name: str, cu_seqlens: Tensor, seqused: Tensor | None, total: int) -> int:
     """The longest sequence, once all is found right."""
     ends = cu_seqlens.tolist()
-    if ends[0] != 0 or ends[-1] > total or any(a > b for a, b in zip(ends, ends[1:], strict=False)):
+    if ends[0] != 0 or ends[-1] > total or any(a > b for a, b in pairwise(ends)):
         raise ValueError(f"cu_seqlens_{name}: expected to rise from 0 to at most {name}'s {total} rows, got {_short(ends)}")
-    lengths = [b - a for a, b in zip(ends, ends[1:], strict=False)]
+    lengths = [b - a for a, b in pairwise(ends)]
     if seqused is not None:
         used = seqused.tolist()
         if any(not 0 <= n <= room for n, room in zip(used, lengths, strict=True)):
@@ -86,24 +88,26 @@ def one_by_one(problem: Problem, x: Operands) -> Iterator[Part]:
     """The sequences that have queries. Differentiable; waits for the device's lengths."""
     q_rows, k_rows = hosted(x.q_rows, problem.batch, problem.seqlen_q), hosted(x.k_rows, problem.batch, problem.seqlen_k)
     q = cut(x.q, q_rows, problem.packed_q)
-    k, v = ([None] * problem.batch if problem.cached else cut(t, k_rows, problem.packed_k) for t in (x.k, x.v))
+    k, v = ([] if problem.cached else cut(t, k_rows, problem.packed_k) for t in (x.k, x.v))
     bias = [None] * problem.batch if x.bias is None else list(x.bias.expand(problem.batch, -1, -1, -1).unbind(0))
     pages = None if x.pages is None else x.pages.cpu()
     for b, ((q_slot, q_first, nq), (k_slot, k_first, nk)) in enumerate(zip(q_rows, k_rows, strict=True)):
         if nq == 0:
             continue
-        k_b, v_b, bias_b = k[b], v[b], bias[b]
+        bias_b = bias[b]
         if problem.cached:
             k_b, v_b = (stored(t, scale, problem.dtype, None if pages is None else pages[b], k_slot, k_first, nk)
                         for t, scale in ((x.k, x.k_scale), (x.v, x.v_scale)))
+        else:
+            k_b, v_b = k[b], v[b]
         if bias_b is not None:
             bias_b = bias_b[None, :, :nq if bias_b.shape[1] > 1 else 1, :nk if bias_b.shape[2] > 1 else 1]
         settings = problem.settings._replace(cached=False, max_seqlen_q=0, max_seqlen_k=0)
         one = replace(problem, batch=1, seqlen_q=nq, seqlen_k=nk, first=problem.first + b, settings=settings, packed_q=None,
                       packed_k=None, page_size=None, unequal=False, row=nk - nq if problem.cached else 0,
                       bias_shape=None if bias_b is None else tuple(bias_b.shape))
-        yield Part(one, x._replace(q=q[b], k=k_b, v=v_b, bias=bias_b, q_rows=None, k_rows=None, pages=None, k_scale=None,
-                                   v_scale=None), (q_slot, slice(q_first, q_first + nq)), (k_slot, slice(k_first, k_first + nk)))
+        own = x._replace(q=q[b], k=k_b, v=v_b, bias=bias_b, q_rows=None, k_rows=None, pages=None, k_scale=None, v_scale=None)
+        yield Part(one, own, (q_slot, slice(q_first, q_first + nq)), (k_slot, slice(k_first, k_first + nk)))
 
 
 def hosted(rows: Tensor | None, batch: int, length: int) -> list[list[int]]:

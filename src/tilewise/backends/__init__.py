@@ -5,6 +5,7 @@ A backend is a module with
     supports(problem) -> None | str              None, or why it cannot compute this problem
     volunteers(problem) -> None | str            the same for backend="auto"
     tile_sizes(problem) -> (queries, keys)       per tile, forward
+    splits(problem) -> int                       shares of the keys, merged afterwards
     workspace(problem) -> (bytes, bytes)         beside inputs, outputs and gradients, forward and backward
     precision(problem) -> str                    how fp32 inputs are multiplied
     forward(problem, operands) -> (out, lse)     both [B, H, S_q, ...], sinks included

@@ -110,7 +110,7 @@ class Call:
             packed_rows(name, options.pop(f"cu_seqlens_{name}"), options.pop(f"seqused_{name}", None), len(x),
                         options.pop(f"max_seqlen_{name}", None), x.device, False) for name, x in (("q", self.q), ("k", self.k)))
         where = Layout(q_rows, k_rows, max_seqlen_q=longest_q, max_seqlen_k=longest_k)
-        return make_unequal(*(x.transpose(0, 1)[None] for x in (self.q, self.k, self.v)), where, **options)[0]
+        return make_unequal(where, *(x.transpose(0, 1)[None] for x in (self.q, self.k, self.v)), **options)[0]
 
     def arguments(self, tensors: dict[str, Tensor]) -> Options:
         """The options with the differentiable tensors replaced by `tensors`."""

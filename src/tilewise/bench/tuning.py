@@ -60,7 +60,7 @@ class Launch(NamedTuple):
     """One recorded kernel launch; `launch.run` takes it as it is."""
     kernel: Any
     problem: Any
-    programs: Callable[[Config], int]
+    programs: Callable[[Config], tuple[int, ...]]
     values: Mapping[str, Any]
 
     @property

@@ -18,7 +18,8 @@ def check_indices(text: str, captured: Sequence[Tensor], ints: Sequence[int], fl
                   sizes: dict[str, int], unequal: bool = False) -> None:
     """Raises IndexError where an index may leave its tensor, OverflowError where one may need more than 32 bits.
 
-    names: of the captured tensors; sizes: of b, h, q, k, nq, nk; unequal: the last four are upper bounds. Found by interval arithmetic over all indices. Indices that
+    names: of the captured tensors; sizes: of b, h, q, k, nq, nk; unequal: the last four are upper bounds. Found by interval
+    arithmetic over all indices. Indices that
     depend on values in a GPU's memory are not looked at.
     """
     if min(sizes[name] for name in "bhqk") == 0:

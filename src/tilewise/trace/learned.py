@@ -133,9 +133,11 @@ def gather(learned: Learned, sums: Tensor, values: Mapping[str, Any], table: Ten
         missing = [extra for n, wanted in zip(grad.shape[::-1], table.shape[::-1], strict=True) for extra in (0, wanted - n)]
         return torch.nn.functional.pad(grad, missing)
     if pattern == "rows":
-        return _scatter(learned, sums[..., None], {**values, "q": _inside(values["nq"], torch.arange(sums.shape[2], device=device)[:, None])}, table)
+        rows = _inside(values["nq"], torch.arange(sums.shape[2], device=device)[:, None])
+        return _scatter(learned, sums[..., None], {**values, "q": rows}, table)
     if pattern == "cols":
-        return _scatter(learned, sums[:, :, None], {**values, "k": _inside(values["nk"], torch.arange(sums.shape[2], device=device))}, table)
+        cols = _inside(values["nk"], torch.arange(sums.shape[2], device=device))
+        return _scatter(learned, sums[:, :, None], {**values, "k": cols}, table)
     difference = torch.arange(sums.shape[2], device=device) - (keys - 1)
     if isinstance(values["nk"], Tensor):  # sums that a sequence does not reach are 0
         difference = torch.minimum(torch.maximum(difference, 1 - values["nk"]), values["nq"] - 1)

@@ -31,14 +31,15 @@ class Memo:
     def keep(self, key: tuple, tensors: Sequence[Tensor], value: Any) -> Any:
         """The value, remembered where it can be."""
         if _tell_writes(tensors):
-            self.known[(*key, *map(id, tensors))] = [(weakref.ref(t), t._version) for t in tensors], value
+            whole = (*key, *map(id, tensors))
+            self.known[whole] = [(weakref.ref(t), t._version) for t in tensors], value
             while len(self.known) > self.kept:
                 self.known.popitem(last=False)
         return value
 
     def get(self, key: tuple, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
-        """The value, made where it is not remembered; always made where a CUDA graph is captured, to be made again on replay."""
-        if tensors and capturing(tensors[0].device) or torch.compiler.is_compiling():
+        """The value, made where it is not remembered; always made in a CUDA graph, whose replay shall make it again."""
+        if torch.compiler.is_compiling() or (tensors and capturing(tensors[0].device)):
             return make()
         value = self.find(key, tensors)
         return self.keep(key, tensors, make()) if value is None else value

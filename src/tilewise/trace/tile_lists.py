@@ -64,8 +64,8 @@ def on_host(device: torch.device) -> bool:
 
 def _build(question: Question, captured: Sequence[Tensor], rows: tuple[Tensor, Tensor] | None) -> TileList:
     _, mask, ints, floats, batch, heads, lengths, tile, transposed, all_partial, device = question
-    own = lengths if rows is None else tuple(r[:, 2, None, None, None].long() for r in rows)
-    values = leaf_values(slot_values(captured, ints, floats), batch, heads, *own, device)
+    own: tuple = lengths if rows is None else tuple(r[:, 2, None, None, None].long() for r in rows)
+    values = leaf_values(slot_values(captured, ints, floats), batch, heads, own[0], own[1], device)
     classes = tile_classes(mask, (), values, batch, heads, lengths, tile, device, each=rows is not None)
     for axis, (n, size) in enumerate(zip(own, tile, strict=True)):
         first = torch.arange(classes.shape[2 + axis], device=device) * size

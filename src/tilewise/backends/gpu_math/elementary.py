@@ -27,12 +27,12 @@ def from_e4m3(x):
 
 @triton.jit
 def to_e4m3(x):
-    """Bytes that hold x, fp32, as fp8 (e4m3, no infinities): to nearest even, saturating at 448."""
+    """Bytes that hold x, fp32, as fp8 (e4m3): to nearest even, saturating at 448; infinities, which it lacks, become NaN."""
     a = tl.minimum(tl.abs(x), 448.0)
     bits = a.to(tl.int32, bitcast=True)
     normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - (120 << 3)
     small = ((a * 512.0 + 8388608.0) - 8388608.0).to(tl.int32)                 # in units of the smallest number
-    magnitude = tl.where(x != x, 0x7F, tl.where(a < 0.015625, small, normal))
+    magnitude = tl.where((x != x) | (tl.abs(x) == float("inf")), 0x7F, tl.where(a < 0.015625, small, normal))
     return (magnitude | tl.where(x < 0, 0x80, 0)).to(tl.uint8)
 
 

@@ -47,7 +47,8 @@ def visits(INTERVALS: tl.constexpr, VISIT: tl.constexpr, LIST, b, h, heads, rows
     VISIT  0: all tiles;  1, 2: so many intervals, by INTERVALS, the emitted `keys` or `queries`;
            "list": those in LIST (`trace/tile_lists.py`), whose range is given by positions; "list b", "list h", "list bh": each
            sequence, head has its own
-    rows: the block's indices, the block being one of `blocks` of the longest sequence; beyond n_rows they are clamped, so that no lookup leaves its table, and do not count.
+    rows: the indices of a block, one of `blocks` of the longest sequence; beyond n_rows they are clamped, so that no lookup
+    leaves its table, and do not count.
     """
     if VISIT == 0:
         tiles = (n + BLOCK - 1) // BLOCK

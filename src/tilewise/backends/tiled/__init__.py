@@ -22,7 +22,8 @@ from tilewise.problem import Operands, Problem
 from tilewise.sequences import one_by_one, over_sequences
 from tilewise.state import AttentionState, sink_gradient
 
-__all__ = ["attention", "backward", "forward", "precision", "supports", "tile_sizes", "volunteers", "workspace", "write"]
+__all__ = ["attention", "backward", "forward", "precision", "splits", "supports", "tile_sizes", "volunteers", "workspace",
+           "write"]
 
 
 def supports(problem: Problem) -> str | None:
@@ -41,12 +42,17 @@ def precision(problem: Problem) -> str:
 def workspace(problem: Problem) -> tuple[int, int]:
     """Bytes, forward and backward: lse, wide copies of inputs and gradients, and the tiles in flight."""
     wide = 8 if problem.dtype == torch.float64 else 4
-    queries = problem.batch * problem.heads * problem.seqlen_q
-    keys = problem.batch * problem.kv_heads * problem.seqlen_k
+    queries, keys = problem.heads * problem.queries, problem.kv_heads * problem.keys
     inputs = queries * problem.head_dim + keys * (problem.head_dim + problem.head_dim_v)
     tile_q, tile_k = tile_sizes(problem)
-    tile = problem.batch * problem.heads * min(tile_q, problem.seqlen_q) * min(tile_k, problem.seqlen_k)
+    together = problem.heads * (1 if problem.unequal else problem.batch)
+    tile = together * min(tile_q, problem.seqlen_q) * min(tile_k, problem.seqlen_k)
     return wide * (queries + inputs + 3 * tile), wide * (2 * queries + 2 * inputs + queries * problem.head_dim_v + 6 * tile)
+
+
+def splits(problem: Problem) -> int:
+    """Shares of the keys."""
+    return max(1, problem.splits)
 
 
 def attention(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:

@@ -111,7 +111,8 @@ def _if_any(hidden: Tensor | None) -> Tensor | None:
 
 def tile_sizes(problem: Problem) -> tuple[int, int]:
     """(queries, keys) per tile: near TILE_ELEMENTS over all sequences and heads; few queries have tiles of many keys."""
-    each = TILE_ELEMENTS / max(1, problem.batch * problem.heads)
+    together = 1 if problem.unequal else problem.batch  # unequal sequences come one by one
+    each = TILE_ELEMENTS / max(1, together * problem.heads)
     length = min(LONGEST_TILE, max(SHORTEST_TILE, power_of_two(each ** 0.5)))
     if problem.graphs.listed:
         return min(length, BLOCK[0]), min(length, BLOCK[1])

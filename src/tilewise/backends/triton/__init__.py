@@ -55,9 +55,17 @@ def tile_sizes(problem: Problem) -> tuple[int, int]:
 
 
 def workspace(problem: Problem) -> tuple[int, int]:
-    """Bytes, forward and backward: lse; lse and delta."""
-    statistics = 4 * problem.batch * problem.heads * problem.seqlen_q
-    return statistics, 2 * statistics
+    """Bytes, forward and backward: lse and the parts of a split; lse and delta."""
+    statistics = 4 * problem.heads * problem.queries
+    parts = splits(problem)
+    return statistics + (parts * statistics * (1 + problem.head_dim_v) if parts > 1 else 0), 2 * statistics
+
+
+def splits(problem: Problem) -> int:
+    """Shares of the keys, merged afterwards."""
+    from tilewise.backends.triton import configs, launch
+    config = configs.choose(configs.forward_row(problem), problem, configs.architecture(problem.device))
+    return launch.splits_of(problem, config)
 
 
 def precision(problem: Problem) -> str:

@@ -120,7 +120,7 @@ def unequal(kind: str, pages: bool, head_dim: int, dtype: torch.dtype, options: 
     rows = torch.zeros(2, 3, dtype=torch.int32)
     if kind == "packed":
         q = torch.zeros(1, 2, n, head_dim, dtype=dtype)
-        return make_unequal(q, q, q, Layout(rows, rows, max_seqlen_q=n, max_seqlen_k=n), **options)
+        return make_unequal(Layout(rows, rows, max_seqlen_q=n, max_seqlen_k=n), q, q, q, **options)
     stored = torch.float8_e4m3fn if pages and dtype == torch.bfloat16 else dtype
     cache = (PagedKVCache(4, 16, 1, head_dim, max_sequences=2, dtype=stored, head_dim_v=min(head_dim, MAX_HEAD_DIM),
                           v_in_k=head_dim > MAX_HEAD_DIM) if pages else
@@ -130,7 +130,7 @@ def unequal(kind: str, pages: bool, head_dim: int, dtype: torch.dtype, options: 
     q = torch.zeros(2, 2, n if kind == "prefill" else 1, head_dim, dtype=dtype)
     if options.get("bias") is not None:
         options = {**options, "bias": torch.zeros(2, q.shape[2], n, dtype=dtype)}
-    return make_unequal(q, found.k, found.v, where, num_splits=2 if kind == "decode" else None,
+    return make_unequal(where, q, found.k, found.v, num_splits=2 if kind == "decode" else None,
                         batch_invariant=kind == "invariant", **options)
 
 
@@ -139,12 +139,14 @@ def of_append(arch: str, head_dim: int) -> Iterator[Case]:
     latent = head_dim > MAX_HEAD_DIM
     for width, (dtype, _) in list(WIDTHS.items())[:2]:
         stored = torch.float8_e4m3fn if dtype == torch.bfloat16 else dtype
-        cache = PagedKVCache(4, 16, 1, head_dim, max_sequences=1, dtype=stored, head_dim_v=min(head_dim, MAX_HEAD_DIM), v_in_k=latent)
+        cache = PagedKVCache(4, 16, 1, head_dim, max_sequences=1, dtype=stored, head_dim_v=min(head_dim, MAX_HEAD_DIM),
+                             v_in_k=latent)
         found, rows = cache.stored([cache.new()]), torch.zeros(1, 3, dtype=torch.int32)
         k, q = torch.zeros(1, 1, 16, head_dim, dtype=dtype), torch.zeros(1, 2, 16, head_dim, dtype=dtype)
         rotary = None if latent or dtype == torch.float32 else Rotary.of(head_dim // 2, 16, interleaved=True)
         v = None if latent else k
-        values = append.arguments(found, rows, k, v, q if rotary else None, q if rotary else None, rows, rotary) | dict(blocks=1)
+        turned = q if rotary else None
+        values = append.arguments(found, rows, k, v, turned, turned, rows, rotary) | dict(blocks=1)
         flat = flatten(append_kernel.append, append.NOTHING, values)
         yield _compiled(f"append d{head_dim} {width}", "forward", append_kernel.append, append.NOTHING, None, flat, arch,
                         Config(append.BLOCK, 0, append.WARPS, 1), False)

@@ -40,8 +40,8 @@ def arguments(stored: Stored, new: Tensor, k_new: Tensor, v_new: Tensor | None, 
               q_rows: Tensor | None, rotary: Rotary | None) -> dict[str, Any]:
     """What the kernel is told."""
     k, v = (x.view(torch.uint8) if x.dtype == FP8 else x for x in (stored.k, stored.v))
-    half = 0 if rotary is None else rotary.cos.shape[1]
-    paged = stored.pages is not None
+    half, positions = (0, 1) if rotary is None else (rotary.cos.shape[1], rotary.max_position)
+    room, pages_row = (k.shape[2], 0) if stored.pages is None else (stored.pages.shape[1] * k.shape[2], stored.pages.stride(0))
     none = (0, 0, 0)
     return dict(
         K=k, V=v, PAGES=stored.pages, STORED=stored.rows, K_SCALE=stored.k_scale, V_SCALE=stored.v_scale, NEW=new, K_NEW=k_new,
@@ -49,8 +49,7 @@ def arguments(stored: Stored, new: Tensor, k_new: Tensor, v_new: Tensor | None, 
         SIN=None if rotary is None else rotary.sin.contiguous(), k_strides=strides(k), v_strides=strides(v),
         k_new_strides=strides(k_new), v_new_strides=none if v_new is None else strides(v_new),
         q_strides=none if q is None else strides(q), q_out_strides=none if turned is None or q is None else strides(turned),
-        kv_heads=k.shape[1], room=stored.pages.shape[1] * k.shape[2] if paged else k.shape[2], slots=k.shape[0],
-        page_size=k.shape[2], pages_row=stored.pages.stride(0) if paged else 0, positions=1 if rotary is None else len(rotary.cos),
+        kv_heads=k.shape[1], room=room, slots=k.shape[0], page_size=k.shape[2], pages_row=pages_row, positions=positions,
         INTERLEAVED=rotary is not None and rotary.interleaved, HALF=half, D=k.shape[3], DV=v.shape[3], BLOCK_M=BLOCK,
         BLOCK_D=padded(k.shape[3]), BLOCK_DV=padded(v.shape[3]), BLOCK_HALF=padded(max(1, half)))
 

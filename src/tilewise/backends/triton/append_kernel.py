@@ -4,7 +4,7 @@ The definition is `tilewise/kv_cache.write`. A program takes a block of tokens o
 for the first H_kv heads, then of queries.
 
 Legend
-    K_NEW [slots, H_kv, rows, D]  V_NEW [.., DV]  Q, Q_OUT [slots, H, rows, D]     NEW, Q_ROWS, STORED  [B, 3] (`tiles.sequence`)
+    K_NEW [slots, H_kv, rows, D]  V_NEW [.., DV]  Q, Q_OUT [slots, H, rows, D]    NEW, Q_ROWS, STORED  [B, 3] (`tiles.sequence`)
     K, V    the cache [slots, H_kv, room, D], or [pages, H_kv, page_size, D] with PAGES [B, pages_row]; as bytes if in fp8
     COS, SIN  [positions, HALF], rows contiguous: tables of the first 2 HALF columns; HALF 0: no rotary
     room    keys that a sequence has memory for in its slot, or in its pages; slots: of K
@@ -18,8 +18,8 @@ from tilewise.backends.triton.tiles import located, rows_from, sequence
 
 @triton.jit
 def append(K, V, PAGES, STORED, K_SCALE, V_SCALE, NEW, K_NEW, V_NEW, Q, Q_OUT, Q_ROWS, COS, SIN, k_strides, v_strides,
-           k_new_strides, v_new_strides, q_strides, q_out_strides, kv_heads, room, slots, page_size, pages_row, blocks, positions,
-           INTERLEAVED: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
+           k_new_strides, v_new_strides, q_strides, q_out_strides, kv_heads, room, slots, page_size, pages_row, blocks,
+           positions, INTERLEAVED: tl.constexpr, HALF: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr,
            BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_HALF: tl.constexpr):
     b, block, h = tl.program_id(0) // blocks, tl.program_id(0) % blocks, tl.program_id(1)
     stored_slot, stored_start, stored = sequence(STORED, b, 0)
@@ -37,13 +37,15 @@ def append(K, V, PAGES, STORED, K_SCALE, V_SCALE, NEW, K_NEW, V_NEW, Q, Q_OUT, Q
             place = tl.load(PAGES + b.to(tl.int64) * pages_row + position // page_size, mask=keep, other=0)
             row = position % page_size
         keep = keep & (place >= 0) & (place < slots)
-        of_k = K + h.to(tl.int64) * k_strides[1] + (place.to(tl.int64) * k_strides[0] + row.to(tl.int64) * k_strides[2])[:, None]
+        place, row = place.to(tl.int64)[:, None], row.to(tl.int64)[:, None]
+        of_k = K + h.to(tl.int64) * k_strides[1] + (place * k_strides[0] + row * k_strides[2])
         source = rows_from(located(K_NEW, k_new_strides, slot, h, start), k_new_strides[2], first, BLOCK_M)
         turn(source, of_k, keep[:, None], position, COS, SIN, positions, K_SCALE, h, INTERLEAVED, HALF, D, BLOCK_D, BLOCK_HALF)
         if V_NEW is not None:
-            of_v = V + h.to(tl.int64) * v_strides[1] + (place.to(tl.int64) * v_strides[0] + row.to(tl.int64) * v_strides[2])[:, None]
+            of_v = V + h.to(tl.int64) * v_strides[1] + (place * v_strides[0] + row * v_strides[2])
             source = rows_from(located(V_NEW, v_new_strides, slot, h, start), v_new_strides[2], first, BLOCK_M)
-            turn(source, of_v, keep[:, None], position, COS, SIN, positions, V_SCALE, h, INTERLEAVED, 0, DV, BLOCK_DV, BLOCK_HALF)
+            turn(source, of_v, keep[:, None], position, COS, SIN, positions, V_SCALE, h, INTERLEAVED, 0, DV, BLOCK_DV,
+                 BLOCK_HALF)
     elif Q is not None:
         q_slot, q_start, nq = sequence(Q_ROWS, b, 0)
         position = tl.minimum(stored + n, limit if PAGES is None else room) - nq + token

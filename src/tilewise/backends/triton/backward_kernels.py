@@ -56,7 +56,8 @@ def tile_gradients(s, dp, lse, delta, scale, b, h, heads, rows, cols, first_row,
     p = softmax.exponential(finished, lse, softmax.LOG2E * (scale if RAW else 1.0), NATURAL)
     kept = p
     if DROPOUT:
-        keep = philox.keep(RNG, dropout, b, h, heads, first_row + tl.arange(0, BLOCK_M), first_col, BLOCK_M, BLOCK_N, TRANSPOSED)
+        drawn = first_row + tl.arange(0, BLOCK_M)
+        keep = philox.keep(RNG, dropout, b, h, heads, drawn, first_col, BLOCK_M, BLOCK_N, TRANSPOSED)
         kept = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp * (65536.0 / (65536 - dropout)), 0.0)
     ds = p * (dp - delta)

@@ -123,7 +123,8 @@ def needed(problem: Problem) -> list[str]:
     """The kernels of a forward pass, and of a backward pass where there is one."""
     if problem.cached:
         return [forward_row(problem), "merge"]
-    return [forward_row(problem), *(["merge"] if few_queries(problem) else []), "preprocess", *("key_gradients" + part for part in parts(problem)), "query_gradients",
+    return [forward_row(problem), *(["merge"] if few_queries(problem) else []), "preprocess",
+            *("key_gradients" + part for part in parts(problem)), "query_gradients",
             *(["summed_gradient"] if problem.bias_shape is not None or problem.graphs.learned else [])]
 
 

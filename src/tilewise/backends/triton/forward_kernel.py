@@ -23,8 +23,8 @@ from tilewise.backends.triton.tiles import load_at, load_keys, located, place, s
 
 @triton.jit
 def forward(Q, K, V, BIAS, SINKS, RNG, LIST, OUT, LSE, Q_ROWS, K_ROWS, PAGES, WORK, K_SCALE, V_SCALE, q_strides, k_strides,
-            v_strides, bias_strides, out_strides, scale, heads, group, nq, nk, lse_rows, page_size, pages_row, splits, out_split,
-            lse_split, dropout, captured, ints, floats,
+            v_strides, bias_strides, out_strides, scale, heads, group, nq, nk, lse_rows, page_size, pages_row, splits,
+            out_split, lse_split, dropout, captured, ints, floats,
             SCORE: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr, VISIT: tl.constexpr,
             BIAS_COLS: tl.constexpr, HAS_SINKS: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, NATURAL: tl.constexpr,
             ASCENDING: tl.constexpr, FOLD: tl.constexpr, SHARED: tl.constexpr, SPLIT: tl.constexpr, SPAN: tl.constexpr,
@@ -68,9 +68,9 @@ def forward(Q, K, V, BIAS, SINKS, RNG, LIST, OUT, LSE, Q_ROWS, K_ROWS, PAGES, WO
         if SPLIT:
             r = masking.share(r, tl.program_id(1), splits, SPAN)
         m_i, l_i, acc = attend(
-            r, q, q_tail, K, V, BIAS, RNG, LIST, PAGES, V_SCALE, k_strides, v_strides, bias_strides, scale, b, head, h_kv, heads,
-            rows, nq, nk, page_size, dropout, program, SCORE, MASK, VISIT, BIAS_COLS, DROPOUT, RAW, NATURAL, ASCENDING, SHARED,
-            CACHED, PRECISION, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV)
+            r, q, q_tail, K, V, BIAS, RNG, LIST, PAGES, V_SCALE, k_strides, v_strides, bias_strides, scale, b, head, h_kv,
+            heads, rows, nq, nk, page_size, dropout, program, SCORE, MASK, VISIT, BIAS_COLS, DROPOUT, RAW, NATURAL, ASCENDING,
+            SHARED, CACHED, PRECISION, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV)
     else:
         for span in range(r[0] // SPAN, tl.cdiv(tl.maximum(r[3], r[7]), SPAN)):
             m, l, part = attend(
@@ -97,12 +97,12 @@ def forward(Q, K, V, BIAS, SINKS, RNG, LIST, OUT, LSE, Q_ROWS, K_ROWS, PAGES, WO
 
 
 @triton.jit
-def attend(r, q, q_tail, K, V, BIAS, RNG, LIST, PAGES, V_SCALE, k_strides, v_strides, bias_strides, scale, b, h, h_kv, heads, rows,
-           nq, nk, page_size, dropout, program, SCORE: tl.constexpr, MASK: tl.constexpr, VISIT: tl.constexpr,
+def attend(r, q, q_tail, K, V, BIAS, RNG, LIST, PAGES, V_SCALE, k_strides, v_strides, bias_strides, scale, b, h, h_kv, heads,
+           rows, nq, nk, page_size, dropout, program, SCORE: tl.constexpr, MASK: tl.constexpr, VISIT: tl.constexpr,
            BIAS_COLS: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, NATURAL: tl.constexpr, ASCENDING: tl.constexpr,
            SHARED: tl.constexpr, CACHED: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """Statistics (m_i, l_i, acc) of a block of queries over the tiles of keys that r names; K, V at the sequence's first row."""
+    """Statistics (m_i, l_i, acc) of a block of queries over the tiles that r names; K, V at the sequence's first row."""
     unit = softmax.LOG2E * (scale if RAW else 1.0)
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], tl.float32)
@@ -161,8 +161,8 @@ def merge(PARTS, PART_LSE, SINKS, OUT, LSE, out_strides, heads, nq, splits, out_
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for split in range(splits):
         lse = tl.load(PART_LSE + tl.cast(split, tl.int64) * lse_split + of_rows, mask=rows < nq, other=float("-inf"))
-        part = load_at(PARTS + tl.cast(split, tl.int64) * out_split + (of_rows * DV)[:, None], (lse > float("-inf"))[:, None], DV,
-                       BLOCK_DV, True)
+        of_part = PARTS + tl.cast(split, tl.int64) * out_split + (of_rows * DV)[:, None]
+        part = load_at(of_part, (lse > float("-inf"))[:, None], DV, BLOCK_DV, True)
         m_i, l_i, acc = softmax.merge(m_i, l_i, acc, part, lse, NATURAL)
     if HAS_SINKS:
         m_i, l_i, acc = softmax.add_sink(m_i, l_i, acc, tl.load(SINKS + h).to(tl.float32), NATURAL)

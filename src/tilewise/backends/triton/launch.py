@@ -13,7 +13,16 @@ from torch import Tensor
 from tilewise.backends import Gradients, Needs
 from tilewise.backends.triton import backward_kernels as bwd
 from tilewise.backends.triton.configs import (
-    Config, architecture, choose, few_queries, folds, forward_row, parts, precision, span_of)
+    Config,
+    architecture,
+    choose,
+    few_queries,
+    folds,
+    forward_row,
+    parts,
+    precision,
+    span_of,
+)
 from tilewise.backends.triton.entry import entry, flatten
 from tilewise.backends.triton.forward_kernel import forward as forward_kernel
 from tilewise.backends.triton.forward_kernel import merge as merge_kernel
@@ -167,9 +176,9 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
     delta = torch.empty_like(lse)
     of_queries, of_keys = work(problem, x, "BLOCK_M"), work(problem, x, "BLOCK_N", keys=True)
     run(bwd.preprocess, problem, per_query_block(problem), dict(
-        OUT=out, DO=dout, DLSE=None if dlse is None else dlse.contiguous(), DELTA=delta, out_strides=strides(out), Q_ROWS=x.q_rows,
-        do_strides=strides(dout), heads=problem.heads, nq=problem.seqlen_q, lse_rows=problem.rows_q[1],
-        HAS_DLSE=dlse is not None, work=of_queries))
+        OUT=out, DO=dout, DLSE=None if dlse is None else dlse.contiguous(), DELTA=delta, Q_ROWS=x.q_rows,
+        out_strides=strides(out), do_strides=strides(dout), heads=problem.heads, nq=problem.seqlen_q,
+        lse_rows=problem.rows_q[1], HAS_DLSE=dlse is not None, work=of_queries))
     dq, dk, dv = problem.new_q(problem.head_dim), problem.new_k(problem.head_dim), problem.new_k(problem.head_dim_v)
     mode = bias_mode(problem, needs)
     dbias = _allocate_dbias(problem, x, mode)
@@ -224,8 +233,8 @@ def lookup_gradient(problem: Problem, x: Operands, common: Mapping[str, Any], nu
     """The gradient of a table by one of its lookups, fp32."""
     batch, heads, nq, nk = problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_k
     everyone, device = (batch, heads), problem.device
-    own = [r[:, 2, None, None, None].long() for r in of_sequences(problem, x)] if problem.unequal else (nq, nk)
-    values = leaf_values(slot_values(x.captured, x.ints, x.floats), batch, heads, *own, device)
+    own_q, own_k = (r[:, 2, None, None, None].long() for r in of_sequences(problem, x)) if problem.unequal else (nq, nk)
+    values = leaf_values(slot_values(x.captured, x.ints, x.floats), batch, heads, own_q, own_k, device)
     pattern = lookup.pattern
     if pattern == "any":
         largest = torch.zeros((batch, heads, nq), device=device)
@@ -313,7 +322,8 @@ def arguments(problem: Problem, x: Operands) -> dict[str, Any]:
     raw = not natural and problem.graphs.score is None and x.bias is None and 1e-30 < problem.scale < 1e30
     k, v = (t.view(torch.uint8) if x.k_scale is not None else t for t in (x.k, x.v))
     return dict(
-        Q=x.q, K=k, V=v, BIAS=x.bias, RNG=x.rng, Q_ROWS=x.q_rows, K_ROWS=x.k_rows, lse_rows=problem.rows_q[1], q_strides=strides(x.q), k_strides=strides(x.k),
+        Q=x.q, K=k, V=v, BIAS=x.bias, RNG=x.rng, Q_ROWS=x.q_rows, K_ROWS=x.k_rows, lse_rows=problem.rows_q[1],
+        q_strides=strides(x.q), k_strides=strides(x.k),
         v_strides=strides(x.v), bias_strides=bias_strides(x.bias), scale=problem.scale, heads=problem.heads,
         group=problem.group, nq=problem.seqlen_q, nk=problem.seqlen_k, dropout=problem.dropout,
         captured=tuple(x.captured), ints=tuple(x.ints), floats=tuple(x.floats),
@@ -342,7 +352,8 @@ def blocks(n: int, block: int) -> int:
 
 
 def constants(problem: Problem, config: Config) -> dict[str, Any]:
-    return dict(SPAN=span_of(problem, config), D=problem.head_dim, DV=problem.head_dim_v, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
+    return dict(SPAN=span_of(problem, config),
+                D=problem.head_dim, DV=problem.head_dim_v, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
                 BLOCK_D=padded(problem.head_dim), BLOCK_DV=padded(problem.head_dim_v), PRECISION=precision(problem))
 
 

@@ -43,7 +43,7 @@ def located(X, strides, slot, h, start):
 
 @triton.jit
 def load_at(pointers, keep, D: tl.constexpr, BLOCK_D: tl.constexpr, RAGGED: tl.constexpr):
-    """The rows [ROWS, BLOCK_D] that begin at pointers [ROWS, 1]; 0 beyond column D and, if RAGGED, where not `keep` [ROWS, 1]."""
+    """Rows [ROWS, BLOCK_D] that begin at pointers [ROWS, 1]; 0 beyond column D and, if RAGGED, where not `keep` [ROWS, 1]."""
     dims = tl.arange(0, BLOCK_D)[None, :]
     if RAGGED and D < BLOCK_D:
         return tl.load(pointers + dims, mask=keep & (dims < D), other=0.0)
