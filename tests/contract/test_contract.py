@@ -11,7 +11,8 @@ from tilewise.bench import tolerance
 from tilewise.bench.cases import CASES, draw, rows_in_use
 
 SHORT = ("full", "causal more keys", "causal more queries", "grouped heads", "head dim 40", "documents", "everything",
-         "prefix lm bias dropout sinks", "window grouped softcap dropout", "bias with -inf", "values narrower", "no keys", "packed causal", "packed everything")
+         "prefix lm bias dropout sinks", "window grouped softcap dropout", "bias with -inf", "values narrower", "no keys",
+         "packed causal", "packed everything")
 TABLE = [(case, torch.float32) for case in CASES]
 TABLE += [(case, dtype) for case in CASES if case.name in SHORT for dtype in (torch.bfloat16, torch.float16)]
 TABLE64 = [(case, torch.float64) for case in CASES if "batch invariant" not in case.name]

@@ -12,7 +12,7 @@ from torch import Tensor
 import tilewise as tw
 from tilewise import backends
 from tilewise.packing import cu_seqlens
-from tilewise.problem import Layout, Problem, make, make_unequal
+from tilewise.problem import Layout, Operands, Problem, make, make_unequal
 from tilewise.sequences import packed_rows
 
 Options = dict[str, Any]
@@ -100,17 +100,18 @@ class Call:
 
     def supported(self, backend: str) -> bool:
         """Whether the backend says that it computes this."""
-        return backends.load(backend).supports(self.problem()) is None
+        return backends.load(backend).supports(self.described()[0]) is None
 
-    def problem(self) -> Problem:
+    def described(self) -> tuple[Problem, Operands]:
+        """What is to be computed, as backends take it."""
         options = self.arguments({})
         if self.case.packed is None:
-            return make(self.q, self.k, self.v, **options, layout=self.case.layout)[0]
+            return make(self.q, self.k, self.v, **options, layout=self.case.layout)
         (q_rows, longest_q), (k_rows, longest_k) = (
             packed_rows(name, options.pop(f"cu_seqlens_{name}"), options.pop(f"seqused_{name}", None), len(x),
                         options.pop(f"max_seqlen_{name}", None), x.device, False) for name, x in (("q", self.q), ("k", self.k)))
         where = Layout(q_rows, k_rows, max_seqlen_q=longest_q, max_seqlen_k=longest_k)
-        return make_unequal(where, *(x.transpose(0, 1)[None] for x in (self.q, self.k, self.v)), **options)[0]
+        return make_unequal(where, *(x.transpose(0, 1)[None] for x in (self.q, self.k, self.v)), **options)
 
     def arguments(self, tensors: dict[str, Tensor]) -> Options:
         """The options with the differentiable tensors replaced by `tensors`."""
@@ -145,7 +146,7 @@ def draw(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", see
         aligned = 8 if dim % 8 == 0 else 1
         buffer = torch.full((len(inside) + 1, heads + 1, dim + aligned), torch.nan, dtype=dtype, device=device)
         view = buffer[:-1, :heads, :dim]
-        view[inside.to(device)] = make.normal(int(inside.sum()), heads, dim).to(dtype)
+        view[inside.nonzero()[:, 0].to(device)] = make.normal(int(inside.sum()), heads, dim).to(dtype)
         return view
 
     if case.packed is None:
