@@ -18,7 +18,7 @@ OPTIONS = st.fixed_dictionaries({}, optional=dict(
     mask=st.one_of(st.tuples(st.just("window"), st.none() | st.integers(0, 9), st.none() | st.integers(0, 9)),
                    st.tuples(st.just("function"), st.integers(2, 4), st.integers(0, 6))),
     score_mod=st.sets(st.sampled_from(["softcap", "alibi", "alibi of sequences", "function"]), max_size=2),
-    sinks=st.just(True), num_splits=st.integers(1, 5), scale=st.sampled_from([0.0, -0.4])))
+    sinks=st.just(True), num_splits=st.integers(1, 5), scale=st.sampled_from([0.0, 0.9, -0.4])))
 
 
 def normal(*shape, seed):
@@ -62,14 +62,20 @@ class Caches(RuleBasedStateMachine):
     backend = ""
 
     @initialize(page_size=st.sampled_from([1, 3, 16]), heads=st.sampled_from([(1, 1), (1, 3), (2, 1), (2, 2)]),
-                padding=st.lists(st.integers(0, 3), min_size=SLOTS, max_size=SLOTS))
-    def create(self, page_size, heads, padding):
+                padding=st.lists(st.integers(0, 3), min_size=SLOTS, max_size=SLOTS),
+                lengths=st.lists(st.sampled_from([0, 1, 7, 16, 21]), min_size=1, max_size=SLOTS))
+    def create(self, page_size, heads, padding, lengths):
         self.kv_heads, self.heads = heads[0], heads[0] * heads[1]
         self.model, self.seed = {}, 0
         shape = dict(kv_heads=self.kv_heads, head_dim=DIM, head_dim_v=DIM_V, dtype=torch.float32, device=DEVICE)
-        self.paged = tw.PagedKVCache(96 // page_size, page_size, max_sequences=SLOTS, **shape)
+        self.paged = tw.PagedKVCache(128 // page_size, page_size, max_sequences=SLOTS, **shape)
         self.flat = tw.KVCache(SLOTS, CAPACITY + 3, left_padding=torch.tensor(padding, dtype=torch.int32, device=DEVICE), **shape)
-        self.new()
+        for number, length in enumerate(lengths):
+            self.new()
+            self.model[number] = tuple(normal(length, self.kv_heads, dim, seed=number + dim) for dim in (DIM, DIM_V))
+            new = [x[None] for x in self.model[number]]
+            self.paged.append(*new, sequences=[number])
+            self.flat.append(*new, cache_batch_idx=torch.tensor([number], device=DEVICE))
 
     @precondition(lambda self: len(self.model) < SLOTS)
     @rule()
@@ -126,7 +132,8 @@ class Caches(RuleBasedStateMachine):
         self.run(sequences, counts if appending else None, counts, options, packed=True, spare=spare)
 
     def pick(self, data):
-        return data.draw(st.lists(st.sampled_from(sorted(self.model)), min_size=1, unique=True))
+        order = data.draw(st.permutations(sorted(self.model)))
+        return order[:data.draw(st.sampled_from(range(len(order), 0, -1)))]
 
     def run(self, sequences, counts, queries, options, packed, spare=0):
         self.seed += 10
@@ -204,7 +211,7 @@ class Caches(RuleBasedStateMachine):
 @pytest.mark.parametrize("backend", [b for b in AVAILABLE if b != "reference"])
 def test_any_order_of_calls(backend, poisoned, small_tiles):
     Caches.backend = backend
-    runs, steps = (200, 10) if backend == "tiled" else (12, 8)
+    runs, steps = (200, 10) if backend == "tiled" else (12, 6)
     run_state_machine_as_test(Caches, settings=settings(
         max_examples=runs, stateful_step_count=steps, deadline=None, derandomize=True, database=None,
         suppress_health_check=list(HealthCheck)))

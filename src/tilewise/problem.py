@@ -118,6 +118,7 @@ class Problem:
     packed_q: int | None = None         # rows of all sequences in q, if it is packed: q [1, H, rows, D]
     packed_k: int | None = None
     page_size: int | None = None
+    stored: torch.dtype | None = None   # of keys and values, where it is not q's
     unequal: bool = False               # sequences have lengths of their own, in k_rows and, if q is packed, q_rows
     first: int = 0                      # index b of the first sequence
     row: int = 0                        # of dropout's bits, of the first query
@@ -242,7 +243,7 @@ def describe(x: Operands, settings: Settings) -> Problem:
         seqlen_k=settings.max_seqlen_k if unequal else x.k.shape[2], head_dim=x.q.shape[3], head_dim_v=x.v.shape[3],
         dtype=x.q.dtype, device=x.q.device, bias_shape=None if x.bias is None else tuple(x.bias.shape),
         has_sinks=x.sinks is not None, settings=settings, packed_q=packed_q, packed_k=packed_k,
-        page_size=None if x.pages is None else x.k.shape[2], unequal=unequal)
+        page_size=None if x.pages is None else x.k.shape[2], stored=None if x.k_scale is None else x.k.dtype, unequal=unequal)
 
 
 def _precision() -> str:

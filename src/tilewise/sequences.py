@@ -104,7 +104,7 @@ def one_by_one(problem: Problem, x: Operands) -> Iterator[Part]:
             bias_b = bias_b[None, :, :nq if bias_b.shape[1] > 1 else 1, :nk if bias_b.shape[2] > 1 else 1]
         settings = problem.settings._replace(cached=False, max_seqlen_q=0, max_seqlen_k=0)
         one = replace(problem, batch=1, seqlen_q=nq, seqlen_k=nk, first=problem.first + b, settings=settings, packed_q=None,
-                      packed_k=None, page_size=None, unequal=False, row=nk - nq if problem.cached else 0,
+                      packed_k=None, page_size=None, stored=None, unequal=False, row=nk - nq if problem.cached else 0,
                       bias_shape=None if bias_b is None else tuple(bias_b.shape))
         own = x._replace(q=q[b], k=k_b, v=v_b, bias=bias_b, q_rows=None, k_rows=None, pages=None, k_scale=None, v_scale=None)
         yield Part(one, own, (q_slot, slice(q_first, q_first + nq)), (k_slot, slice(k_first, k_first + nk)))

@@ -121,7 +121,7 @@ def unequal(kind: str, pages: bool, head_dim: int, dtype: torch.dtype, options: 
     if kind == "packed":
         q = torch.zeros(1, 2, n, head_dim, dtype=dtype)
         return make_unequal(Layout(rows, rows, max_seqlen_q=n, max_seqlen_k=n), q, q, q, **options)
-    stored = torch.float8_e4m3fn if pages and dtype == torch.bfloat16 else dtype
+    stored = torch.float8_e4m3fn if pages and dtype == torch.bfloat16 and head_dim <= 256 else dtype
     cache = (PagedKVCache(4, 16, 1, head_dim, max_sequences=2, dtype=stored, head_dim_v=min(head_dim, MAX_HEAD_DIM),
                           v_in_k=head_dim > MAX_HEAD_DIM) if pages else
              KVCache(2, 64, 1, head_dim, dtype=stored, head_dim_v=min(head_dim, MAX_HEAD_DIM), v_in_k=head_dim > MAX_HEAD_DIM))

@@ -108,6 +108,8 @@ def missing(problem: Problem, arch: str) -> str | None:
         return f"no kernels are shipped for {arch}"
     if problem.head_dim > 512 and not problem.shared:
         return "head dims over 512 but where values are stored as a part of keys"
+    if problem.stored is not None and problem.head_dim > 256:
+        return "caches in fp8 with head dims over 256"
     for kernel in needed(problem):
         try:
             choose(kernel, problem, arch)

@@ -1,0 +1,3 @@
+from tilewise.bench.serving.run import main
+
+main()
