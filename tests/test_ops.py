@@ -201,3 +201,26 @@ def test_vmap_over_a_mask(backend):
     visible = torch.rand(3, 24, 24, generator=torch.Generator().manual_seed(0)).to(DEVICE) < 0.7
     attend = lambda m: tw.attention(q, k, v, mask=m, backend=backend)  # noqa: E731
     torch.testing.assert_close(torch.func.vmap(attend)(visible), torch.stack([attend(m) for m in visible]))
+
+
+@CPU_ONLY
+def test_a_cache_under_compile_is_one_break_in_the_graph():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    g = torch.Generator().manual_seed(0)
+    caches = [tw.KVCache(2, 20, 2, 16, dtype=torch.float32, device=DEVICE) for _ in range(2)]
+    rotary = tw.Rotary.of(16, 20, device=DEVICE)
+
+    def step(q, k, v, cache):
+        return tw.attention_with_kv_cache(q * 2, cache, k, v, causal=True, rotary=rotary) * 2
+
+    compiled = torch.compile(step, backend="aot_eager")
+    for n in (5, 1, 1):
+        q, k, v = (torch.randn(2, n, heads, 16, generator=g).to(DEVICE) for heads in (4, 2, 2))
+        torch.testing.assert_close(compiled(q, k, v, caches[0]), step(q, k, v, caches[1]))
+        assert torch.equal(caches[0].lengths, caches[1].lengths)
+    (reason,) = torch._dynamo.utils.counters["graph_break"]
+    assert "it writes to a cache" in reason
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="it writes to a cache"):
+        torch.compile(step, backend="aot_eager", fullgraph=True)(q, k, v, caches[0])

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._dynamo import eval_frame as frames
 
 from tilewise import backends, ops
 from tilewise.kv_cache import KVCache
@@ -343,3 +344,13 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype == torch.float32 else x for x in tensors)
+
+
+# What torch.compiler.disable does, without importing the compiler: torch.compile calls these as they are, with all they call,
+# and goes on behind them. A cache is written to, and what is written where is decided on the host.
+for opaque in (attention_with_kv_cache, cascade_attention):
+    vars(opaque)["_torchdynamo_disable"] = True
+    vars(opaque)["_torchdynamo_disable_msg"] = "it writes to a cache; torch.compile without fullgraph=True calls it as it is"
+    if hasattr(frames, "_FrameExecStrategy"):  # without it, compiling takes longer
+        skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.SKIP)
+        frames.set_code_exec_strategy(opaque.__code__, skip)

@@ -353,6 +353,7 @@ def bench(
     out: Annotated[Path | None, typer.Option(help="Also write the result as JSON.", show_default=False)] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes, in seconds.")] = False,
     masks: Annotated[bool, typer.Option("--masks", help="Time masks and score functions instead.")] = False,
+    serving: Annotated[bool, typer.Option("--serving", help="Time decoding and packed batches instead.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")] = "auto",
 ) -> None:
     """Time attention, forward and backward, beside every other implementation that this machine has.
@@ -361,12 +362,16 @@ def bench(
 
     With --masks: first calls with new functions, finding tiles, sparse blocks, gradients of captured tables.
 
-    Examples: `tilewise bench --quick`, `tilewise bench --out bench.json`, `tilewise bench --masks`
+    With --serving: decoding from caches, sequences of unequal length, prompts in chunks, drafted tokens.
+
+    Examples: `tilewise bench --quick`, `tilewise bench --out bench.json`, `tilewise bench --masks`, `tilewise bench --serving`
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # as for demo
     import torch
 
     with plain_errors(OSError, RuntimeError, ValueError):
+        if masks and serving:
+            raise ValueError("--masks, --serving: expected one of them")
         where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
         torch.zeros(1, device=where)
         with console.status("") as status:
@@ -374,6 +379,10 @@ def bench(
                 from tilewise.bench import masks as of_masks
 
                 result = of_masks.benchmark(of_masks.QUICK if quick else of_masks.Sizes(), where, out, status.update)
+            elif serving:
+                from tilewise.bench.serving import run as of_serving
+
+                result = of_serving.benchmark(where, quick=quick, out=out, progress=status.update)
             else:
                 from tilewise.bench import run
 

@@ -34,7 +34,7 @@ def settings(device: torch.device, quick: bool = False) -> list[Setting]:
                 for batch in batches]
     if quick:
         return [Setting(1, 1024, *LLAMA_8B, "float32"), Setting(4, 256, 16, 1, 96, 64)]
-    return [Setting(1, 32768, *LLAMA_8B, "float32", 16.0, PROMISED),
+    return [Setting(1, 32768, *LLAMA_8B, "float32", 12.0, PROMISED),
             *(Setting(1, context, *LLAMA_8B, "float32", 3.0) for context in (512, 2048, 8192)),
             Setting(1, 8192, *LLAMA_8B, "bfloat16", 3.0), Setting(8, 2048, *LLAMA_8B, "float32", 3.0),
             Setting(1, 2048, *MHA, "float32", 3.0), Setting(1, 8192, *LLAMA_70B, "float32", 3.0),
@@ -170,7 +170,8 @@ def cells(row: Row, peers: Sequence[str], host: bool) -> str:
 
 def promises(rows: Sequence[Row]) -> list[str]:
     return [f"  B{row['batch']} {length(row['context'])}: {x['median']:.2f} times faster ({x['quartiles'][0]:.2f} to "
-            f"{x['quartiles'][1]:.2f}) than SDPA with grouped heads on its better layout ({x['layout']}); promised {x['promised']:g}"
+            f"{x['quartiles'][1]:.2f}) than SDPA with grouped heads, on its better layout ({x['layout']}); "
+            f"promised {x['promised']:g}"
             for row in rows if (x := row.get("than_sdpa")) and x["promised"]]
 
 

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -30,21 +31,26 @@ def benchmark(device: torch.device, *, quick: bool = False, parts: Sequence[str]
     deadline = time.monotonic() + seconds
     result: Row = record.stamp() | {"lines": [], "not_reached": [], "failed": {}} | {name: [] for name in parts}
     for name in parts:
-        for setting in PARTS[name].settings(device, quick):   
+        for setting in PARTS[name].settings(device, quick):
             title = f"{name}: {setting}"
             if time.monotonic() > deadline:
                 result["not_reached"].append(title)
-                continue
-            progress(title)
-            try:
-                result[name].append(PARTS[name].measure(setting, device)) 
-            except Exception as error:  # such as memory
-                result["failed"][title] = record.words(error)
-                if not alive(device):
-                    raise SystemExit(f"{title}: {record.words(error)}; the device no longer answers") from None
+            else:
+                progress(title)
+                attempt(name, setting, title, device, result)
             result["lines"] = lines(result, parts)
             record.write(out, result)
     return result
+
+
+def attempt(name: str, setting: Any, title: str, device: torch.device, result: Row) -> None:
+    """One setting's row, or its failure, into the result."""
+    try:
+        result[name].append(PARTS[name].measure(setting, device))
+    except Exception as error:  # such as memory
+        result["failed"][title] = record.words(error)
+        if not alive(device):
+            raise SystemExit(f"{title}: {record.words(error)}; the device no longer answers") from None
 
 
 def lines(result: Row, parts: Sequence[str]) -> list[str]:
@@ -52,7 +58,7 @@ def lines(result: Row, parts: Sequence[str]) -> list[str]:
     found: list[str] = []
     for name in parts:
         try:
-            found += PARTS[name].lines(result[name]) if result[name] else []  
+            found += PARTS[name].lines(result[name]) if result[name] else []
         except Exception as error:  # the table's failure is not the measurement's
             found.append(f"no lines of {name}: {record.words(error)}")
     found += [f"{title}: {words}"[:126] for title, words in result["failed"].items()]
