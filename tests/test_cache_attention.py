@@ -374,18 +374,19 @@ def test_wide_keys_beside_values_of_their_own(backend):
 # ---- splits and merges -----------------------------------------------------------------------------------------------
 
 @every_backend
-@pytest.mark.parametrize("num_splits", [1, 2, 7, 64])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_splits(num_splits, dtype, backend):
+@pytest.mark.parametrize("num_splits, dtype, sink", [
+    (1, torch.float32, True), (2, torch.bfloat16, False), (7, torch.float32, False), (7, torch.bfloat16, True),
+    (64, torch.float32, True)])
+def test_splits(num_splits, dtype, sink, backend):
     """Most shares of short sequences are empty, all of those without keys."""
-    keys, values = sequences((0, 1, 5, 75), heads=1, dtype=dtype)
-    q, sinks = normal(4, 2, 3, DIM, dtype=dtype), normal(3)
+    keys, values = sequences((0, 5, 75), heads=1, dtype=dtype)
+    q, sinks = normal(3, 2, 3, DIM, dtype=dtype), normal(3)
+    options = dict(sinks=sinks, causal=True) if sink else {}
     cache, which = filled("pages", keys, values, room=0)
-    for options in ({}, dict(sinks=sinks, causal=True)):
-        out, lse = attend(cache, which, q, num_splits=num_splits, backend=backend, **options)
-        assert_right((out, lse), last_rows(q, keys, values, lambda own, o=options: o))
-        assert (out[:2] == 0).all()
-        assert torch.equal(lse[:, :2], sinks[:, None].expand(3, 2) if options else torch.full_like(lse[:, :2], -torch.inf))
+    out, lse = attend(cache, which, q, num_splits=num_splits, backend=backend, **options)
+    assert_right((out, lse), last_rows(q, keys, values, lambda own: options))
+    assert (out[:2] == 0).all()
+    assert torch.equal(lse[:, :2], (sinks if sink else torch.full_like(sinks, -torch.inf))[:, None].expand(3, 2))
 
 
 @every_backend
@@ -409,11 +410,11 @@ def test_splits_merge_as_states_do(backend):
 
 
 INVARIANT = {
-    "causal": lambda own: dict(causal=True),
-    "bf16": lambda own: dict(causal=True),
-    "window, softcap, alibi": lambda own: dict(mask=tw.window(70, 0), score_mod=[tw.softcap(2.0), tw.alibi(SLOPES[0])]),
-    "sinks, dropout": lambda own: dict(causal=True, sinks=normal(HEADS), dropout_p=0.2, rng=tw.Rng(5, 0, own.start or 0)),
-    "function": lambda own: dict(mask=lambda b, h, q, k: (k <= q) & ((q - k < 20) | (k % 40 < 9 + h))),
+    "causal": dict(causal=True),
+    "bf16": dict(causal=True),
+    "window, softcap, alibi": dict(mask=tw.window(70, 0), score_mod=[tw.softcap(2.0), tw.alibi(normal(2))]),
+    "sinks, dropout": dict(causal=True, sinks=normal(2), dropout_p=0.2, rng=tw.Rng(5)),
+    "function": dict(mask=lambda b, h, q, k: (k <= q) & ((q - k < 20) | (k % 40 < 9 + h))),
 }
 
 
@@ -422,43 +423,40 @@ INVARIANT = {
 def test_batch_invariant(name, monkeypatch):
     """A row's bits are the same alone, among others, decoded one by one, in chunks or at once, in pages or not."""
     from tilewise.backends.triton import configs
-    monkeypatch.setattr(configs, "SPAN", 32)
-    length, dtype = 150, torch.bfloat16 if name == "bf16" else torch.float32
-    (k, other_k), (v, other_v) = sequences((length, 70), dtype=dtype)
-    q, other_q = normal(length, HEADS, DIM, seed=3, dtype=dtype), normal(70, HEADS, DIM, seed=4, dtype=dtype)
-    options = INVARIANT[name](slice(0, 1)) | dict(batch_invariant=True, backend="triton")
-    out, lse = tw.attention(q[None], k[None], v[None], return_lse=True, **options)
-    out, lse = out[0], lse[0]
+    monkeypatch.setattr(configs, "SPAN", 32)                # four spans
+    length, other, heads, dtype = 110, 40, 2, torch.bfloat16 if name == "bf16" else torch.float32
+    tokens = sequences((length, other), heads=1, dtype=dtype)
+    tokens.append([normal(n, heads, DIM, seed=3 + n, dtype=dtype) for n in (length, other)])
+    if dtype == torch.bfloat16:     # products are exact then: the bits of numpy's, in the interpreter, depend on a row's place
+        tokens = [[x.round().clamp(-1, 1) for x in part] for part in tokens]
+    (k, other_k), (v, other_v), (q, other_q) = tokens
+    options = INVARIANT[name] | dict(batch_invariant=True, backend="triton", return_lse=True)
+    out, lse = (x[0] for x in tw.attention(q[None], k[None], v[None], **options))
 
-    def same(found, rows):
+    def same(found, rows, axis=0):
+        found = [x.narrow(axis, 0, len(out[rows])) for axis, x in enumerate(as_packed(*found))]
         assert torch.equal(found[0], out[rows])
         assert torch.equal(found[1], lse[:, rows])
 
-    def last(n, end=length):
-        return tw.attention(q[None, end - n:end], k[None, :end], v[None, :end], return_lse=True, **options)
+    def call(cache, which, *tokens, **more):
+        return tw.attention_with_kv_cache(*tokens[:1], cache, *tokens[1:], cache_batch_idx=which, **options, **more)
 
-    if "dropout_p" not in options and name != "function":          # there rows of dense calls count from their first query
-        same(as_packed(*last(1)), slice(length - 1, length))
-        same(as_packed(*last(50, 120)), slice(70, 120))
-    for layout, chunks in (("contiguous", (150,)), ("pages", (97, 20, 33))):
-        cache, which = filled(layout, [k[:0], other_k], [v[:0], other_v], room=160)
-        at = 0
-        for n in chunks:
-            rows = slice(at, at + n)
-            same(attend(cache, which[:1], q[None, rows], k[None, rows], v[None, rows], **options), rows)
-            at += n
-        both = torch.cat([q[-4:], other_q[-1:]])
-        same([x.narrow(axis, 0, 4) for axis, x in enumerate(attend(cache, which, both, cu_seqlens_q=ints(0, 4, 5), **options))],
-             slice(length - 4, length))
-    positions = torch.tensor([0, 31, 32, 95, 149], device=DEVICE)
+    if name not in ("sinks, dropout", "function"):          # in dense calls rows count from the first query for these
+        for first, end in ((length - 1, length), (40, 100)):
+            same(tw.attention(q[None, first:end], k[None, :end], v[None, :end], **options), slice(first, end))
+    for layout, chunks in (("contiguous", (0, 110)), ("pages", (0, 60, 80, 110))):
+        cache, which = filled(layout, [k[:0], other_k], [v[:0], other_v], room=120)
+        for rows in map(slice, chunks, chunks[1:]):
+            same(call(cache, which[:1], q[None, rows], k[None, rows], v[None, rows]), rows)
+        mixed = torch.cat([q[-4:], other_q[-1:]])
+        same(call(cache, which, mixed, cu_seqlens_q=ints(0, 4, 5)), slice(length - 4, length))
+    positions = torch.tensor([0, 31, 32, 95, 109], device=DEVICE)
     many = tw.KVCache.wrap(k.expand(5, -1, -1, -1), v.expand(5, -1, -1, -1), (positions + 1).int())
-    if "rng" not in options:                                          # whose bits differ between sequences
-        same(attend(many, None, q[positions][:, None], **options), positions)
-    same(attend(many, ints(3), q[95:96][None], **options), slice(95, 96))
-    if name != "function":
-        packed = tw.attention_varlen(torch.cat([q, other_q]), torch.cat([k, other_k]), torch.cat([v, other_v]), ends((length, 70)),
-                                     return_lse=True, **options)
-        same([x.narrow(axis, 0, length) for axis, x in enumerate(packed)], slice(0, length))
+    if "rng" not in options:                                # its bits differ between sequences
+        same(call(many, None, q[positions][:, None]), positions)
+    same(call(many, ints(3).long(), q[95:96][None]), slice(95, 96))
+    packed = torch.cat([q, other_q]), torch.cat([k, other_k]), torch.cat([v, other_v])
+    same(tw.attention_varlen(*packed, ends((length, other)), **options), slice(0, length))
 
 
 @pytest.mark.skipif("tiled" not in AVAILABLE, reason="in the interpreter's process only Triton runs")
@@ -469,3 +467,305 @@ def test_tiled_promises_no_batch_invariance():
         attend(cache, which, normal(1, 1, HEADS, DIM), *(normal(1, 1, KV_HEADS, n) for n in (DIM, DIM_V)), batch_invariant=True,
                backend="tiled")
     assert cache.length(which[0]) == 5
+
+
+# ---- a prefix that all share -----------------------------------------------------------------------------------------
+
+CASCADES = {
+    "nothing": ({}, {}),
+    "causal": (dict(causal=True), dict(causal=True)),
+    "sinks, softcap": (dict(causal=True, sinks=normal(HEADS), score_mod=tw.softcap(1.5)),) * 2,
+    "heads": (dict(score_mod=lambda s, b, h, q, k: s / (1.0 + h), scale=0.9),) * 2,
+    "window": (dict(mask=tw.window(4, 0)), dict(mask=lambda b, h, q, k: (k <= q) & ((k < 13) | (q - k <= 4)))),
+}
+
+
+@every_backend
+@pytest.mark.parametrize("name", CASCADES)
+@pytest.mark.parametrize("layout, packed", [("left padding", False), ("pages", True)])
+def test_cascade(name, layout, packed, backend):
+    """The second options are those of dense attention over prefix and own keys together."""
+    given, options = CASCADES[name]
+    dtype = torch.bfloat16 if name == "causal" else torch.float32
+    keys, values = sequences((9, 0, 20), dtype=dtype)
+    counts = (3, 1, 5) if packed else (2, 2, 2)
+    q, k, v = ([normal(n, heads, dim, seed=b + dim, dtype=dtype) for b, n in enumerate(counts)]
+               for heads, dim in ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, DIM_V)))
+    (prefix_k,), (prefix_v,) = sequences((13,), dtype=dtype, seed=70)
+    cache, which = filled(layout, keys, values)
+    join = torch.cat if packed else torch.stack
+    found = tw.cascade_attention(join(q), prefix_k, prefix_v, cache, join(k), join(v), cache_batch_idx=which, num_splits=2,
+                                 cu_seqlens_q=ends(counts) if packed else None, return_lse=True, backend=backend, check=True, **given)
+    whole = [[torch.cat([prefix, x, new]) for x, new in zip(old, part, strict=True)]
+             for prefix, old, part in ((prefix_k, keys, k), (prefix_v, values, v))]
+    assert_right(as_packed(*found), last_rows(q, *whole, lambda own: options))
+    assert cache.lengths.tolist() == [len(x) - 13 for x in whole[0]]
+
+
+@every_backend
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_cascade_turns_behind_the_prefix(interleaved, backend):
+    rotary = tw.Rotary.of(DIM, 40, interleaved=interleaved, device=DEVICE)
+    keys, values = sequences((24, 16))
+    q = normal(2, 3, HEADS, DIM, seed=5)
+    (prefix_k,), (prefix_v,) = sequences((13,), seed=70)
+    keys, values = [torch.cat([prefix_k, x]) for x in keys], [torch.cat([prefix_v, x]) for x in values]
+    turned = rotary.rotate(prefix_k.transpose(0, 1), torch.arange(13, device=DEVICE)).transpose(0, 1)
+    cache, which = filled("pages", [x[:0] for x in keys], [x[:0] for x in values], room=40)
+    own = [x[13:] for x in keys], [x[13:] for x in values]
+    found = []
+    for b in (0, 1):                                        # a prompt all at once, and in two pieces
+        for rows in (slice(0, 10), slice(10, len(own[0][b]))):
+            queries = q[b:b + 1, :2] if rows.start == 0 else q[b:b + 1]
+            found = tw.cascade_attention(queries, turned, prefix_v, cache, own[0][b][None, rows], own[1][b][None, rows],
+                                         cache_batch_idx=[which[b]], rotary=rotary, causal=True, return_lse=True, backend=backend)
+        assert_right(as_packed(*found), last_rows(q[b:b + 1], keys[b:b + 1], values[b:b + 1], lambda own: dict(causal=True), rotary))
+
+
+@every_backend
+def test_cascade_of_nothing(backend):
+    """No prefix, no keys of one's own, or neither."""
+    keys, values = sequences((6, 0))
+    q, sinks = normal(2, 2, HEADS, DIM, seed=5), normal(HEADS)
+    for length in (0, 5):
+        (prefix_k,), (prefix_v,) = sequences((length,), seed=70)
+        cache, which = filled("contiguous", keys, values)
+        found = tw.cascade_attention(q, prefix_k, prefix_v, cache, cache_batch_idx=which, sinks=sinks, return_lse=True, backend=backend)
+        whole = [torch.cat([prefix_k, x]) for x in keys], [torch.cat([prefix_v, x]) for x in values]
+        assert_right(as_packed(*found), last_rows(q, *whole, lambda own: dict(sinks=sinks)))
+
+
+# ---- errors ----------------------------------------------------------------------------------------------------------
+
+def everything(cache):
+    """All that a call may change, bit by bit."""
+    memory = [x.contiguous().view(torch.uint8).tolist() for x in (cache.k, cache.v)]
+    book = getattr(cache, "book", None)
+    pages = [] if book is None else [book.free_pages.copy(), book.free_sequences.copy(), book.references.copy(),
+                                     {s: list(p) for s, p in book.pages.items()}, book.lengths.copy(), cache.block_table.tolist()]
+    return memory, cache.lengths.tolist(), pages
+
+
+Q, K, V = (normal(2, 3, heads, dim) for heads, dim in ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, DIM_V)))
+NEEDS_GRADIENT = [(dict([(name, x.clone().requires_grad_())]), ValueError, f"{name}: expected no gradient, since a cache is for")
+                  for name, x in (("q", Q), ("k_new", K), ("v_new", V))]
+PACKED = dict(q=Q.flatten(0, 1), k_new=K.flatten(0, 1), v_new=V.flatten(0, 1))
+ROTARY = tw.Rotary.of(DIM, 99, device=DEVICE)
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    (dict(mask=3), TypeError, "mask: expected None, a mask"),
+    (dict(mask="causal"), TypeError, "mask: expected None, a mask"),
+    (dict(mask=torch.ones(5, 9, dtype=torch.bool, device=DEVICE)), ValueError, "mask: expected size 13 in dimension 1"),
+    (dict(mask=lambda b, h, q, k: q > k if q > 0 else k > q), tw.CaptureError, "q"),
+    (dict(mask=tw.key_lengths(ints(3, 14))), ValueError, "key_lengths: lengths: expected values from 0 to 13"),
+    (dict(causal=1), TypeError, "causal: expected True or False, got 1"),
+    (dict(score_mod="tanh"), TypeError, "score_mod: expected None, a score function"),
+    (dict(bias=normal(HEADS, 3, 12)), ValueError, r"bias: expected a shape that .* \[2, 4, 3, 13\], got \[4, 3, 12\]"),
+    (dict(bias=torch.ones(13, dtype=torch.int32, device=DEVICE)), TypeError, "bias: expected a floating tensor"),
+    (dict(sinks=normal(3)), ValueError, r"sinks: expected a floating tensor \[H\] = \[4\], got torch.float32 \[3\]"),
+    (dict(scale="1"), ValueError, "scale: expected None or a finite number, got '1'"),
+    (dict(dropout_p=1.0), ValueError, r"dropout_p: expected a number in \[0, 1\), got 1.0"),
+    (dict(dropout_p=0.5, rng=7), TypeError, "rng: expected None or tw.Rng"),
+    (dict(q=None), ValueError, r"q: expected \[B, S_q, heads, head_dim\] with B = 2 sequences, .* got NoneType"),
+    (dict(q=Q[:1]), ValueError, r"q: expected \[B, S_q, heads, head_dim\] with B = 2 sequences, .* got \[1, 3, 4, 8\]"),
+    (dict(q=Q[0]), ValueError, r"q: expected \[B, S_q, heads, head_dim\] .* got \[3, 4, 8\]"),
+    (dict(q=Q[:, :, :3]), ValueError, "k: expected a number of heads that divides q's 3, got 2"),
+    (dict(q=Q[..., :7]), ValueError, "k: expected q's head_dim 7, got 8"),
+    (dict(q=Q.bfloat16()), TypeError, "q: expected the cache's dtype torch.float32, got torch.bfloat16"),
+    (dict(k_new=K.bfloat16()), TypeError, "k_new: expected float32, got torch.bfloat16"),
+    (dict(k_new=K[:, :2]), ValueError, r"v_new: expected \[2, 2, 2, 6\], got \[2, 3, 2, 6\]"),
+    (dict(k_new=K[0]), ValueError, r"k_new: expected \[2, S_new, 2, 8\], got \[3, 2, 8\]"),
+    (dict(v_new=None), ValueError, "v_new: expected a tensor like k_new, got None"),
+    (dict(k_new=None), ValueError, "v_new: expected None without k_new"),
+    (dict(k_new=None, v_new=None, rotary=ROTARY), ValueError, "rotary: expected None without k_new"),
+    (dict(rotary=tw.Rotary.of(DIM, 12, device=DEVICE)), ValueError, "rotary: expected tables for 13 positions, got 12"),
+    (dict(rotary=ROTARY, q=normal(2, 8, HEADS, DIM)), ValueError, r"q: expected at most as many queries .* \(7\), got 8"),
+    (dict(PACKED, cu_seqlens_q=ints(0, 6)), ValueError, "cu_seqlens_q: expected 2 sequences, got 1"),
+    (dict(PACKED, cu_seqlens_q=ints(0, 2, 7)), ValueError, r"cu_seqlens_q: .* got \[0, 2, 7\]"),
+    (dict(PACKED, cu_seqlens_q=[0, 3, 6]), TypeError, "cu_seqlens_q: expected an int32 tensor of one dimension, got list"),
+    (dict(PACKED, cu_seqlens_q=ints(0, 3, 6), max_seqlen_q=2), ValueError, "max_seqlen_q: expected at least the longest sequence, 3"),
+    (dict(PACKED, cu_seqlens_q=ints(0, 3, 6), k_new=K), ValueError, r"k_new: expected \[total, 2, 8\], got \[2, 3, 2, 8\]"),
+    (dict(q=Q, cu_seqlens_q=ints(0, 3, 6)), ValueError, "q: expected packed sequences"),
+    (dict(num_splits=0), ValueError, "num_splits: expected None or an integer from 1 to 256, got 0"),
+    (dict(num_splits=1000), ValueError, "num_splits: expected None or an integer from 1 to 256, got 1000"),
+    (dict(num_splits=True), ValueError, "num_splits: expected None or an integer from 1 to 256, got True"),
+    (dict(backend="cuda"), ValueError, 'backend: expected "auto" or one of triton, tiled, reference, got \'cuda\''),
+    (dict(k_new=normal(2, 20, KV_HEADS, DIM), v_new=normal(2, 20, KV_HEADS, DIM_V)), (ValueError, tw.CacheFull),
+     "k_new: expected at most .* got 20|pages: needed 12, free 6"),
+    (dict(k_new=normal(2, 40, KV_HEADS, DIM), v_new=normal(2, 40, KV_HEADS, DIM_V)), ValueError, "expected at most .* got 40"),
+    *NEEDS_GRADIENT,
+])
+@pytest.mark.parametrize("layout", ["left padding", "pages", "foreign pages"])
+def test_errors_change_nothing(layout, arguments, error, message):
+    keys, values = sequences((10, 4))
+    cache, which = filled(layout, keys, values, room=6)
+    before = everything(cache)
+    given = dict(dict(q=Q, k_new=K, v_new=V, backend=NATIVE), **arguments)
+    with pytest.raises(error, match=message):
+        tw.attention_with_kv_cache(given.pop("q"), cache, cache_batch_idx=which, check=True, **given)
+    assert everything(cache) == before
+    attend(cache, which, Q, K, V, backend=NATIVE)
+    assert cache.lengths.tolist() == [13, 7]
+
+
+@pytest.mark.parametrize("quietly", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(quietly):
+    keys, values = sequences((10, 4))
+    cache, which = filled("pages", keys, values)
+    with quietly():
+        found = attend(cache, which, *(x.clone().requires_grad_() for x in (Q, K, V)), causal=True, backend=NATIVE)
+    assert_right(found, last_rows(Q, grown(keys, K), grown(values, V), lambda own: dict(causal=True)))
+
+
+@pytest.mark.parametrize("which, error, message", [
+    (torch.tensor([0.0, 1.0]), TypeError, "expected int32 or int64, got torch.float32"),
+    (torch.tensor([0, 2], device=DEVICE), ValueError, "got 2"), (torch.tensor([1, 1], device=DEVICE), ValueError, "got 1 twice"),
+    (torch.tensor([0], device=DEVICE), ValueError, "with B = 1 sequences")])
+@pytest.mark.parametrize("layout", ["left padding", "pages"])
+def test_sequences_that_there_are_not(layout, which, error, message):
+    cache, _ = filled(layout, *sequences((10, 4)))
+    before = everything(cache)
+    with pytest.raises(error, match=message):
+        attend(cache, which, Q, K, V, backend=NATIVE)
+    assert everything(cache) == before
+
+
+@on_triton
+def test_triton_takes_no_fp64():
+    cache, which = filled("pages", *sequences((10, 4), dtype=torch.float64))
+    before = everything(cache)
+    with pytest.raises(NotImplementedError, match="backend='triton' cannot compute this: fp64"):
+        attend(cache, which, Q.double(), K.double(), V.double(), backend="triton")
+    assert everything(cache) == before
+
+
+def test_what_is_no_cache():
+    with pytest.raises(TypeError, match="cache: expected a KVCache or a PagedKVCache, got Tensor"):
+        tw.attention_with_kv_cache(Q, K, K, V)
+
+
+@pytest.mark.parametrize("arguments, error, message", [
+    (dict(score_mod=tw.alibi(normal(HEADS))), ValueError, "score_mod: expected a function of the score and the head alone"),
+    (dict(score_mod=lambda s, b, h, q, k: s + b), ValueError, "score_mod: expected a function of the score and the head alone"),
+    (dict(prefix_k=K), ValueError, r"prefix_k: expected \[S_p, heads, head_dim\], got \[2, 3, 2, 8\]"),
+    (dict(prefix_v=None), ValueError, "prefix_v: expected .* got NoneType"),
+    (dict(prefix_k=K[0, ..., :7]), ValueError, "head_dim"), (dict(prefix_v=V[0, :2]), ValueError, "as many keys"),
+    (dict(prefix_k=K[0].double()), TypeError, "dtype"), (dict(prefix_k=K[0, :, :1], prefix_v=V[0, :, :1]), ValueError, "head"),
+    (dict(prefix_v=V[0, ..., :5]), ValueError, "head"), (dict(sinks=normal(3)), ValueError, r"sinks: expected .* \[4\]"),
+    (dict(rotary=tw.Rotary.of(DIM, 15, device=DEVICE)), ValueError, "rotary: expected tables for 1[36] positions"),
+    (dict(rotary=tw.Rotary.of(DIM, 3, device=DEVICE)), ValueError, "rotary: expected tables for"),
+    (dict(rotary="llama"), TypeError, "rotary: expected a Rotary or None, got str"),
+    (dict(mask=3), TypeError, "mask: expected None, a mask"), (dict(q=Q[:1]), ValueError, "with B = 2 sequences"),
+])
+def test_errors_of_cascades_change_nothing(arguments, error, message):
+    cache, which = filled("pages", *sequences((10, 4)))
+    before = everything(cache)
+    given = dict(dict(q=Q, prefix_k=K[0], prefix_v=V[0], k_new=K, v_new=V), **arguments)
+    with pytest.raises(error, match=message):
+        tw.cascade_attention(*(given.pop(name) for name in ("q", "prefix_k", "prefix_v")), cache, cache_batch_idx=which, **given,
+                             backend=NATIVE)
+    assert everything(cache) == before
+
+
+@every_backend
+@pytest.mark.parametrize("layout", ["contiguous", "pages"])
+@pytest.mark.parametrize("name", ["bias", "sinks", "slopes"])
+def test_learned_tensors_get_no_wrong_gradient(name, layout, backend):
+    """A cache is for inference: such a call raises, or its results need no gradient, or it is the right one."""
+    keys, values = sequences((10, 4))
+    cache, which = filled(layout, keys, values)
+    learned = dict(bias=normal(HEADS, 3, 13), sinks=normal(HEADS), slopes=normal(HEADS))[name].requires_grad_()
+    weights = normal(6, HEADS, DIM_V, seed=1)
+
+    def options(own):
+        bias = learned if own.start is None else learned[..., :(13, 7)[own.start]]
+        return dict(bias=dict(bias=bias), sinks=dict(sinks=learned), slopes=dict(score_mod=tw.alibi(learned)))[name]
+
+    try:
+        out, _ = attend(cache, which, Q, K, V, backend=backend, **options(slice(None)))
+    except ValueError as error:
+        assert "expected no gradient" in str(error)     # noqa: PT017
+        assert cache.lengths.tolist() == [10, 4]
+        return
+    if out.requires_grad:
+        expected, _ = last_rows(Q, grown(keys, K), grown(values, V), options, whole=False)(torch.float64)
+        gradients = [torch.autograd.grad((x * weights).sum(), learned)[0] for x in (out, expected)]
+        torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
+@every_backend
+@pytest.mark.parametrize("num_splits", [None, 2])
+def test_more_queries_than_keys(num_splits, backend):
+    """The first queries stand before the first key."""
+    keys, values = sequences((5, 0))
+    q = normal(2, 8, HEADS, DIM)
+    cache, which = filled("pages", keys, values)
+    for options in (dict(causal=True), dict(mask=tw.window(2, None)), dict(score_mod=tw.alibi(normal(HEADS)), sinks=normal(HEADS))):
+        found = attend(cache, which, q, num_splits=num_splits, backend=backend, **options)
+        assert_right(found, last_rows(q, keys, values, lambda own, o=options: o))
+    found = attend(cache, which[:1], q[:1], mask=lambda b, h, q, k: q + 3 >= 0, num_splits=num_splits, backend=backend)
+    assert (found[1] > -torch.inf).all()
+    found = attend(cache, which[:1], q[:1], mask=lambda b, h, q, k: q + 2 >= 0, num_splits=num_splits, backend=backend)
+    assert (found[1] == -torch.inf).sum() == HEADS      # positions are -3 to 4
+
+
+# ---- what a call will do ---------------------------------------------------------------------------------------------
+
+@every_backend
+def test_explain(backend):
+    lengths = (75, 1, 0, 40)
+    keys, values = sequences(lengths)
+    for layout, text in (("contiguous", "from a cache"), ("pages", "from pages of 3")):
+        cache, which = filled(layout, keys, values)
+        before = everything(cache)
+        q = normal(4, 2, HEADS, DIM)
+        plan = tw.explain(q, cache, cache_batch_idx=which, causal=True, num_splits=5, return_lse=True, backend=backend)
+        assert (plan.backend, plan.splits, plan.problem.batch, plan.problem.cached) == (backend, 5, 4, True)
+        assert plan.tiles_in_all == HEADS * sum(-(-2 // plan.tiles[0]) * -(-n // plan.tiles[1]) for n in lengths)
+        assert 0 < plan.visited <= plan.tiles_in_all
+        assert 0 < plan.flops[0] <= 2 * HEADS * 2 * sum(-(-n // plan.tiles[1]) * plan.tiles[1] for n in lengths) * (DIM + DIM_V)
+        for part in (text, "B 4, S 2, H 4, D 8", "in 5 shares", "a cache is for inference", f"backend       {backend}"):
+            assert part in str(plan)
+        assert everything(cache) == before
+    counts = (30, 1, 0, 40)                                 # of queries, all behind the others: a prompt, a token, none, a prompt
+    packed = tw.explain(normal(71, HEADS, DIM), cache, cache_batch_idx=which, cu_seqlens_q=ends(counts), causal=True, backend=backend)
+    assert "71 in B 4, S up to 40" in str(packed)
+    assert packed.tiles_in_all == HEADS * sum(-(-m // packed.tiles[0]) * -(-n // packed.tiles[1])
+                                              for m, n in zip(counts, lengths, strict=True))
+    assert packed.written == 71 * HEADS * (DIM_V * 4 + 4)
+    if backend == NATIVE:
+        assert packed.visited < packed.tiles_in_all
+
+
+@every_backend
+def test_explain_packed(backend):
+    counts = (64, 1, 0, 33)
+    q, k = normal(98, HEADS, DIM), normal(98, KV_HEADS, DIM)
+    plan = tw.explain(q, k, k, cu_seqlens_q=ends(counts), causal=True, backend=backend)
+    assert "98 in B 4, S up to 64" in str(plan)
+    assert plan.tiles_in_all == HEADS * sum(-(-n // plan.tiles[0]) * -(-n // plan.tiles[1]) for n in counts)
+    alone = [tw.explain(q[None, :n], k[None, :n], k[None, :n], causal=True, backend=backend) for n in counts if n]
+    if backend == "triton":                                 # whose tiles are the same for all lengths
+        assert (plan.visited, plan.full, plan.flops[0]) == tuple(
+            sum(x) for x in zip(*((p.visited, p.full, p.flops[0]) for p in alone), strict=True))
+    assert plan.standard_workspace == sum(p.standard_workspace for p in alone)
+
+
+def test_lengths_that_the_host_does_not_know():
+    """On a device they are bounded by what there is memory for, or by what the host's book says."""
+    shape, meta = (KV_HEADS, DIM), dict(device="meta", dtype=torch.float32)
+    q, k = torch.empty(2, 3, HEADS, DIM, **meta), torch.empty(2, 3, *shape, **meta)
+    flat, pages = tw.KVCache(2, 20, *shape, **meta), tw.PagedKVCache(16, 4, *shape, max_sequences=2, **meta)
+    numbers = [pages.new(), pages.new()]
+    pages.append(k, k, sequences=numbers)
+    foreign = tw.PagedKVCache.wrap(pages.k, pages.v, pages.block_table[:, :3], pages.lengths)
+
+    def longest(cache, which=None):
+        return api._of_cache(q, cache, k, cache_batch_idx=which)[0].seqlen_k
+
+    assert longest(pages, numbers) == 6
+    assert longest(flat) == 20
+    assert longest(foreign) == 12
+    pages.extend(numbers, [3, 3])
+    assert longest(pages, numbers) == 6

@@ -133,7 +133,7 @@ def stored(x: Tensor, scale: Tensor | None, dtype: torch.dtype, pages: Tensor | 
     else:
         size = x.shape[2]
         used = pages[:-(-n // size)].to(x.device)
-        found = x.index_select(0, used).transpose(0, 1).flatten(1, 2)[None, :, :n]
+        found = x.transpose(1, 2).index_select(0, used).flatten(0, 1).transpose(0, 1)[None, :, :n]     # one copy, in x's order
     return found if scale is None else (found.to(torch.promote_types(dtype, torch.float32)) * scale[:, None, None]).to(dtype)
 
 
