@@ -69,7 +69,8 @@ class Caches(RuleBasedStateMachine):
         self.model, self.seed = {}, 0
         shape = dict(kv_heads=self.kv_heads, head_dim=DIM, head_dim_v=DIM_V, dtype=torch.float32, device=DEVICE)
         self.paged = tw.PagedKVCache(128 // page_size, page_size, max_sequences=SLOTS, **shape)
-        self.flat = tw.KVCache(SLOTS, CAPACITY + 3, left_padding=torch.tensor(padding, dtype=torch.int32, device=DEVICE), **shape)
+        padding = torch.tensor(padding, dtype=torch.int32, device=DEVICE)
+        self.flat = tw.KVCache(SLOTS, CAPACITY + 3, left_padding=padding, **shape)
         for number, length in enumerate(lengths):
             self.new()
             self.model[number] = tuple(normal(length, self.kv_heads, dim, seed=number + dim) for dim in (DIM, DIM_V))
@@ -159,7 +160,8 @@ class Caches(RuleBasedStateMachine):
         given = q if packed else q.unflatten(0, (len(sequences), -1)) if len(q) else q.new_empty(
             len(sequences), 0, self.heads, DIM)
         self.poison()
-        expected = [last_rows(x, *grown[s], own) for s, x, own in zip(sequences, q.split([*queries, spare]), of_each, strict=False)]
+        expected = [last_rows(x, *grown[s], own)
+                    for s, x, own in zip(sequences, q.split([*queries, spare]), of_each, strict=False)]
         before = self.held()
         try:
             results = [self.call(self.paged, sequences, given, tokens, call)]
@@ -197,8 +199,8 @@ class Caches(RuleBasedStateMachine):
         """All that must not change when an append fails."""
         book = self.paged.book
         memory = [x.nan_to_num(nan=9e9).tolist() for x in (self.paged.k, self.paged.v)]
-        return (memory, self.paged.block_table.tolist(), self.paged.lengths.tolist(), sorted(book.free_pages), book.references.copy(),
-                {s: p.copy() for s, p in book.pages.items()}, book.lengths.copy())
+        return (memory, self.paged.block_table.tolist(), self.paged.lengths.tolist(), sorted(book.free_pages),
+                book.references.copy(), {s: p.copy() for s, p in book.pages.items()}, book.lengths.copy())
 
     @invariant()
     def lengths_are_the_models(self):
@@ -227,8 +229,8 @@ def merges(draw_from):
     hidden = torch.rand(count, 3, 4, generator=generator) < draw_from(st.sampled_from([0.0, 0.3, 0.9]))
     lse = torch.randn(count, 3, 4, generator=generator, dtype=torch.float64) * draw_from(st.sampled_from([1.0, 60.0]))
     out = torch.randn(count, 3, 4, 5, generator=generator, dtype=torch.float64)
-    states = [AttentionState(o, l) for o, l in zip(torch.where(hidden[..., None], 0.0, out), lse.masked_fill(hidden, -torch.inf),
-                                                   strict=True)]
+    out, lse = torch.where(hidden[..., None], 0.0, out), lse.masked_fill(hidden, -torch.inf)
+    states = [AttentionState(*pair) for pair in zip(out, lse, strict=True)]
     return states, [draw_from(st.tuples(st.integers(0, 99), st.integers(0, 99))) for _ in range(count - 1)]
 
 

@@ -53,7 +53,7 @@ def value_of(expr, scores=SCORES):
     program = lower([[expr]])
     ((node,),) = parse(program.text)
     slots = slot_values(program.captured, program.ints, program.floats, scores.dtype)
-    leaves = dict(zip(INDICES, indices(), strict=True)) | {"s": scores}
+    leaves = dict(zip("bhqk", indices(), strict=True)) | {"s": scores}
     value = evaluate(node, leaf_values(slots, B, H, Q, K) | leaves)
     return (torch.tensor(value, dtype=slots["float"]) if isinstance(value, float) else torch.as_tensor(value)).expand(SIZES)
 

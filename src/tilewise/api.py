@@ -236,7 +236,10 @@ def _of_packed(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *,
         for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             if given is not None:
                 raise ValueError(f"{name}: expected None with nested tensors, which know their lengths")
-        same = all(isinstance(x, Tensor) and x.is_nested for x in (k, v)) and k.offsets() is v.offsets()
+        for name, x in (("k", k), ("v", v)):
+            if not isinstance(x, Tensor) or not x.is_nested:
+                raise TypeError(f"{name}: expected a nested tensor like q, got {type(x).__name__}")
+        same = k.offsets() is v.offsets()
         (q, cu_seqlens_q, max_seqlen_q), (k, cu_seqlens_k, max_seqlen_k), (v, cu_seqlens_v, _) = map(from_nested, (q, k, v))
         if not same and not torch.equal(cu_seqlens_k, cu_seqlens_v):
             raise ValueError("v: expected a nested tensor with k's lengths")

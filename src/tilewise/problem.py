@@ -388,7 +388,8 @@ def _check_captured(program: Program, sizes: dict[str, int], device: torch.devic
             raise ValueError(f"{name}: expected a tensor on q's device {device}, got {tensor.device}")
         for axis, index in enumerate(indices):
             size, wanted = tensor.shape[axis], sizes[index.value] if index.op == "var" else 0
-            if whole and index.op == "var" and (size < wanted or (size > wanted and not unequal)):
+            longer = unequal and index.op == "var" and index.value in "qpk"
+            if whole and index.op == "var" and (size < wanted or (size > wanted and not longer)):
                 raise ValueError(f"{name}: expected size {sizes[index.value]} in dimension {axis} "
                                  f"({LEAF_NAMES[index.value]}), got {list(tensor.shape)}")
         if limit is not None and tensor.device.type == "cpu" and not torch.compiler.is_compiling() and tensor.numel():

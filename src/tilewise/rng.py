@@ -43,7 +43,8 @@ class Rng:
     def tensor(self, device: torch.device) -> Tensor:
         """[seed, offset, first_sequence] as kernels read it: int64 [3]."""
         seed = self.seed & 0xFFFFFFFFFFFFFFFF
-        return torch.tensor([seed - (seed >> 63 << 64), self.offset & LOW, self.first_sequence], device=device)
+        values = seed - (seed >> 63 << 64), self.offset & LOW, self.first_sequence
+        return torch.stack([torch.full((), x, dtype=torch.int64, device=device) for x in values])  # waits for no copy
 
 
 def draw(device: torch.device) -> Tensor:

@@ -296,8 +296,12 @@ def _power(a: Interval, b: Interval) -> Interval:
 def _select(condition: Any, a: Any, b: Any) -> Any:
     if not isinstance(condition, Tensor):
         return a if condition else b
-    return torch.where(condition, *_matched(*(x if isinstance(x, Tensor) else torch.as_tensor(x, device=condition.device)
-                                              for x in (a, b))))
+    return torch.where(condition, *_matched(*(x if isinstance(x, Tensor) else _on(condition.device, x) for x in (a, b))))
+
+
+def _on(device: torch.device, x: bool | int | float) -> Tensor:
+    """A number as a tensor, without a copy from the host, which would wait for the device."""
+    return torch.full((), x, dtype=torch.as_tensor(x).dtype, device=device)
 
 
 def _increasing(op: str) -> Callable:

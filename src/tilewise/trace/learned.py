@@ -140,7 +140,7 @@ def gather(learned: Learned, sums: Tensor, values: Mapping[str, Any], table: Ten
         return _scatter(learned, sums[:, :, None], {**values, "k": cols}, table)
     difference = torch.arange(sums.shape[2], device=device) - (keys - 1)
     if isinstance(values["nk"], Tensor):  # sums that a sequence does not reach are 0
-        difference = torch.minimum(torch.maximum(difference, 1 - values["nk"]), values["nq"] - 1)
+        difference = torch.minimum(torch.maximum(difference, 1 - values["nk"].clamp(min=1)), values["nq"].clamp(min=1) - 1)
     one = {"q": difference.clamp(min=0), "k": (-difference).clamp(min=0)}
     return _scatter(learned, sums[:, :, None], {**values, **one}, table)
 
