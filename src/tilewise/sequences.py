@@ -139,22 +139,25 @@ def stored(x: Tensor, scale: Tensor | None, dtype: torch.dtype, pages: Tensor | 
 
 def over_sequences(attention: Callable[[Problem, Operands], tuple[Tensor, Tensor]], problem: Problem,
                    x: Operands) -> tuple[Tensor, Tensor]:
-    """(out, lse) of unequal sequences by the attention of one. Differentiable."""
-    parts = list(one_by_one(problem, x))
-    if not parts:
+    """(out, lse) of all sequences by the attention of one. Differentiable."""
+    where, results = [], []
+    for part in one_by_one(problem, x):  # what a part gathers from pages is gone before the next one gathers
+        where.append(part.q)
+        results.append(attention(part.problem, part.operands))
+    if not results:
         tensors = (x.q, x.k, x.v, x.bias, x.sinks, *x.captured)
         nothing = sum(t[None][:0].sum() for t in tensors if t is not None and t.requires_grad)  # gradients are 0, not missing
         return problem.new_q(problem.head_dim_v) + nothing, problem.new_lse() + nothing
-    out, lse = zip(*(attention(part.problem, part.operands) for part in parts), strict=True)
-    where = [part.q for part in parts]
+    out, lse = zip(*results, strict=True)
+    if problem.packed_q is None:
+        swap = problem.layout == "bshd"  # heads inside rows in memory
+        whole = torch.cat([piece.transpose(1, 2) if swap else piece for piece in out])
+        return whole.transpose(1, 2) if swap else whole, torch.cat(lse)
     return joined(out, where, problem.packed_q, 0.0), joined(lse, where, problem.packed_q, -torch.inf)
 
 
-def joined(x: Sequence[Tensor], where: Sequence[tuple[int, slice]], rows: int | None, fill: float) -> Tensor:
-    """Pieces [1, H, n, ...] of the sequences as one tensor of so many rows, `fill` where no sequence is; rows None: one slot
-    for each. Differentiable."""
-    if rows is None:
-        return torch.cat([piece.transpose(1, 2) for piece in x]).transpose(1, 2)
+def joined(x: Sequence[Tensor], where: Sequence[tuple[int, slice]], rows: int, fill: float) -> Tensor:
+    """Pieces [1, H, n, ...] of packed sequences as one tensor of so many rows, `fill` where no sequence is. Differentiable."""
     pieces, end = [], 0
     for piece, (_, own) in zip(x, where, strict=True):
         pieces += [piece.new_full((*piece.shape[:2], own.start - end, *piece.shape[3:]), fill), piece]

@@ -80,3 +80,16 @@ def test_every_tile_shape(name, tile, monkeypatch, poisoned):
     from tilewise.backends.triton import configs
     monkeypatch.setattr(configs, "INTERPRETER", configs.Config(*tile, 4, 1))
     assert_right(next(c for c in CASES if c.name == name), torch.float32, "triton")
+
+
+@pytest.mark.skipif("tiled" not in AVAILABLE, reason="in the interpreter's process only Triton runs")
+@pytest.mark.parametrize("name", ["prefix lm", "key lengths", "documents", "boolean tensor", "function of documents", "everything",
+                                  "function of sequences and heads", "table of t5", "prefix lm bias dropout sinks"])
+def test_sequences_apart(name, monkeypatch, poisoned):
+    """Long sequences whose masks differ are computed one by one; here short ones are."""
+    from tilewise.backends import tiled
+    monkeypatch.setattr(tiled, "TILE_ELEMENTS", 0)
+    case = next(c for c in CASES if c.name == name)
+    if name != "table of t5":
+        assert tiled.apart(draw(case, torch.float32, DEVICE).described()[0])
+    assert_right(case, torch.float32, "tiled")

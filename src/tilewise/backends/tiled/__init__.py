@@ -16,11 +16,12 @@ from torch import Tensor
 
 from tilewise.backends import Gradients, Needs
 from tilewise.backends.tiled.passes import Tiled, gradients_of
-from tilewise.backends.tiled.walk import tile_sizes
+from tilewise.backends.tiled.walk import TILE_ELEMENTS, tile_sizes
 from tilewise.kv_cache import write
 from tilewise.problem import Operands, Problem
 from tilewise.sequences import one_by_one, over_sequences
 from tilewise.state import AttentionState, sink_gradient
+from tilewise.trace.graph import leaves
 
 __all__ = ["attention", "backward", "forward", "precision", "splits", "supports", "tile_sizes", "volunteers", "workspace",
            "write"]
@@ -57,12 +58,20 @@ def splits(problem: Problem) -> int:
 
 def attention(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
     """out and lse, sinks included, as a differentiable function of the operands: any order, forward and reverse."""
-    if problem.unequal:
+    if apart(problem):
         return over_sequences(attention, problem, x)
     state = AttentionState(*Tiled.apply(problem, (x.ints, x.floats), x.q, x.k, x.v, x.bias, x.rng, *x.captured))
     if x.sinks is not None:
         state = state.with_sink(x.sinks)
     return state.out, state.lse
+
+
+def apart(problem: Problem) -> bool:
+    """Whether sequences are computed one by one: unequal ones, and those whose masks leave each other tiles of its own."""
+    if problem.unequal or problem.batch < 2 or problem.graphs.mask is None:
+        return problem.unequal
+    own = any("b" in leaves(graph) for graph in (problem.graphs.mask, *problem.graphs.keys))
+    return own and problem.seqlen_q * problem.seqlen_k * problem.heads > TILE_ELEMENTS
 
 
 def forward(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
@@ -73,7 +82,7 @@ def forward(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
 def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
              needs: Needs) -> Gradients:
     with torch.no_grad():
-        if problem.unequal:
+        if apart(problem):
             return backward_over_sequences(backward, problem, x, out, lse, dout, dlse, needs)
         gradients, delta = gradients_of(problem, x, out, lse, dout, dlse, needs)
         if not needs.sinks or x.sinks is None:
@@ -83,15 +92,15 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
 
 def backward_over_sequences(backward, problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor,
                             dlse: Tensor | None, needs: Needs) -> Gradients:
-    """The gradients of packed sequences by the backward of one."""
+    """The gradients of all sequences by the backward of one."""
     dq, dk, dv = problem.new_q(problem.head_dim), problem.new_k(problem.head_dim), problem.new_k(problem.head_dim_v)
     dbias = torch.zeros_like(x.bias) if needs.bias and x.bias is not None else None
     sums: list[Tensor | None] = [None] * (1 + len(x.captured))
     for part in one_by_one(problem, x):
-        rows, keys = part.q[1], part.k[1]
-        found = backward(part.problem, part.operands, out[:, :, rows], lse[:, :, rows], dout[:, :, rows],
-                         None if dlse is None else dlse[:, :, rows], needs)
-        dq[:, :, rows], dk[:, :, keys], dv[:, :, keys] = found.q, found.k, found.v
+        (slot, rows), (k_slot, keys) = part.q, part.k
+        own, of_keys = (slice(slot, slot + 1), slice(None), rows), (slice(k_slot, k_slot + 1), slice(None), keys)
+        found = backward(part.problem, part.operands, out[own], lse[own], dout[own], None if dlse is None else dlse[own], needs)
+        dq[own], dk[of_keys], dv[of_keys] = found.q, found.k, found.v
         if dbias is not None:
             b = part.problem.first - problem.first if dbias.shape[0] > 1 else 0
             dbias[b:b + 1, :, :found.bias.shape[2], :found.bias.shape[3]] += found.bias
