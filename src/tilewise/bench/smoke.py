@@ -1,4 +1,4 @@
-"""Does it work on this GPU? Each Triton kernel once, forward and backward, then CUDA graphs and torch.compile.
+"""Does it work on this GPU? Each Triton kernel once, forward and backward, caches, then CUDA graphs and torch.compile.
 
     python -m tilewise.bench.smoke [--out FILE]
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import tilewise as tw
 from tilewise.bench import record, tolerance
-from tilewise.bench.cases import Case, draw
+from tilewise.bench.cases import CASES, Case, draw
 from tilewise.bench.timing import alive
 
 DEVICE = torch.device("cuda")
@@ -36,6 +36,53 @@ def kernels(case: Case) -> str:
         blamed = ", ".join(sorted({KERNEL_OF[v.name] for v in wrong}))
         raise AssertionError(f"wrong: {blamed}: {words} {' '.join(v.note for v in wrong)}")
     return words
+
+
+def cache() -> str:
+    """A prompt of 300, then single tokens: appended with rotary and attended to, in a slot, in pages and in fp8."""
+    rotary = tw.Rotary.of(64, 400, device=DEVICE)
+    worst = 0.0
+    for make in (lambda: tw.KVCache(2, 400, 2, 64, device=DEVICE), lambda: paged(torch.bfloat16),
+                 lambda: paged(torch.float8_e4m3fn)):
+        ours, theirs = make(), make()
+        for n in (300, 1, 1, 5):
+            tokens = _tokens(n)
+            where: dict[str, Any] = dict(cache_batch_idx=[0, 1]) if isinstance(ours, tw.PagedKVCache) else {}
+            a, b = (tw.attention_with_kv_cache(tokens[0], of, *tokens[1:], rotary=rotary, causal=True, backend=backend, **where)
+                    for of, backend in ((ours, "triton"), (theirs, "reference")))
+            worst = max(worst, (a - b).abs().max().item() / b.abs().max().item())
+            assert worst <= 3e-2, f"{ours} after {n} tokens: differs from the reference by {worst:.1e}"
+            assert torch.equal(ours.lengths, theirs.lengths), f"{ours}: other lengths"
+    return f"within {worst:.1e} of the reference"
+
+
+def paged(dtype: torch.dtype) -> tw.PagedKVCache:
+    found = tw.PagedKVCache(80, 16, 2, 64, max_sequences=2, dtype=dtype, device=DEVICE)
+    found.new(), found.new()
+    return found
+
+
+def graph_cache() -> str:
+    """A captured decoding step appends and attends; replays go on where the last one stopped."""
+    ours, theirs = (tw.KVCache(2, 400, 2, 64, device=DEVICE) for _ in range(2))
+    prompt, step = _tokens(200), _tokens(1)
+    for of in (ours, theirs):
+        tw.attention_with_kv_cache(prompt[0], of, *prompt[1:], causal=True)
+    start = ours.lengths.clone()
+    replay, out = _captured(lambda: tw.attention_with_kv_cache(step[0], ours, *step[1:]))
+    ours.lengths.copy_(start)           # warming up wrote too
+    for _ in range(3):
+        for x, new in zip(step, _tokens(1), strict=True):
+            x.copy_(new)
+        replay()
+        expected = tw.attention_with_kv_cache(step[0], theirs, *step[1:])
+        assert torch.equal(out, expected), "a replay differs from eager"
+    assert torch.equal(ours.lengths, theirs.lengths), f"lengths {ours.lengths.tolist()}, eager {theirs.lengths.tolist()}"
+    return "three replays equal eager"
+
+
+def _tokens(n: int) -> list[Tensor]:
+    return [torch.randn(2, n, heads, 64, device=DEVICE, dtype=torch.bfloat16) for heads in (8, 2, 2)]
 
 
 def chosen() -> str:
@@ -107,8 +154,9 @@ def _captured(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tenso
 
 
 CHECKS: dict[str, Callable[[], str]] = {
-    "auto": chosen, "kernels": lambda: kernels(CAUSAL), "kernels with bias": lambda: kernels(BIASED), "CUDA graph": graph,
-    "CUDA graph dropout": graph_dropout, "torch.compile": compiled}
+    "auto": chosen, "kernels": lambda: kernels(CAUSAL), "kernels with bias": lambda: kernels(BIASED),
+    "packed": lambda: kernels(next(case for case in CASES if case.name == "packed causal")), "cache": cache,
+    "CUDA graph": graph, "CUDA graph dropout": graph_dropout, "CUDA graph of a cache": graph_cache, "torch.compile": compiled}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
