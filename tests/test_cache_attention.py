@@ -332,7 +332,34 @@ def test_speculative_decoding(backend):
         assert_right(found, last_rows(q[:, :1], *accepted, lambda own: dict(causal=True)))
 
 
+@every_backend
+def test_room_made_before(backend):
+    """As for CUDA graphs."""
+    keys, values = sequences((5, 17))
+    q, k, v = map(torch.stack, tokens((2, 2)))
+    cache, which = filled("pages", keys, values)
+    cache.extend(which, [2, 2])
+    assert_right(attend(cache, which, q, backend=backend), last_rows(q, keys, values))
+    found = attend(cache, ints(*which), q, k, v, extended=True, backend=backend)
+    assert_right(found, last_rows(q, grown(keys, k), grown(values, v)))
+
+
+@pytest.mark.skipif("tiled" not in AVAILABLE, reason="in the interpreter's process only Triton runs")
+def test_autocast():
+    keys, values = sequences((5, 17), dtype=torch.bfloat16)
+    q, k, v = map(torch.stack, tokens((2, 2)))
+    cache, which = filled("left padding", keys, values)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        found = attend(cache, which, q, k, v)
+    q, k, v = (x.bfloat16() for x in (q, k, v))
+    assert_right(found, last_rows(q, grown(keys, k), grown(values, v)))
+
+
 # ---- what is stored --------------------------------------------------------------------------------------------------
+
+def dequantised(x, scale):
+    return (x.float() / scale[:, None]).clamp(-448, 448).to(FP8).double() * scale[:, None].double()
+
 
 @every_backend
 @pytest.mark.parametrize("layout", ["left padding", "pages"])
@@ -343,10 +370,6 @@ def test_fp8(layout, dtype, backend):
     cache, which = filled(layout, keys, values, dtype=FP8, **scales)
     q, k, v = map(torch.stack, tokens((2, 2, 2), dtype))
     found = attend(cache, which, q, k, v, causal=True, num_splits=2, backend=backend)
-
-    def dequantised(x, scale):
-        return (x.float() / scale[:, None]).clamp(-448, 448).to(FP8).double() * scale[:, None].double()
-
     keys = [dequantised(x, scales["k_scale"]) for x in grown(keys, k)]
     values = [dequantised(x, scales["v_scale"]) for x in grown(values, v)]
     assert_right(found, last_rows(q, keys, values, lambda own: dict(causal=True)))
@@ -356,7 +379,7 @@ def test_fp8(layout, dtype, backend):
 @pytest.mark.parametrize("layout, dtype, dims, heads, queries", [
     ("contiguous", torch.float32, (40, 32), 4, 1), ("pages", torch.bfloat16, (40, 32), 6, 5),
     ("pages", torch.float32, (16, 16), 2, 3), ("foreign pages", torch.float16, (40, 32), 4, 30),
-    ("pages", torch.bfloat16, (576, 512), 8, 2)], ids=str)
+    ("left padding", torch.bfloat16, (40, 32), 40, 3), ("pages", torch.bfloat16, (576, 512), 8, 2)], ids=str)
 def test_values_inside_keys(layout, dtype, dims, heads, queries, backend):
     """Multi-head latent attention: one key head, values are its first columns."""
     keys, _ = sequences((41, 0, 7), heads=1, dim=dims[0], dtype=dtype)
@@ -366,6 +389,16 @@ def test_values_inside_keys(layout, dtype, dims, heads, queries, backend):
     keys = grown(keys, k)
     found = attend(cache, which, q, k, causal=True, num_splits=2, backend=backend)
     assert_right(found, last_rows(q, keys, [x[..., :dims[1]] for x in keys], lambda own: dict(causal=True)))
+
+
+@every_backend
+def test_fp8_values_inside_keys(backend):
+    scale, dtype = torch.tensor([0.05], device=DEVICE), torch.bfloat16
+    keys, _ = sequences((21, 4), heads=1, dim=24, dtype=dtype)
+    cache, which = filled("pages", keys, [k[..., :16] for k in keys], v_in_k=True, dtype=FP8, k_scale=scale)
+    q, k = normal(2, 1, 4, 24, dtype=dtype, seed=5), normal(2, 1, 1, 24, dtype=dtype, seed=6)
+    keys = [dequantised(x, scale) for x in grown(keys, k)]
+    assert_right(attend(cache, which, q, k, backend=backend), last_rows(q, keys, [x[..., :16] for x in keys]))
 
 
 @every_backend
@@ -475,7 +508,7 @@ def test_batch_invariant(name, monkeypatch):
 def test_tiled_promises_no_batch_invariance():
     keys, values = sequences((5,))
     cache, which = filled("pages", keys, values)
-    with pytest.raises(NotImplementedError, match="'tiled' cannot compute this: .* do not promise batch_invariant"):
+    with pytest.raises(NotImplementedError, match=r"'tiled' cannot compute this: .* do not promise batch_invariant"):
         attend(cache, which, *map(torch.stack, tokens((1,))), batch_invariant=True, backend="tiled")
     assert cache.length(which[0]) == 5
 
@@ -608,6 +641,7 @@ ROTARY = tw.Rotary.of(DIM, 99, device=DEVICE)
     (dict(num_splits=0), ValueError, "num_splits: expected None or an integer from 1 to 256, got 0"),
     (dict(num_splits=1000), ValueError, "num_splits: expected None or an integer from 1 to 256, got 1000"),
     (dict(num_splits=True), ValueError, "num_splits: expected None or an integer from 1 to 256, got True"),
+    (dict(num_splits=2, batch_invariant=True), ValueError, "num_splits: expected None with batch_invariant"),
     (dict(backend="cuda"), ValueError, 'backend: expected "auto" or one of triton, tiled, reference, got \'cuda\''),
     (dict(k_new=normal(2, 20, KV_HEADS, DIM), v_new=normal(2, 20, KV_HEADS, DIM_V)), (ValueError, tw.CacheFull),
      "k_new: expected at most .* got 20|pages: needed 12, free 6|block_table: expected pages .* got -7"),
@@ -665,14 +699,17 @@ def test_what_is_no_cache():
 @pytest.mark.parametrize("arguments, error, message", [
     (dict(score_mod=tw.alibi(normal(HEADS))), ValueError, "score_mod: expected a function of the score and the head alone"),
     (dict(score_mod=lambda s, b, h, q, k: s + b), ValueError, "score_mod: expected a function of the score and the head alone"),
-    (dict(prefix_k=K), ValueError, r"prefix_k: expected \[S_p, heads, head_dim\], got \[2, 3, 2, 8\]"),
-    (dict(prefix_v=None), ValueError, "prefix_v: expected .* got NoneType"),
-    (dict(prefix_k=K[0, ..., :7]), ValueError, "head_dim"), (dict(prefix_v=V[0, :2]), ValueError, "as many keys"),
-    (dict(prefix_k=K[0].double()), TypeError, "dtype"), (dict(prefix_k=K[0, :, :1], prefix_v=V[0, :, :1]), ValueError, "head"),
-    (dict(prefix_v=V[0, ..., :5]), ValueError, "head"), (dict(sinks=normal(3)), ValueError, r"sinks: expected .* \[4\]"),
+    (dict(prefix_k=K), ValueError, r"prefix_k: expected \[S_p, 2, 8\], got \[2, 3, 2, 8\]"),
+    (dict(prefix_v=None), TypeError, "prefix_v: expected .* got NoneType"),
+    (dict(prefix_k=K[0, ..., :7]), ValueError, r"prefix_k: expected \[S_p, 2, 8\], got \[3, 2, 7\]"),
+    (dict(prefix_v=V[0, :2]), ValueError, r"prefix_v: expected \[3, 2, 6\], got \[2, 2, 6\]"),
+    (dict(prefix_k=K[0].double()), TypeError, "prefix_k: expected float32, got torch.float64"),
+    (dict(prefix_k=K[0, :, :1], prefix_v=V[0, :, :1]), ValueError, r"prefix_k: expected \[S_p, 2, 8\], got \[3, 1, 8\]"),
+    (dict(prefix_v=V[0, ..., :5]), ValueError, r"prefix_v: expected \[3, 2, 6\], got \[3, 2, 5\]"),
+    (dict(sinks=normal(3)), ValueError, r"sinks: expected \[4\], got \[3\]"),
     (dict(rotary=tw.Rotary.of(DIM, 15, device=DEVICE)), ValueError, "rotary: expected tables for 1[36] positions"),
-    (dict(rotary=tw.Rotary.of(DIM, 3, device=DEVICE)), ValueError, "rotary: expected tables for"),
-    (dict(rotary="llama"), TypeError, "rotary: expected a Rotary or None, got str"),
+    (dict(rotary=tw.Rotary.of(DIM, 3, device=DEVICE)), ValueError, "rotary: expected a Rotary of more positions than"),
+    (dict(rotary="llama"), ValueError, "rotary: expected a Rotary of more positions than .* got str"),
     (dict(mask=3), TypeError, "mask: expected None, a mask"), (dict(q=Q[:1]), ValueError, "with B = 2 sequences"),
 ])
 def test_errors_of_cascades_change_nothing(arguments, error, message):
@@ -780,11 +817,11 @@ def test_lengths_that_the_host_does_not_know():
     pages.append(k, k, sequences=numbers)
     foreign = tw.PagedKVCache.wrap(pages.k, pages.v, pages.block_table[:, :3], pages.lengths)
 
-    def longest(cache, which=None):
-        return api._of_cache(q, cache, k, cache_batch_idx=which)[0].seqlen_k
+    def longest(cache, which=None, extended=False):
+        return api._of_cache(q, cache, k, cache_batch_idx=which, extended=extended)[0].seqlen_k
 
     assert longest(pages, numbers) == 6
     assert longest(flat) == 20
     assert longest(foreign) == 12
     pages.extend(numbers, [3, 3])
-    assert longest(pages, numbers) == 6
+    assert longest(pages, numbers, extended=True) == 6

@@ -9,12 +9,12 @@ from torch import Tensor
 from torch._C._dynamo import eval_frame as frames
 
 from tilewise import backends, ops
-from tilewise.kv_cache import KVCache
+from tilewise.kv_cache import KVCache, check_tensor
 from tilewise.masks import Mask
 from tilewise.packing import from_nested, to_nested
 from tilewise.paged_cache import PagedKVCache
 from tilewise.plan import Plan, choose, plan
-from tilewise.problem import Layout, Operands, Problem, make, make_unequal
+from tilewise.problem import DTYPES, Layout, Operands, Problem, make, make_unequal
 from tilewise.rng import Rng
 from tilewise.rotary import Rotary
 from tilewise.score_mods import Mods
@@ -190,7 +190,7 @@ def cascade_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, cache: KVCa
 
     Other arguments, results and errors: `attention_with_kv_cache`.
     """
-    _check_prefix(prefix_k, prefix_v)
+    _check_prefix(prefix_k, prefix_v, q, cache, sinks, rotary)
     if rotary is not None:
         rotary = Rotary(rotary.cos[len(prefix_k):], rotary.sin[len(prefix_k):], rotary.interleaved)
     problem, operands, chosen = _appended(
@@ -254,7 +254,8 @@ def _of_packed(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *,
 
 
 def _of_cache(q: Any, cache: Any, k_new: Tensor | None, *, cache_batch_idx: Any = None, cu_seqlens_q: Tensor | None = None,
-              max_seqlen_q: int | None = None, check: bool = False, **options) -> tuple[Problem, Operands]:
+              max_seqlen_q: int | None = None, check: bool = False, extended: bool = False,
+              **options) -> tuple[Problem, Operands]:
     """The problem of queries and a cache, as it will be once k_new is appended; nothing is written yet."""
     if not isinstance(cache, (KVCache, PagedKVCache)):
         raise TypeError(f"cache: expected a KVCache or a PagedKVCache, got {type(cache).__name__}")
@@ -270,15 +271,19 @@ def _of_cache(q: Any, cache: Any, k_new: Tensor | None, *, cache_batch_idx: Any 
         q_rows, longest_q = packed_rows("q", cu_seqlens_q, None, q.shape[0], max_seqlen_q, q.device, check)
         if len(q_rows) != len(stored.rows):
             raise ValueError(f"cu_seqlens_q: expected {len(stored.rows)} sequences, got {len(q_rows)}")
-    longest = stored.longest
+    longest, lowest = stored.longest, 0
+    new: Any = 0
     if k_new is not None and isinstance(k_new, Tensor) and k_new.dim() == (4 if q_rows is None else 3):
         new = k_new.shape[1] if q_rows is None else q_rows[:, 2]
-        if cache.device.type == "cpu":
-            longest = int((stored.rows[:, 2] + new).max()) if len(stored.rows) else 0
-        else:
-            longest += new if isinstance(new, int) else longest_q
+    if cache.device.type == "cpu" and len(stored.rows):
+        keys = stored.rows[:, 2] + new
+        longest = int(keys.max())
+        lowest = min(0, int((keys - (q.shape[1] if q_rows is None else q_rows[:, 2])).min()))
+    elif not extended:
+        capacity = cache.capacity if isinstance(cache, KVCache) else cache.block_table.shape[1] * cache.page_size
+        longest = min(longest + (new if isinstance(new, int) else longest_q), capacity)
     where = Layout(q_rows, stored.rows, stored.pages, stored.k_scale, stored.v_scale, longest_q, longest, cached=True,
-                   shared=cache.v_in_k)
+                   shared=cache.v_in_k, lowest=lowest)
     if q.dtype != cache.dtype and stored.k_scale is None:
         raise TypeError(f"q: expected the cache's dtype {cache.dtype}, got {q.dtype}")
     return make_unequal(where, _heads_first(q), stored.k, stored.v, **options)
@@ -290,7 +295,9 @@ def _appended(q: Any, cache: Any, k_new: Any, v_new: Any, backend: str, rotary: 
     """The problem after the new keys are written, and the backend's name. Everything is checked before."""
     q, k_new, v_new = (x if x is None else autocast(x)[0] for x in (q, k_new, v_new))
     _check_inference(q=q, k_new=k_new, v_new=v_new)
-    problem, x = _of_cache(q, cache, k_new, cache_batch_idx=cache_batch_idx, cu_seqlens_q=cu_seqlens_q, check=check, **options)
+    problem, x = _of_cache(q, cache, k_new, cache_batch_idx=cache_batch_idx, cu_seqlens_q=cu_seqlens_q, check=check,
+                           extended=extended, **options)
+    _check_inference(bias=x.bias, sinks=x.sinks, **{f"captured tensor {list(t.shape)}": t for t in x.captured})
     if prefix and problem.graphs.score is not None and leaves(problem.graphs.score) & {"b", "q", "k", "nq", "nk"}:
         raise ValueError("score_mod: expected a function of the score and the head alone with a shared prefix")
     backend = choose(problem, backend)
@@ -314,11 +321,19 @@ def _as_given(state: AttentionState, packed: bool, return_lse: bool) -> Any:
     return (out, lse) if return_lse else out
 
 
-def _check_prefix(k: Tensor, v: Tensor) -> None:
-    for name, x in (("prefix_k", k), ("prefix_v", v)):
-        if not isinstance(x, Tensor) or x.dim() != 3:
-            got = list(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise ValueError(f"{name}: expected [S_p, heads, head_dim], got {got}")
+def _check_prefix(k: Any, v: Any, q: Any, cache: Any, sinks: Any, rotary: Any) -> None:
+    if not isinstance(cache, (KVCache, PagedKVCache)):
+        raise TypeError(f"cache: expected a KVCache or a PagedKVCache, got {type(cache).__name__}")
+    q, k, v = autocast(q, k, v)
+    check_tensor("q", q, (*["B"] * (q.dim() - 2), "H", cache.head_dim), DTYPES, cache.device)
+    check_tensor("prefix_k", k, ("S_p", cache.kv_heads, cache.head_dim), (q.dtype,), cache.device)
+    check_tensor("prefix_v", v, (len(k), cache.kv_heads, cache.head_dim_v), (q.dtype,), cache.device)
+    if sinks is not None:
+        check_tensor("sinks", sinks, (q.shape[-2],), DTYPES, cache.device)
+    if rotary is not None and (not isinstance(rotary, Rotary) or rotary.max_position <= len(k)):
+        got = f"{rotary.max_position}" if isinstance(rotary, Rotary) else type(rotary).__name__
+        raise ValueError(f"rotary: expected a Rotary of more positions than the prefix has keys ({len(k)}), got {got}")
+
 
 
 def _packed(name: str, x: Tensor) -> Tensor:

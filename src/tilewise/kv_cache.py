@@ -209,7 +209,7 @@ class Storage:
 
     def _packed_rows(self, cu_seqlens: Tensor, batch: int, total: int, check: bool) -> tuple[Tensor, list[int] | None]:
         device = cu_seqlens.device if isinstance(cu_seqlens, Tensor) and cu_seqlens.device.type == "cpu" else self.device
-        check_tensor("cu_seqlens", cu_seqlens, (batch + 1,), (torch.int32,), device)
+        check_tensor("cu_seqlens", cu_seqlens, (batch + 1,), INTEGERS, device)
         counts = None
         if check or device.type == "cpu":
             bounds = cu_seqlens.tolist()

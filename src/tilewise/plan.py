@@ -79,11 +79,11 @@ class Plan:
         rows += [
             ("tiles", f"{self.tiles[0]} queries x {self.tiles[1]} keys; {self.visited:,} of {self.tiles_in_all:,} computed "
                       f"({share:.0%}), {self.full:,} of them without a mask"),
-            ("FLOPs", f"{si(self.flops[0])} forward, {si(self.flops[1])} backward"),
+            ("FLOPs", f"{si(self.flops[0])} forward" + ("" if p.cached else f", {si(self.flops[1])} backward")),
             ("traffic", f"{si(self.read)}B read, {si(self.written)}B written forward; standard attention "
                         f"{si(self.standard_traffic)}B"),
-            ("extra memory", f"{si(self.workspace[0])}B forward, {si(self.workspace[1])}B backward; standard attention "
-                             f"{si(self.standard_workspace)}B")]
+            ("extra memory", f"{si(self.workspace[0])}B forward" + ("" if p.cached else f", {si(self.workspace[1])}B backward")
+                             + f"; standard attention {si(self.standard_workspace)}B")]
         if self.splits > 1:
             rows.append(("keys", f"in {self.splits} shares, each by programs of its own, merged afterwards"))
         if p.dtype == torch.float32:

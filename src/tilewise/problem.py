@@ -193,6 +193,7 @@ class Layout(NamedTuple):
     max_seqlen_k: int = 0
     cached: bool = False
     shared: bool = False
+    lowest: int = 0                     # position of any query in a cache, as far as the host knows
 
 
 DENSE = Layout()
@@ -220,7 +221,7 @@ def make_unequal(where: Layout, q: Tensor, k: Tensor, v: Tensor, *, causal: bool
         sinks = sinks.contiguous()
     program = _program(_whole_mask(causal, mask), compose(score_mod), where.cached)
     sizes = dict(b=batch, h=q.shape[1], q=nq, p=nk if where.cached else nq, k=nk, nq=nq, nk=nk)
-    _check_captured(program, sizes, q.device, unequal=where.k_rows is not None)
+    _check_captured(program, sizes, q.device, where)
     settings = Settings(
         scale=_check_scale(scale, q.shape[3]), dropout=_check_dropout(dropout_p), program=program.text, layout=layout,
         precision=_precision(),
@@ -375,9 +376,9 @@ def _rng_tensor(source: Any, t: int, device: torch.device) -> Tensor | None:
     return source.tensor(device)
 
 
-def _check_captured(program: Program, sizes: dict[str, int], device: torch.device, unequal: bool) -> None:
+def _check_captured(program: Program, sizes: dict[str, int], device: torch.device, where: Layout) -> None:
     """Captured tensors are on the device and as long as what indexes them, or longer where sequences are unequal."""
-    names = [""] * len(program.captured)
+    names, unequal = [""] * len(program.captured), where.k_rows is not None
     for expr in program.loads:
         captured, *indices = expr.args
         tensor, name, limit, whole = captured.value
@@ -400,7 +401,8 @@ def _check_captured(program: Program, sizes: dict[str, int], device: torch.devic
 
 
     if not torch.compiler.is_compiling():
-        check_indices(program.text, program.captured, program.ints, program.floats, names, sizes, unequal)
+        check_indices(program.text, program.captured, program.ints, program.floats, names, sizes, unequal,
+                      where.lowest if where.cached else None)
 
 
 LEAF_NAMES = {"b": "the batch size", "h": "the number of query heads", "q": "S_q", "p": "S_q", "k": "S_k",

@@ -83,8 +83,9 @@ def test_every_tile_shape(name, tile, monkeypatch, poisoned):
 
 
 @pytest.mark.skipif("tiled" not in AVAILABLE, reason="in the interpreter's process only Triton runs")
-@pytest.mark.parametrize("name", ["prefix lm", "key lengths", "documents", "boolean tensor", "function of documents", "everything",
-                                  "function of sequences and heads", "table of t5", "prefix lm bias dropout sinks"])
+@pytest.mark.parametrize("name", ["prefix lm", "key lengths", "documents", "boolean tensor", "function of documents",
+                                  "everything", "function of sequences and heads", "table of t5",
+                                  "prefix lm bias dropout sinks"])
 def test_sequences_apart(name, monkeypatch, poisoned):
     """Long sequences whose masks differ are computed one by one; here short ones are."""
     from tilewise.backends import tiled

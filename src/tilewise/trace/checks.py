@@ -15,11 +15,11 @@ LIMITS = -2**31, 2**31 - 1
 
 
 def check_indices(text: str, captured: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float], names: Sequence[str],
-                  sizes: dict[str, int], unequal: bool = False) -> None:
+                  sizes: dict[str, int], unequal: bool = False, lowest: int | None = None) -> None:
     """Raises IndexError where an index may leave its tensor, OverflowError where one may need more than 32 bits.
 
-    names: of the captured tensors; sizes: of b, h, q, k, nq, nk; unequal: the last four are upper bounds. Found by interval
-    arithmetic over all indices. Indices that
+    names: of the captured tensors; sizes: of b, h, q, k, nq, nk; unequal: the last four are upper bounds;
+    lowest: of the positions q + nk - nq in a cache. Found by interval arithmetic over all indices. Indices that
     depend on values in a GPU's memory are not looked at.
     """
     if min(sizes[name] for name in "bhqk") == 0:
@@ -30,6 +30,8 @@ def check_indices(text: str, captured: Sequence[Tensor], ints: Sequence[int], fl
         leaves["nq"], leaves["nk"] = Interval(0, sizes["nq"]), Interval(0, sizes["nk"])
     else:
         leaves["nq"], leaves["nk"] = point(sizes["nq"]), point(sizes["nk"])
+    if lowest is not None:
+        leaves |= {node: Interval(lowest, sizes["nk"] - 1) for node in _nodes(text) if _is_position(node)}
     leaves["s"] = Interval(-float("inf"), float("inf"))
     for node in _nodes(text):
         elsewhere = captured and captured[0].device.type != "cpu"
@@ -44,6 +46,12 @@ def check_indices(text: str, captured: Sequence[Tensor], ints: Sequence[int], fl
             if low < LIMITS[0] or high > LIMITS[1]:
                 raise OverflowError(f"an index expression may reach from {low} to {high}, beyond 32 bits, in which indices are "
                                     "computed")
+
+
+def _is_position(node: Node) -> bool:
+    """q + (nk - nq), which `nk` bounds better than its parts tell."""
+    first, shift = node.args[0], node.args[-1]
+    return (node.op, first) == ("add", "q") and isinstance(shift, Node) and (shift.op, shift.args) == ("sub", ("nk", "nq"))
 
 
 def _check_index(reach: Interval, name: str, axis: int, size: int) -> None:

@@ -99,6 +99,8 @@ def of_sequences(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
 
 def forward(problem: Problem, x: Operands, run: Run = run) -> tuple[Tensor, Tensor]:
     out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
+    if problem.seqlen_q == 0:
+        return out, lse
     row, fold = forward_row(problem), folds(problem)
     splits = splits_of(problem, choose(row, problem, architecture(problem.device)))
     values = arguments(problem, x) | dict(
@@ -121,7 +123,17 @@ def forward(problem: Problem, x: Operands, run: Run = run) -> tuple[Tensor, Tens
     run(merge_kernel, problem, lambda c: (blocks(rows, c.BLOCK_M) * slots * problem.heads,), shares | dict(
         PARTS=parts, PART_LSE=part_lse, SINKS=x.sinks, OUT=out, LSE=lse, out_strides=strides(out), heads=problem.heads, nq=rows,
         HAS_SINKS=problem.has_sinks, NATURAL=values["NATURAL"]))
+    if problem.has_sinks and x.q_rows is not None:
+        lse.masked_fill_(~in_use(x.q_rows, rows), -torch.inf)  # which rows no sequence has, the merge does not know
     return out, lse
+
+
+def in_use(q_rows: Tensor, rows: int) -> Tensor:
+    """Which packed rows belong to a sequence: bool [rows]."""
+    change = torch.zeros(rows + 1, dtype=torch.int32, device=q_rows.device)
+    for ends, sign in ((q_rows[:, 1], 1), (q_rows[:, 1] + q_rows[:, 2], -1)):
+        change.index_add_(0, ends.long(), torch.full_like(ends, sign))
+    return change[:-1].cumsum(0) > 0
 
 
 def splits_of(problem: Problem, config: Config) -> int:
@@ -171,6 +183,10 @@ def work(problem: Problem, x: Operands, block: str, rows_per_row: int = 1, keys:
 
 def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
              needs: Needs, run: Run = run) -> Gradients:
+    if problem.unequal and problem.seqlen_q == 0:
+        dq, dk, dv = problem.new_q(problem.head_dim), problem.new_k(problem.head_dim), problem.new_k(problem.head_dim_v)
+        dbias, dsinks, *captured = (t if t is None else torch.zeros_like(t) for t in (x.bias, x.sinks, *x.captured))
+        return Gradients(dq, dk, dv, dbias, dsinks, captured)
     if dout.stride(3) != 1 and dout.shape[3] > 1:  # such as the expanded gradient of a sum
         dout = dout.contiguous()
     delta = torch.empty_like(lse)
