@@ -300,7 +300,7 @@ BAD = [
     (dict(q=JAGGED, k=JAGGED, v=JAGGED, cu_seqlens_q=None, cu_seqlens_k=ints(0, 10)), ValueError, "cu_seqlens_k: .* None"),
     (dict(q=JAGGED, k=JAGGED, v=OTHER, cu_seqlens_q=None), ValueError, "v: expected a nested tensor with k's lengths"),
     (dict(q=JAGGED, k=THREE, v=THREE, cu_seqlens_q=None), ValueError, r"cu_seqlens_k: .* as many sequences .* \(2\), got 3"),
-    (dict(q=JAGGED, cu_seqlens_q=None), ValueError, "expected a nested tensor of torch.jagged layout, got torch.float32"),
+    (dict(q=JAGGED, cu_seqlens_q=None), TypeError, "k: expected a nested tensor like q, got Tensor"),
 ]
 
 
