@@ -128,7 +128,7 @@ class PagedKVCache(Storage):
     """Keys and values in pages of page_size >= 1 rows, for up to max_sequences sequences.
 
     k: [pages, page_size, H_kv, D]; v likewise with D_v; dtype, scales and v_in_k as in `KVCache`.
-    block_table: int32 [max_sequences, max_pages_per_sequence] on the device, a sequence's pages in order (unused entries 0);
+    block_table: int32 [max_sequences, max_pages_per_sequence] on the device, a sequence's pages in order, then -1: no page;
     lengths: int32 [max_sequences] on the device. A sequence's number is its row in both.
     book: who holds which page, on the host; None: the pages are managed by the caller (`wrap`).
     For CUDA graphs: sequences as a tensor on the device, and `extend` before every replay.
@@ -144,7 +144,7 @@ class PagedKVCache(Storage):
         check_sizes(pages=pages, page_size=page_size, max_sequences=max_sequences, max_pages_per_sequence=most)
         k, v = allocate(pages, page_size, kv_heads, head_dim, head_dim_v, dtype, device, v_in_k)
         self._take(k, v, v_in_k, k_scale, v_scale)
-        self.block_table = torch.zeros(max_sequences, most, dtype=torch.int32, device=k.device)
+        self.block_table = torch.full((max_sequences, most), -1, dtype=torch.int32, device=k.device)
         self.lengths = torch.zeros(max_sequences, dtype=torch.int32, device=k.device)
         self.book = PageBook(pages, page_size, max_sequences, most)
 
@@ -195,7 +195,7 @@ class PagedKVCache(Storage):
     def free(self, sequence: int) -> None:
         """Gives back the sequence's pages and its number."""
         self._managed("free", sequence).free(sequence)
-        self.block_table[sequence].zero_()
+        self.block_table[sequence].fill_(-1)
         self.lengths[sequence].zero_()
 
     def truncate(self, sequence: int, length: int) -> None:
@@ -204,7 +204,7 @@ class PagedKVCache(Storage):
         if not 0 <= length <= book.lengths[sequence]:
             raise ValueError(f"length: expected 0 to {book.lengths[sequence]} for sequence {sequence}, got {length}")
         book.truncate(sequence, length)
-        self.block_table[sequence, len(book.pages[sequence]):].zero_()
+        self.block_table[sequence, len(book.pages[sequence]):].fill_(-1)
         self.lengths[sequence].fill_(length)
 
     def extend(self, sequences: Sequence[int], counts: Sequence[int]) -> None:
