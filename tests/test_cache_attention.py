@@ -825,3 +825,15 @@ def test_lengths_that_the_host_does_not_know():
     assert longest(foreign) == 12
     pages.extend(numbers, [3, 3])
     assert longest(pages, numbers, extended=True) == 6
+
+
+@pytest.mark.parametrize("backend", [name for name in AVAILABLE if name != "reference"])
+def test_cascades_under_autocast(backend):
+    """fp32 queries, prefix and tokens are cast together, to the dtype of the cache."""
+    cache, twin = (tw.KVCache(2, 9, KV_HEADS, DIM, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
+    x = normal(2, 3, HEADS, DIM), normal(5, KV_HEADS, DIM), normal(5, KV_HEADS, DIM)
+    new = normal(2, 3, KV_HEADS, DIM), normal(2, 3, KV_HEADS, DIM)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        found = tw.cascade_attention(*x, cache, *new, causal=True, backend=backend)
+    half = [t.bfloat16() for t in (*x, *new)]
+    assert torch.equal(found, tw.cascade_attention(*half[:3], twin, *half[3:], causal=True, backend=backend))

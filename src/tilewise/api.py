@@ -190,6 +190,7 @@ def cascade_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, cache: KVCa
 
     Other arguments, results and errors: `attention_with_kv_cache`.
     """
+    q, prefix_k, prefix_v = autocast(q, prefix_k, prefix_v)
     _check_prefix(prefix_k, prefix_v, q, cache, sinks, rotary)
     if rotary is not None:
         rotary = Rotary(rotary.cos[len(prefix_k):], rotary.sin[len(prefix_k):], rotary.interleaved)
@@ -257,8 +258,7 @@ def _of_cache(q: Any, cache: Any, k_new: Tensor | None, *, cache_batch_idx: Any 
               max_seqlen_q: int | None = None, check: bool = False, extended: bool = False,
               **options) -> tuple[Problem, Operands]:
     """The problem of queries and a cache, as it will be once k_new is appended; nothing is written yet."""
-    if not isinstance(cache, (KVCache, PagedKVCache)):
-        raise TypeError(f"cache: expected a KVCache or a PagedKVCache, got {type(cache).__name__}")
+    _check_cache(cache)
     stored = cache.stored(cache_batch_idx, check=check)
     q_rows, longest_q = None, 0
     if cu_seqlens_q is None:
@@ -321,10 +321,13 @@ def _as_given(state: AttentionState, packed: bool, return_lse: bool) -> Any:
     return (out, lse) if return_lse else out
 
 
-def _check_prefix(k: Any, v: Any, q: Any, cache: Any, sinks: Any, rotary: Any) -> None:
+def _check_cache(cache: Any) -> None:
     if not isinstance(cache, (KVCache, PagedKVCache)):
         raise TypeError(f"cache: expected a KVCache or a PagedKVCache, got {type(cache).__name__}")
-    q, k, v = autocast(q, k, v)
+
+
+def _check_prefix(k: Any, v: Any, q: Any, cache: Any, sinks: Any, rotary: Any) -> None:
+    _check_cache(cache)
     check_tensor("q", q, (*["B"] * (q.dim() - 2), "H", cache.head_dim), DTYPES, cache.device)
     check_tensor("prefix_k", k, ("S_p", cache.kv_heads, cache.head_dim), (q.dtype,), cache.device)
     check_tensor("prefix_v", v, (len(k), cache.kv_heads, cache.head_dim_v), (q.dtype,), cache.device)

@@ -157,13 +157,12 @@ def over_sequences(attention: Callable[[Problem, Operands], tuple[Tensor, Tensor
 
 
 def joined(x: Sequence[Tensor], where: Sequence[tuple[int, slice]], rows: int, fill: float) -> Tensor:
-    """Pieces [1, H, n, ...] of packed sequences as one tensor of so many rows, `fill` where no sequence is. Differentiable."""
+    """Pieces [1, H, n, ...] of packed sequences, one at least, as one tensor of so many rows, `fill` between them. Differentiable."""
     pieces, end = [], 0
     for piece, (_, own) in zip(x, where, strict=True):
         pieces += [piece.new_full((*piece.shape[:2], own.start - end, *piece.shape[3:]), fill), piece]
         end = own.stop
-    if pieces:
-        last = pieces[-1]
-        pieces.append(last.new_full((*last.shape[:2], rows - end, *last.shape[3:]), fill))
+    last = pieces[-1]
+    pieces.append(last.new_full((*last.shape[:2], rows - end, *last.shape[3:]), fill))
     whole = [piece.transpose(1, 2) for piece in pieces]                 # heads inside rows, as packed tensors are
     return torch.cat(whole, 1).transpose(1, 2)

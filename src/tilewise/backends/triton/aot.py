@@ -149,7 +149,7 @@ def of_append(arch: str, head_dim: int) -> Iterator[Case]:
         values = append.arguments(found, rows, k, v, turned, turned, rows, rotary) | dict(blocks=1)
         flat = flatten(append_kernel.append, append.NOTHING, values)
         yield _compiled(f"append d{head_dim} {width}", "forward", append_kernel.append, append.NOTHING, None, flat, arch,
-                        Config(append.BLOCK, 0, append.WARPS, 1), False)
+                        append.CONFIG, False)
 
 
 def _case(kernel: Any, problem: Problem, values: Mapping[str, Any], arch: str, row: str, config: Config,

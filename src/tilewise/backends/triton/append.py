@@ -1,22 +1,21 @@
 """How new keys and values get into a cache: the launch of `append_kernel`."""
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tilewise.backends.triton.append_kernel import append as append_kernel
+from tilewise.backends.triton.configs import Config
 from tilewise.backends.triton.entry import entry, flatten
-from tilewise.backends.triton.launch import blocks, padded, strides
+from tilewise.backends.triton.launch import blocks, padded, start, strides
 from tilewise.kv_cache import FP8, Stored
 from tilewise.rotary import Rotary
 from tilewise.trace.graph import lower
 
 BLOCK = 16                              # tokens of a program
-WARPS = 4
+CONFIG = Config(BLOCK, 0, num_warps=4, num_stages=1)
 NOTHING = lower([[]] * 5).text          # a program without functions
 
 
@@ -32,7 +31,8 @@ def write(stored: Stored, new: Tensor, k_new: Tensor, v_new: Tensor | None, q: T
         rows, heads = max(rows, turning.shape[2]), heads + turning.shape[1]
     count = blocks(rows, BLOCK)         # of each sequence, at most
     if count * heads * len(new):
-        launch(append_kernel, values | dict(blocks=count), (len(new) * count, heads), k_new.device)
+        flat = flatten(append_kernel, NOTHING, values | dict(blocks=count))
+        start(entry(append_kernel, NOTHING), (len(new) * count, heads), flat, CONFIG, k_new.device)
     return q if turned is None else turned
 
 
@@ -52,8 +52,3 @@ def arguments(stored: Stored, new: Tensor, k_new: Tensor, v_new: Tensor | None, 
         kv_heads=k.shape[1], room=room, slots=k.shape[0], page_size=k.shape[2], pages_row=pages_row, positions=positions,
         INTERLEAVED=rotary is not None and rotary.interleaved, HALF=half, D=k.shape[3], DV=v.shape[3], BLOCK_M=BLOCK,
         BLOCK_D=padded(k.shape[3]), BLOCK_DV=padded(v.shape[3]), BLOCK_HALF=padded(max(1, half)))
-
-
-def launch(kernel: Callable, values: Mapping[str, Any], grid: tuple[int, ...], device: torch.device) -> None:
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        entry(kernel, NOTHING)[grid](**flatten(kernel, NOTHING, values), num_warps=WARPS, num_stages=1)

@@ -49,10 +49,13 @@ def run(kernel: Any, problem: Problem, programs: Callable[[Config], tuple[int, .
     if bias is not None and bias.itemsize > values["Q"].itemsize:  # rows are judged with a bias as wide as the inputs
         config = config._replace(num_stages=1)
     flat = flatten(kernel, problem.program, {**values, **settled(problem, values, config)})
-    # Triton launches on the current device, whatever device the tensors are on
-    with torch.cuda.device(problem.device) if problem.device.type == "cuda" else contextlib.nullcontext():
-        entry(kernel, problem.program, values.get("LOOKUP"))[grid](
-            **flat, num_warps=config.num_warps, num_stages=config.num_stages)
+    start(entry(kernel, problem.program, values.get("LOOKUP")), grid, flat, config, problem.device)
+
+
+def start(point: Any, grid: tuple[int, ...], flat: Mapping[str, Any], config: Config, device: torch.device) -> None:
+    """Launches an entry point. Triton does so on the current device, whatever device the tensors are on."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        point[grid](**flat, num_warps=config.num_warps, num_stages=config.num_stages)
 
 
 def settled(problem: Problem, values: Mapping[str, Any], config: Config) -> dict[str, Any]:
