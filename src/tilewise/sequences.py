@@ -157,7 +157,7 @@ def over_sequences(attention: Callable[[Problem, Operands], tuple[Tensor, Tensor
 
 
 def joined(x: Sequence[Tensor], where: Sequence[tuple[int, slice]], rows: int, fill: float) -> Tensor:
-    """Pieces [1, H, n, ...] of packed sequences, one at least, as one tensor of so many rows, `fill` between them. Differentiable."""
+    """Pieces [1, H, n, ...] of packed sequences, at least one, as one tensor of `rows`, `fill` elsewhere. Differentiable."""
     pieces, end = [], 0
     for piece, (_, own) in zip(x, where, strict=True):
         pieces += [piece.new_full((*piece.shape[:2], own.start - end, *piece.shape[3:]), fill), piece]
