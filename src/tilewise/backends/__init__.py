@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MODULES = {"triton": "tilewise.backends.triton", "tiled": "tilewise.backends.tiled", "reference": "tilewise.reference"}
+MODULES = {"cpu": "tilewise.backends.cpu", "triton": "tilewise.backends.triton", "tiled": "tilewise.backends.tiled", "reference": "tilewise.reference"}
 AUTO = ("triton", "tiled")          # the order in which backend="auto" asks
 
 

@@ -1,0 +1,60 @@
+"""Native kernels for CPUs: FlashAttention-2 in C++, compiled at first use by the machine's own compiler.
+
+    kernels/     the C++ source, in vector extensions that GCC and Clang share     compiler.py   builds and keeps it
+    launch.py    what a kernel is told                                             sizes.py      how work is cut
+    threads.py   PyTorch's own threads
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tilewise.backends import Gradients, Needs
+from tilewise.backends.cpu import compiler, gradients, launch, sizes, threads
+from tilewise.kv_cache import write
+from tilewise.problem import Operands, Problem
+
+__all__ = ["backward", "forward", "precision", "splits", "supports", "tile_sizes", "volunteers", "workspace", "write"]
+
+
+def supports(problem: Problem) -> str | None:
+    """None, or why these kernels cannot compute the problem."""
+    if problem.device.type != "cpu":
+        return f"inputs are on {problem.device.type}; its kernels run on CPUs"
+    if problem.dtype == torch.float64:
+        return "fp64 inputs (its kernels take fp16, bf16 and fp32)"
+    if compiler.compiler() is None:
+        return f"no C++ compiler ({', '.join(compiler.COMPILERS)} or the one that CXX names) builds its kernels"
+    if threads.entry() is None:
+        return "PyTorch has no OpenMP runtime whose threads its kernels could use"
+    return None
+
+
+volunteers = supports
+
+
+def precision(problem: Problem) -> str:
+    """How fp32 inputs are multiplied."""
+    return "ieee"
+
+
+def tile_sizes(problem: Problem) -> tuple[int, int]:
+    return sizes.BLOCK_ROWS, sizes.PANEL
+
+
+def splits(problem: Problem) -> int:
+    """Shares of the keys, merged afterwards."""
+    return sizes.splits(problem)
+
+
+def workspace(problem: Problem) -> tuple[int, int]:
+    return 0, 0
+
+
+def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
+    return launch.forward(problem, operands)
+
+
+def backward(problem: Problem, operands: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
+             needs: Needs) -> Gradients:
+    return gradients.backward(problem, operands, out, lse, dout, dlse, needs)

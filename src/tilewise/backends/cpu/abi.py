@@ -1,0 +1,33 @@
+"""What a kernel is told: the C struct `Problem`, declared once for Python and for C++."""
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+POINTERS = ("q", "k", "v", "bias", "sinks", "rng", "q_rows", "k_rows", "pages", "k_scale", "v_scale", "list", "order", "out",
+            "lse", "dout", "dlse", "delta", "dq", "dk", "dv", "dbias", "sums", "sums_strides",
+            "sums_sizes", "captured", "ints", "floats", "parallel", "scratch")
+NUMBERS = ("batch", "heads", "kv_heads", "nq", "nk", "dim", "dim_v", "lse_rows", "page_size", "pages_row", "dropout", "cached",
+           "q_kind", "k_kind", "bias_kind", "sinks_kind", "list_rows", "list_batch", "list_heads", "threads", "block_rows",
+           "panels", "fold", "splits", "pack_apart", "units_together", "parts", "lists", "bias_pattern", "dbias_kind")
+STRIDES = ("q_strides", "k_strides", "v_strides", "out_strides", "dout_strides", "dq_strides", "dk_strides", "dv_strides",
+           "bias_strides", "dbias_strides")
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3, torch.float8_e4m3fn: 4}   # rows.h: Kind
+
+POINTER_TYPES = {"captured": "const void* const*", "ints": "const long*", "floats": "const double*", "out": "void*",
+                 "lse": "void*"}
+
+
+class Problem(ctypes.Structure):
+    """Pointers are data pointers of tensors, or null; strides are in elements, of slot or page, head and row, of a bias of all
+    four dimensions."""
+    _fields_ = [*((name, ctypes.c_void_p) for name in POINTERS), *((name, ctypes.c_long) for name in NUMBERS),
+                ("scale", ctypes.c_double), *((name, ctypes.c_long * 4) for name in STRIDES)]
+
+
+def header() -> str:
+    """The same in C++: problem.h."""
+    lines = [f"  {POINTER_TYPES.get(name, 'void*')} {name};" for name in POINTERS]
+    lines += [f"  long {name};" for name in NUMBERS] + ["  double scale;"] + [f"  long {name}[4];" for name in STRIDES]
+    return "#pragma once\nstruct Problem {\n" + "\n".join(lines) + "\n};\n"

@@ -1,0 +1,129 @@
+"""Builds the kernels with the machine's own C++ compiler, once for each program, and keeps them in the user's cache.
+
+An entry of the cache is one shared library, named by a hash of all that it depends on: the sources, the compiler and its
+flags, the CPU. It ends with a hash of itself, so that a torn or damaged one is built again. Entries appear whole, by renaming,
+and a lock makes processes that want the same one wait for each other.
+"""
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from tilewise.backends.cpu import abi
+from tilewise.trace import emit_cpp
+
+KERNELS = Path(__file__).parent / "kernels"
+COMPILERS = "c++", "g++", "clang++"
+X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
+FLAGS = ("-std=c++17", "-O3", *(("-march=native", "-mprefer-vector-width=512") if X86 else ("-mcpu=native",)),
+         "-ffp-contract=fast", "-fno-math-errno", "-w", "-shared", "-fPIC")
+DIGEST = hashlib.sha256().digest_size
+
+log = logging.getLogger("tilewise")
+
+
+@functools.cache
+def compiler() -> Path | None:
+    """The C++ compiler: what CXX names, otherwise the first of COMPILERS."""
+    found = filter(None, map(shutil.which, (os.environ.get("CXX") or "", *COMPILERS)))
+    path = next(found, None)
+    return None if path is None else Path(path).resolve()
+
+
+def cache_directory() -> Path:
+    """Where libraries are kept: tilewise in the user's cache directory."""
+    home = Path.home()
+    default = home / "Library" / "Caches" if platform.system() == "Darwin" else home / ".cache"
+    return Path(os.environ.get("XDG_CACHE_HOME") or default) / "tilewise"
+
+
+@functools.lru_cache(maxsize=512)
+def library(kernel: str, program: str, dtypes: tuple[torch.dtype, ...], extra: tuple[str, ...] = ()) -> ctypes.CDLL:
+    """The library of a kernel, "forward" or "backward", for a program's text and the dtypes of its captured tensors.
+
+    extra: further flags of the compiler. Raises RuntimeError with the compiler's words if it fails.
+    """
+    generated = {"problem.h": abi.header(),
+                 "functions.h": '#pragma once\n#include "elementary.h"\n' + emit_cpp.source(program, dtypes)}
+    name = hashlib.sha256(repr((kernel, generated, sources(), identity(), FLAGS, extra)).encode()).hexdigest()[:32]
+    try:
+        directory = cache_directory()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written to
+        directory = private_directory()
+    path = directory / f"{name}.so"
+    if not whole(path):
+        with locked(directory / f"{name}.lock"):
+            if not whole(path):
+                build(kernel, generated, (*FLAGS, *extra), path)
+    return ctypes.CDLL(str(path))
+
+
+@functools.cache
+def sources() -> dict[str, str]:
+    return {path.name: path.read_text() for path in sorted(KERNELS.iterdir()) if path.suffix in (".h", ".cpp")}
+
+
+@functools.cache
+def identity() -> tuple:
+    """What a library depends on beside its sources: the compiler, and the CPU that -march=native means."""
+    path = compiler()
+    stat = None if path is None else path.stat()
+    cpu = platform.processor()
+    with contextlib.suppress(OSError):
+        cpu = "".join(re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.M)[:3])
+    return str(path), stat and (stat.st_size, stat.st_mtime_ns), platform.machine(), cpu
+
+
+@functools.cache
+def private_directory() -> Path:
+    return Path(tempfile.mkdtemp(prefix="tilewise-"))
+
+
+def whole(path: Path) -> bool:
+    """Whether a library is there and as it was built."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return False
+    return hashlib.sha256(content[:-DIGEST]).digest() == content[-DIGEST:]
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    import fcntl
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def build(kernel: str, generated: dict[str, str], flags: Sequence[str], path: Path) -> None:
+    log.info("compiling the %s kernel for this CPU, once: %s", kernel, path)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as directory:
+        for name, text in generated.items():
+            (Path(directory) / name).write_text(text)
+        made = Path(directory) / "made.so"
+        done = subprocess.run([str(compiler()), *flags, f"-I{directory}", f"-I{KERNELS}", str(KERNELS / f"{kernel}.cpp"), "-o",
+                               str(made), "-lm"], capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{compiler()} could not compile the {kernel} kernel (backend=\"tiled\" needs no compiler; CXX "
+                               f"names another one):\n{done.stderr[-4000:]}")
+        content = made.read_bytes()
+        made.write_bytes(content + hashlib.sha256(content).digest())
+        os.replace(made, path)

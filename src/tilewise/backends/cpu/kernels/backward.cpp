@@ -1,0 +1,221 @@
+// FlashAttention-2, backward (Dao 2023, algorithm 2), on a CPU: five products for each tile, and always the same bits.
+//
+// A job is a unit (a key head with its queries), or some of its blocks of keys. For each block of keys, with dK and dV in the L2
+// cache, it walks the blocks of queries and adds to dQ, which it has for itself: jobs of one unit add up theirs in order
+// afterwards. Sums over many jobs, as gradients of tables are, are kept for each of a fixed number of lists of jobs.
+#include "multiply.h"
+#include "scoring.h"
+#include "terms.h"
+#include "threads.h"
+#include "visits.h"
+#include "work.h"
+
+// What one thread works with.
+struct Scratch {
+  float *keys, *keys_across, *values_across, *dk, *dv, *q, *dout, *p, *ds, *lse, *delta, *rows, *dq;
+  int* visits;
+
+  Scratch(const Problem& x, Arena& arena) {
+    const long n = x.panels * PANEL, m = x.block_rows, wide = width(x.dim), wide_v = width(x.dim_v);
+    keys = arena.take<float>(n * wide), keys_across = arena.take<float>(n * x.dim), values_across = arena.take<float>(n * x.dim_v);
+    dk = arena.take<float>(n * wide), dv = arena.take<float>(n * wide_v);
+    q = arena.take<float>(m * wide), dout = arena.take<float>(m * wide_v);
+    p = arena.take<float>(m * n), ds = arena.take<float>(m * n);
+    lse = arena.take<float>(m), delta = arena.take<float>(m);
+    rows = arena.take<float>(PANEL * wide_v);
+    visits = arena.take<int>(x.panels);
+    dq = arena.take<float>(x.parts > 1 ? 0 : blocks_of(x, (int)x.nq) * m * wide);
+  }
+};
+
+// delta = rowsum(dO * O) - dlse (algorithm 2, line 4; lse has a gradient of its own).
+static void preprocess(const Problem& x, const Unit& u, const Block& block, float* out, float* dout) {
+  const int dim = (int)x.dim_v, kind = (int)x.q_kind;
+  for (int r = 0; r < block.rows; r++) {
+    const int h = block.head_of(r), i = block.query(r);
+    read(kind, at(x.out, kind, u.s.of_query(x.out_strides, h, i)), 1, dim, out);
+    read(kind, at(x.dout, kind, u.s.of_query(x.dout_strides, h, i)), 1, dim, dout);
+    float total = 0;
+    for (int d = 0; d < dim; d++) total += out[d] * dout[d];
+    const long place = u.s.of_statistics(x, h, i);
+    ((float*)x.delta)[place] = x.dlse ? total - ((const float*)x.dlse)[place] : total;
+  }
+}
+
+static void read_row(const Problem& x, const void* from, long element, int dim, float factor, bool hidden, float* to) {
+  read((int)x.q_kind, at(from, (int)x.q_kind, element), 1, dim, to);
+  for (int d = 0; d < dim; d++) to[d] = hidden ? 0 : to[d] * factor;
+  for (int d = dim; d < width(dim); d++) to[d] = 0;
+}
+
+// Q, multiplied by scale, and dO of a block; 0 where a query sees no key, since padding may hold NaN.
+static void read_block(const Problem& x, const Unit& u, const Block& block, const Scratch& w) {
+  for (int r = 0; r < block.rows; r++) {
+    const int h = block.head_of(r), i = block.query(r);
+    const bool hidden = BANDS && hidden_query(x, u.s, h, i);
+    read_row(x, x.q, u.s.of_query(x.q_strides, h, i), (int)x.dim, (float)x.scale, hidden, w.q + (long)r * width(x.dim));
+    read_row(x, x.dout, u.s.of_query(x.dout_strides, h, i), (int)x.dim_v, 1, hidden, w.dout + (long)r * width(x.dim_v));
+    const long place = u.s.of_statistics(x, h, i);
+    const float lse = ((const float*)x.lse)[place];
+    w.lse[r] = lse == -INFINITY ? INFINITY : lse;
+    w.delta[r] = ((const float*)x.delta)[place];
+  }
+}
+
+// From products to P and dS of n panels: p has q.k and becomes what multiplies dO, ds has dO.v and becomes the gradient of q.k.
+static void tile_gradients(const Problem& x, const Unit& u, const Block& block, const Scratch& w, int list, const int* visited, int n) {
+  const float rescale = 65536.f / (65536 - x.dropout);
+  for (int r = 0; r < block.rows; r++) {
+    const int h = block.head_of(r), i = block.query(r);
+    const float lse = w.lse[r], delta = w.delta[r];
+    Terms terms(x, u.s, h, i, list);
+    for (int t = 0; t < n; t++) {
+      const int panel = visited[t] / 2;
+      const bool partial = visited[t] % 2;
+      float *p = w.p + (r * x.panels + t) * PANEL, *ds = w.ds + (r * x.panels + t) * PANEL, raw[PANEL], of_score[PANEL];
+      if (HAS_SCORE) memcpy(raw, p, sizeof raw);
+      finish(x, u.s, h, i, panel, partial, p);
+      alignas(64) uint16_t bits[PANEL];
+      if (x.dropout) random_bits(x, u.s, h, i, panel, bits);
+      if (x.dropout) drop(x, bits, ds);
+      for (int c = 0; c < PANEL; c += LANES) {
+        const vec probability = exp_of(load(p + c) - lse), dp = x.dropout ? load(ds + c) * rescale : load(ds + c);
+        vec d = probability * (dp - delta);
+        if (partial) d = select(probability == 0.f, vec{}, d);         // 0 also where dp is not finite
+        store(p + c, probability);
+        if (!HAS_SCORE) {
+          store(ds + c, d);
+          continue;
+        }
+        const vec gradient = score_gradient(x, load(raw + c), u.s.b, h, i, keys_from(panel * PANEL + c, u.s.nk), u.s.nq, u.s.nk);
+        store(of_score + c, d);
+        store(ds + c, partial ? select(probability == 0.f, vec{}, d * gradient) : d * gradient);
+      }
+      terms.take(panel, partial, raw, HAS_SCORE ? of_score : ds, p);
+      if (x.dropout) drop(x, bits, p);
+    }
+    terms.finish();
+  }
+}
+
+// One block of keys: panels first .. first + n - 1.
+static void key_block(const Problem& x, const Unit& u, const Scratch& w, int list, int first, int n, float* dq) {
+  const int dim = (int)x.dim, dim_v = (int)x.dim_v, wide = width(dim), wide_v = width(dim_v), length = (int)x.panels * PANEL;
+  for (int t = 0; t < n; t++) {
+    bool hidden[PANEL];
+    const int key = (first + t) * PANEL;
+    if (BANDS) hidden_keys(x, u.s, u.kv_head, key, hidden);
+    const bool* of_hidden = BANDS ? hidden - key : nullptr;
+    float* rows = w.keys + t * PANEL * wide;
+    read_keys(x, u.s, x.k, nullptr, x.k_strides, u.kv_head, key, PANEL, dim, wide, of_hidden, rows);
+    transposed(rows, dim, wide, w.keys_across + t * PANEL * dim);
+    read_keys(x, u.s, x.v, nullptr, x.v_strides, u.kv_head, key, PANEL, dim_v, wide_v, of_hidden, w.rows);
+    transposed(w.rows, dim_v, wide_v, w.values_across + t * PANEL * dim_v);
+  }
+  memset(w.dk, 0, sizeof(float) * n * PANEL * wide);
+  memset(w.dv, 0, sizeof(float) * n * PANEL * wide_v);
+  for (int index = 0; index < blocks_of(x, u.s.nq); index++) {
+    const Block block = block_of(x, u, index);
+    const int count = visits(x, u.s, block, first, first + n, w.visits);
+    if (!count) continue;
+    read_block(x, u, block, w);
+    for (int t = 0; t < count; t++) {
+      const int own = w.visits[t] / 2 - first;
+      multiply<false, false>(w.q, wide, w.keys_across + own * PANEL * dim, PANEL, w.p + t * PANEL, length, block.rows, PANEL, dim);
+      multiply<false, false>(w.dout, wide_v, w.values_across + own * PANEL * dim_v, PANEL, w.ds + t * PANEL, length, block.rows,
+                             PANEL, dim_v);
+    }
+    tile_gradients(x, u, block, w, list, w.visits, count);
+    for (int t = 0; t < count; t++) {
+      const long own = w.visits[t] / 2 - first;
+      multiply<true, true>(w.p + t * PANEL, length, w.dout, wide_v, w.dv + own * PANEL * wide_v, wide_v, PANEL, wide_v, block.rows);
+      multiply<true, true>(w.ds + t * PANEL, length, w.q, wide, w.dk + own * PANEL * wide, wide, PANEL, wide, block.rows);
+      multiply<false, true>(w.ds + t * PANEL, length, w.keys + own * PANEL * wide, wide, dq + index * x.block_rows * wide, wide,
+                            block.rows, wide, PANEL);
+    }
+  }
+  const float rescale = 65536.f / (65536 - x.dropout);
+  for (int j = 0; j < n * PANEL && first * PANEL + j < u.s.nk; j++) {
+    const int key = first * PANEL + j, kind = (int)x.q_kind;
+    write(kind, at(x.dk, kind, u.s.of_key(x, x.dk_strides, u.kv_head, key)), w.dk + (long)j * wide, dim, 1);
+    write(kind, at(x.dv, kind, u.s.of_key(x, x.dv_strides, u.kv_head, key)), w.dv + (long)j * wide_v, dim_v, rescale);
+  }
+}
+
+static void store_dq(const Problem& x, const Unit& u, int index, const float* dq) {
+  const Block block = block_of(x, u, index);
+  for (int r = 0; r < block.rows; r++) {
+    const long element = u.s.of_query(x.dq_strides, block.head_of(r), block.query(r));
+    write((int)x.q_kind, at(x.dq, (int)x.q_kind, element), dq + (index * x.block_rows + r) * width(x.dim), (int)x.dim, (float)x.scale);
+  }
+}
+
+// Where everything lies in the memory that the caller allocated.
+struct Memory {
+  long dq_size;
+  float* dq;                                        // of the jobs of units that have several
+  char* scratch;
+  long scratch_each;
+
+  Memory(const Problem& x, char* start) {
+    Arena arena = {start};
+    dq_size = (long)blocks_of(x, (int)x.nq) * x.block_rows * width(x.dim);
+    dq = arena.take<float>(x.parts > 1 ? x.units_together * x.parts * dq_size : 0);
+    scratch = arena.next;
+    Scratch(x, arena);
+    scratch_each = arena.next - scratch;
+  }
+  Scratch of_worker(const Problem& x, int worker) const {
+    Arena arena = {scratch + worker * scratch_each};
+    return Scratch(x, arena);
+  }
+};
+
+// Bytes that `backward` needs at x.scratch.
+extern "C" long backward_memory(const Problem* x) {
+  const Memory memory(*x, nullptr);
+  return (long)memory.scratch + x->threads * memory.scratch_each;
+}
+
+extern "C" void backward(const Problem* problem) {
+  const Problem& x = *problem;
+  const Memory memory(x, (char*)x.scratch);
+  const long units = x.batch * x.kv_heads, block_count = blocks_of(x, (int)x.nq);
+  in_parallel(x, units * block_count, [&](int worker, Tasks tasks) {
+    const Scratch w = memory.of_worker(x, worker);
+    for (long task; tasks.take(task);) {
+      const Unit u = unit_of(x, task / block_count);
+      if (task % block_count < blocks_of(x, u.s.nq)) preprocess(x, u, block_of(x, u, (int)(task % block_count)), w.rows, w.dout);
+    }
+  });
+  for (long first = 0; first < units; first += x.units_together) {
+    const long here = units - first < x.units_together ? units - first : x.units_together, jobs = here * x.parts;
+    const long lists = x.lists && x.lists < jobs ? x.lists : jobs;
+    in_parallel(x, lists, [&](int worker, Tasks tasks) {
+      const Scratch w = memory.of_worker(x, worker);
+      for (long list; tasks.take(list);)
+        for (long job = list; job < jobs; job += lists) {
+          const Unit u = unit_of(x, first + job / x.parts);
+          const int panels = panels_of(u.s.nk), step = (int)x.panels;
+          float* dq = x.parts > 1 ? memory.dq + job * memory.dq_size : w.dq;
+          memset(dq, 0, sizeof(float) * blocks_of(x, u.s.nq) * x.block_rows * width(x.dim));
+          for (int p = (int)(job % x.parts) * step; p < panels; p += (int)x.parts * step)
+            key_block(x, u, w, (int)list, p, panels - p < step ? panels - p : step, dq);
+          for (int index = 0; x.parts == 1 && index < blocks_of(x, u.s.nq); index++) store_dq(x, u, index, dq);
+        }
+    });
+    if (x.parts > 1)
+      in_parallel(x, here * block_count, [&](int, Tasks tasks) {
+        for (long task; tasks.take(task);) {
+          const Unit u = unit_of(x, first + task / block_count);
+          const int index = (int)(task % block_count);
+          if (index >= blocks_of(x, u.s.nq)) continue;
+          float* total = memory.dq + task / block_count * x.parts * memory.dq_size;
+          const long begin = index * x.block_rows * width(x.dim), end = begin + x.block_rows * width(x.dim);
+          for (long part = 1; part < x.parts; part++)
+            for (long e = begin; e < end; e += LANES) store(total + e, load(total + e) + load(total + part * memory.dq_size + e));
+          store_dq(x, u, index, total);
+        }
+      });
+  }
+}

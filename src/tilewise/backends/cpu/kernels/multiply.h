@@ -1,0 +1,49 @@
+// Products of matrices in fp32, blocked for registers: each step takes ROWS numbers of a and COLUMNS vectors of b.
+#pragma once
+#include "vector.h"
+
+// c[MR, NV vectors] (+)= a . b, with n terms. a[i, k] is at a[i * lda + k], or at a[k * lda + i] if TRANSPOSED.
+template <int MR, int NV, bool TRANSPOSED, bool ADD>
+static inline void block(const float* __restrict__ a, long lda, const float* __restrict__ b, long ldb, float* __restrict__ c,
+                         long ldc, int n) {
+  vec sums[MR][NV];
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) sums[i][j] = ADD ? load(c + i * ldc + j * LANES) : vec{};
+  for (int k = 0; k < n; k++) {
+    vec right[NV];
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) right[j] = load(b + k * ldb + j * LANES);
+#pragma GCC unroll 8
+    for (int i = 0; i < MR; i++) {
+      const vec left = splat(TRANSPOSED ? a[k * lda + i] : a[i * lda + k]);
+#pragma GCC unroll 4
+      for (int j = 0; j < NV; j++) sums[i][j] += left * right[j];
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < MR; i++)
+#pragma GCC unroll 4
+    for (int j = 0; j < NV; j++) store(c + i * ldc + j * LANES, sums[i][j]);
+}
+
+template <int MR, bool TRANSPOSED, bool ADD>
+static void columns(const float* a, long lda, const float* b, long ldb, float* c, long ldc, int vectors, int n) {
+  for (; vectors >= COLUMNS; vectors -= COLUMNS, b += COLUMNS * LANES, c += COLUMNS * LANES)
+    block<MR, COLUMNS, TRANSPOSED, ADD>(a, lda, b, ldb, c, ldc, n);
+  if (COLUMNS == 4 && vectors & 2) block<MR, 2, TRANSPOSED, ADD>(a, lda, b, ldb, c, ldc, n), b += 2 * LANES, c += 2 * LANES;
+  if (vectors & 1) block<MR, 1, TRANSPOSED, ADD>(a, lda, b, ldb, c, ldc, n);
+}
+
+// c[rows, cols] (+)= a . b, with n terms; cols is a multiple of LANES.
+template <bool TRANSPOSED, bool ADD>
+static void multiply(const float* a, long lda, const float* b, long ldb, float* c, long ldc, int rows, int cols, int n) {
+  const long step = TRANSPOSED ? 1 : lda;
+  const int vectors = cols / LANES;
+  for (; rows >= ROWS; rows -= ROWS, a += ROWS * step, c += ROWS * ldc)
+    columns<ROWS, TRANSPOSED, ADD>(a, lda, b, ldb, c, ldc, vectors, n);
+  if (rows & 4) columns<4, TRANSPOSED, ADD>(a, lda, b, ldb, c, ldc, vectors, n), a += 4 * step, c += 4 * ldc;
+  if (rows & 2) columns<2, TRANSPOSED, ADD>(a, lda, b, ldb, c, ldc, vectors, n), a += 2 * step, c += 2 * ldc;
+  if (rows & 1) columns<1, TRANSPOSED, ADD>(a, lda, b, ldb, c, ldc, vectors, n);
+}

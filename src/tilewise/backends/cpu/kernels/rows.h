@@ -1,0 +1,127 @@
+// Rows of tensors in memory, of any dtype and with any strides: where they lie, and how they become fp32 tiles and go back.
+#pragma once
+#include "problem.h"
+#include "vector.h"
+
+constexpr int PANEL = 64;                           // keys that are visited together
+enum Kind { FP32, FP16, BF16, FP64, FP8 };          // as `launch.KINDS` numbers dtypes
+
+static inline int width(long dim) { return (int)(dim + LANES - 1) / LANES * LANES; }   // of a row in a tile
+
+static inline long size_of(int kind) { return kind == FP64 ? 8 : kind == FP32 ? 4 : kind == FP8 ? 1 : 2; }
+
+static inline float from_bf16(uint16_t x) { uint32_t bits = (uint32_t)x << 16; float y; memcpy(&y, &bits, 4); return y; }
+
+static inline uint16_t to_bf16(float x) {
+  uint32_t bits;
+  memcpy(&bits, &x, 4);
+  if (x != x) return 0x7fc0;
+  return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest even
+}
+
+static inline float from_fp16(uint16_t x) {
+  uint32_t bits = (uint32_t)(x & 0x7fff) << 13, sign = (uint32_t)(x & 0x8000) << 16;
+  float y;
+  memcpy(&y, &bits, 4);
+  y *= 0x1p112f;
+  memcpy(&bits, &y, 4);
+  bits = ((x & 0x7c00) == 0x7c00 ? bits | 0x7f800000 : bits) | sign;
+  memcpy(&y, &bits, 4);
+  return y;
+}
+
+static inline uint16_t to_fp16(float x) {
+  const float a = x < 0 ? -x : x, shifted = a + 0.5f;
+  uint32_t bits, small, sign;
+  memcpy(&bits, &a, 4), memcpy(&small, &shifted, 4), memcpy(&sign, &x, 4);
+  const uint32_t normal = (bits - (112u << 23) + 0xfff + (bits >> 13 & 1)) >> 13, tiny = small - 0x3f000000;
+  const uint32_t magnitude = x != x ? 0x7e00 : a >= 65520.f ? 0x7c00 : a < 0x1p-14f ? tiny : normal;
+  return (uint16_t)(magnitude | (sign >> 16 & 0x8000));
+}
+
+static inline float from_fp8(uint8_t x) {           // e4m3 without infinities
+  const uint32_t magnitude = x & 0x7f, bits = (uint32_t)(x & 0x80) << 24 | magnitude << 20;
+  float y;
+  memcpy(&y, &bits, 4);
+  return magnitude == 0x7f ? NAN : y * 0x1p120f;
+}
+
+template <typename T, typename Widen> static inline void widened(const void* from, long stride, int n, float* to, Widen widen) {
+  const T* x = (const T*)from;
+  if (stride == 1) for (int i = 0; i < n; i++) to[i] = widen(x[i]);
+  else for (int i = 0; i < n; i++) to[i] = widen(x[i * stride]);
+}
+
+// n numbers, `stride` elements apart, as fp32.
+static void read(int kind, const void* from, long stride, int n, float* to) {
+  switch (kind) {
+    case FP32: return widened<float>(from, stride, n, to, [](float x) { return x; });
+    case FP16: return widened<uint16_t>(from, stride, n, to, from_fp16);
+    case BF16: return widened<uint16_t>(from, stride, n, to, from_bf16);
+    case FP64: return widened<double>(from, stride, n, to, [](double x) { return (float)x; });
+    case FP8: return widened<uint8_t>(from, stride, n, to, from_fp8);
+  }
+}
+
+// Writes n numbers, multiplied by a factor.
+static void write(int kind, void* to, const float* from, int n, float factor) {
+  if (kind == FP32) for (int i = 0; i < n; i++) ((float*)to)[i] = from[i] * factor;
+  else if (kind == FP16) for (int i = 0; i < n; i++) ((uint16_t*)to)[i] = to_fp16(from[i] * factor);
+  else if (kind == BF16) for (int i = 0; i < n; i++) ((uint16_t*)to)[i] = to_bf16(from[i] * factor);
+  else for (int i = 0; i < n; i++) ((double*)to)[i] = from[i] * factor;
+}
+
+static inline const void* at(const void* x, int kind, long element) { return (const char*)x + element * size_of(kind); }
+static inline void* at(void* x, int kind, long element) { return (char*)x + element * size_of(kind); }
+
+// One sequence: where its rows lie in q, and in k and v.
+struct Sequence {
+  int b, nq, nk;
+  long q_slot, q_start, k_slot, k_start;
+  const int* pages;
+
+  Sequence(const Problem& x, int b) : b(b) {
+    const int *of_q = (const int*)x.q_rows + 3 * b, *of_k = (const int*)x.k_rows + 3 * b;
+    q_slot = x.q_rows ? of_q[0] : b, q_start = x.q_rows ? of_q[1] : 0, nq = x.q_rows ? of_q[2] : (int)x.nq;
+    k_slot = x.k_rows ? of_k[0] : b, k_start = x.k_rows ? of_k[1] : 0, nk = x.k_rows ? of_k[2] : (int)x.nk;
+    pages = x.pages ? (const int*)x.pages + b * x.pages_row : nullptr;
+  }
+  // The element of a tensor at which a row of a query head, or of a key head, begins.
+  long of_query(const long* strides, int h, int i) const { return q_slot * strides[0] + h * strides[1] + (q_start + i) * strides[2]; }
+  long of_key(const Problem& x, const long* strides, int h, int j) const {
+    if (!pages) return k_slot * strides[0] + h * strides[1] + (k_start + j) * strides[2];
+    return pages[j / x.page_size] * strides[0] + h * strides[1] + j % x.page_size * strides[2];
+  }
+  long of_statistics(const Problem& x, int h, int i) const { return (q_slot * x.heads + h) * x.lse_rows + q_start + i; }
+};
+
+// The queries of a block: neighbouring ones, for each of them neighbouring heads of one group.
+struct Block {
+  int first, head, heads, rows;
+  int query(int row) const { return first + row / heads; }
+  int head_of(int row) const { return head + row % heads; }
+};
+
+// Keys or values first .. first + n - 1 of a head as rows [n, width], 0 behind column dim; hidden ones are 0, since padding may
+// hold NaN. scales: of each head, of those stored in fp8.
+static void read_keys(const Problem& x, const Sequence& s, const void* from, const void* scales, const long* strides, int h,
+                      int first, int n, int dim, int width, const bool* hidden, float* to) {
+  const int kind = (int)x.k_kind;
+  for (int j = 0; j < n; j++, to += width) {
+    const bool there = first + j < s.nk && !(hidden && hidden[first + j]);
+    if (there) read(kind, at(from, kind, s.of_key(x, strides, h, first + j)), 1, dim, to);
+    if (there && scales) for (int d = 0; d < dim; d++) to[d] *= ((const float*)scales)[h];
+    memset(to + (there ? dim : 0), 0, sizeof(float) * (there ? width - dim : width));
+  }
+}
+
+// A panel [dim, PANEL] from rows [PANEL, width]; width is a multiple of LANES.
+static void transposed(const float* from, int dim, int width, float* to) {
+  for (int d = 0; d < dim; d += LANES)
+    for (int j = 0; j < PANEL; j += LANES) {
+      vec x[LANES];
+      for (int i = 0; i < LANES; i++) x[i] = load(from + (j + i) * (long)width + d);
+      transpose(x);
+      for (int i = 0; i < LANES && d + i < dim; i++) store(to + (d + i) * (long)PANEL + j, x[i]);
+    }
+}
