@@ -16,4 +16,4 @@ def _triton() -> bool:
 INTERPRETING = not GPU and _triton()
 DEVICE = "cuda" if GPU else "cpu"
 # where Triton is interpreted, the other backends run in the other process
-AVAILABLE = ["triton"] if INTERPRETING else ["reference", "tiled", *(["triton"] if GPU else [])]
+AVAILABLE = ["triton"] if INTERPRETING else ["reference", "tiled", "triton" if GPU else "cpu"]

@@ -24,8 +24,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MODULES = {"cpu": "tilewise.backends.cpu", "triton": "tilewise.backends.triton", "tiled": "tilewise.backends.tiled", "reference": "tilewise.reference"}
-AUTO = ("triton", "tiled")          # the order in which backend="auto" asks
+MODULES = {"triton": "tilewise.backends.triton", "cpu": "tilewise.backends.cpu", "tiled": "tilewise.backends.tiled",
+           "reference": "tilewise.reference"}
+AUTO = ("triton", "cpu", "tiled")          # the order in which backend="auto" asks
 
 
 class Needs(NamedTuple):

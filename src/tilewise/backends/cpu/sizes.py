@@ -10,6 +10,8 @@ from tilewise.problem import MAX_SPLITS, Problem
 PANEL = 64                              # keys visited together: rows.h
 BLOCK_ROWS = 48                         # queries of a block, forward: a multiple of the registers' 6 rows
 PANELS = 6                              # of a group: scores [BLOCK_ROWS, PANELS * PANEL] at a time
+FEW_ROWS = 16                           # queries that read keys where they lie
+SHARE_PANELS = 2                        # of a share of the keys, at least
 BACKWARD_ROWS, BACKWARD_PANELS = 96, 4  # likewise backward, at most
 TASKS = 4                               # for each thread, so that none waits long for another
 
@@ -35,25 +37,32 @@ def blocks(problem: Problem, rows: int) -> int:
     return -(-problem.seqlen_q // (rows // heads)) * -(-problem.group // heads)
 
 
+def few_rows(problem: Problem) -> int:
+    """Up to how many queries over the heads of a group a sequence reads its keys where they lie; 0: no sequence does."""
+    few = FEW_ROWS if problem.unequal else problem.seqlen_q * problem.group
+    return few if few <= FEW_ROWS and folds(problem) and not problem.batch_invariant else 0
+
+
 def splits(problem: Problem) -> int:
     """Shares of the keys: enough that every thread has work, none shorter than a few groups of panels."""
     if problem.splits or problem.batch_invariant:
         return max(1, problem.splits)
-    tasks = problem.batch * problem.kv_heads * blocks(problem, BLOCK_ROWS)
+    few = problem.seqlen_q * problem.group <= few_rows(problem)
+    tasks = problem.batch * (1 if few else problem.kv_heads * blocks(problem, BLOCK_ROWS))
     if tasks == 0 or tasks >= TASKS * threads.count():
         return 1
-    longest = problem.seqlen_k // (4 * PANELS * PANEL)
+    longest = problem.seqlen_k // (SHARE_PANELS * PANEL)
     return max(1, min(-(-TASKS * threads.count() // tasks), longest, MAX_SPLITS))
 
 
 def forward(problem: Problem) -> dict[str, int]:
     """Fields of `abi.Problem`."""
-    per_unit = blocks(problem, BLOCK_ROWS)
-    units = problem.batch * problem.kv_heads
+    per_unit, few = blocks(problem, BLOCK_ROWS), few_rows(problem)
+    many = problem.seqlen_q * problem.group > few
     packed = 4 * (problem.seqlen_k + PANEL) * (problem.head_dim + problem.head_dim_v)
     together = max(cache_bytes(3) // 2 // packed, -(-TASKS * threads.count() // per_unit), 1)
-    return dict(block_rows=BLOCK_ROWS, panels=PANELS, fold=folds(problem), splits=splits(problem), pack_apart=per_unit > 1,
-                units_together=min(units, together))
+    return dict(block_rows=BLOCK_ROWS, panels=PANELS, fold=folds(problem), splits=splits(problem), few_rows=few,
+                units_together=min(problem.batch * problem.kv_heads, together) if many else 0)
 
 
 def backward(problem: Problem, shared: bool, listed: bool) -> dict[str, int]:

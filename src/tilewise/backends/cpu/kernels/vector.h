@@ -98,11 +98,14 @@ template <int FIRST> static inline vec interleaved(vec a, vec b) {
 #endif
 static inline void transpose(vec* x) {
   vec y[LANES];
+#pragma GCC unroll 4
   for (int n = 1; n < LANES; n *= 2) {
+#pragma GCC unroll 8
     for (int i = 0; i < LANES / 2; i++) {
       y[2 * i] = interleaved<0>(x[i], x[i + LANES / 2]);
       y[2 * i + 1] = interleaved<LANES / 2>(x[i], x[i + LANES / 2]);
     }
+#pragma GCC unroll 16
     for (int i = 0; i < LANES; i++) x[i] = y[i];
   }
 }

@@ -1,0 +1,137 @@
+// Products of few queries with keys and values where they lie in memory, in their own dtype: what decoding is bound by is reading
+// them once.
+#pragma once
+#include "multiply.h"
+#include "rows.h"
+
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
+
+// LANES numbers as fp32.
+template <int KIND> static inline vec widened(const void* row, int d) {
+  if (KIND == FP32) return load((const float*)row + d);
+  if (KIND == FP8) {
+    bytes raw;
+    memcpy(&raw, (const uint8_t*)row + d, sizeof raw);
+    const uvec x = __builtin_convertvector(raw, uvec), magnitude = x & 0x7f;
+    const vec y = (vec)((x & 0x80) << 24 | magnitude << 20) * 0x1p120f;
+    return select((ivec)(magnitude == 0x7f), splat(NAN), y);
+  }
+  halves raw;
+  memcpy(&raw, (const uint16_t*)row + d, sizeof raw);
+#if defined(__AVX512F__)
+  const uvec x = (uvec)_mm512_cvtepu16_epi32((__m256i)raw);
+#else
+  const uvec x = __builtin_convertvector(raw, uvec);
+#endif
+  if (KIND == BF16) return (vec)(x << 16);
+#if defined(__AVX512F__)
+  return (vec)_mm512_cvtph_ps((__m256i)raw);
+#else
+  const uvec bits = (uvec)((vec)((x & 0x7fff) << 13) * 0x1p112f);
+  return (vec)(((x & 0x7c00) == 0x7c00 ? bits | 0x7f800000 : bits) | (x & 0x8000) << 16);
+#endif
+}
+template <int KIND> static inline vec widened(const void* row, int d, int dim) {  // 0 behind column dim
+  if (d + LANES <= dim) return widened<KIND>(row, d);
+  alignas(64) char part[4 * LANES] = {};
+  memcpy(part, (const char*)row + d * size_of(KIND), (dim - d) * size_of(KIND));
+  return widened<KIND>(part, 0);
+}
+
+// Sums of LANES vectors, as one vector.
+static inline vec sums_of(vec* x) {
+  transpose(x);
+#pragma GCC unroll 4
+  for (int n = LANES / 2; n; n /= 2)
+#pragma GCC unroll 8
+    for (int i = 0; i < n; i++) x[i] += x[i + n];
+  return x[0];
+}
+
+constexpr int KEYS = LANES / 4;                     // taken together with four queries
+
+// Rows lie apart, so that no hardware foresees the next one: what is read next is asked for while something else is computed.
+static inline void ask_for(const void* row, long size) {
+  for (long at = 0; at < size; at += 64) __builtin_prefetch((const char*)row + at);
+}
+
+// scores[r, j] = q[r] . keys[j] for R queries and PANEL keys.
+template <int KIND, int R> static void scores_of(const float* q, int wide, const void* const* keys, int dim, float* scores,
+                                                 long length, const void* const* next, long size) {
+  for (int j = 0; j < PANEL; j += KEYS) {
+    vec sums[KEYS][R] = {};
+    for (int i = 0; i < KEYS; i++) ask_for(next[j + i], size);
+    for (int d = 0; d < dim; d += LANES) {
+      vec of_q[R];
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) of_q[r] = load(q + r * wide + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < KEYS; i++) {
+        const vec k = widened<KIND>(keys[j + i], d, dim);
+#pragma GCC unroll 4
+        for (int r = 0; r < R; r++) sums[i][r] += of_q[r] * k;
+      }
+    }
+    vec all[LANES] = {};
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int i = 0; i < KEYS; i++) all[r * KEYS + i] = sums[i][r];
+    const vec total = sums_of(all);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++) memcpy(scores + r * length + j, (const float*)&total + r * KEYS, sizeof(float) * KEYS);
+  }
+}
+
+// out[r] += sum over n keys of p[r, j] * values[j], for R queries and NV vectors from column d.
+template <int KIND, int R, int NV> static void values_of(const float* p, long length, const void* const* values, int n, int d, int dim,
+                                                         float* out, int wide, const void* const* next, long size) {
+  vec sums[R][NV];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int c = 0; c < NV; c++) sums[r][c] = load(out + r * wide + d + c * LANES);
+  for (int j = 0; j < n; j++) {
+    if (d == 0) ask_for(next[j], size);
+#pragma GCC unroll 4
+    for (int c = 0; c < NV; c++) {
+      const vec v = widened<KIND>(values[j], d + c * LANES, dim);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) sums[r][c] += p[r * length + j] * v;
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+    for (int c = 0; c < NV; c++) store(out + r * wide + d + c * LANES, sums[r][c]);
+}
+
+template <int KIND, int R> static void values_of(const float* p, long length, const void* const* values, int n, int dim, float* out,
+                                                 int wide, const void* const* next, long size) {
+  int d = 0;
+  for (; d + 4 * LANES <= wide; d += 4 * LANES) values_of<KIND, R, 4>(p, length, values, n, d, dim, out, wide, next, size);
+  for (; d < wide; d += LANES) values_of<KIND, R, 1>(p, length, values, n, d, dim, out, wide, next, size);
+}
+
+// The same for any number of queries. next: rows that are read afterwards, of so many bytes.
+template <int KIND> static void scores_of(const float* q, int wide, const void* const* keys, int dim, float* scores, long length,
+                                          int rows, const void* const* next, long size) {
+  for (; rows >= 4; rows -= 4, q += 4 * wide, scores += 4 * length, size = 0)
+    scores_of<KIND, 4>(q, wide, keys, dim, scores, length, next, size);
+  for (; rows; rows--, q += wide, scores += length, size = 0) scores_of<KIND, 1>(q, wide, keys, dim, scores, length, next, size);
+}
+template <int KIND> static void values_of(const float* p, long length, const void* const* values, int n, int dim, float* out, int wide,
+                                          int rows, const void* const* next, long size) {
+  for (; rows >= 4; rows -= 4, p += 4 * length, out += 4 * wide, size = 0)
+    values_of<KIND, 4>(p, length, values, n, dim, out, wide, next, size);
+  for (; rows; rows--, p += length, out += wide, size = 0) values_of<KIND, 1>(p, length, values, n, dim, out, wide, next, size);
+}
+
+#define OF_KIND(kind, function, ...)                  \
+  switch (kind) {                                     \
+    case FP32: function<FP32>(__VA_ARGS__); break;    \
+    case FP16: function<FP16>(__VA_ARGS__); break;    \
+    case BF16: function<BF16>(__VA_ARGS__); break;    \
+    case FP8: function<FP8>(__VA_ARGS__); break;      \
+  }
