@@ -11,6 +11,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tilewise import backends, reference
 from tilewise.backends import Gradients, Needs, flat_dims, over_leading
@@ -27,7 +28,14 @@ def attention(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tens
     module = backends.load(choose(problem, backend))
     if hasattr(module, "attention"):
         return module.attention(problem, x)
-    return Native.apply(module, problem, (x.ints, x.floats), *x[:TENSORS], *x.captured)
+    tensors = *x[:TENSORS], *x.captured
+    return Native.apply(module, problem, (x.ints, x.floats), *tensors) if tracked(tensors) else module.forward(problem, x)
+
+
+def tracked(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd or torch.func follows what is computed from these tensors; `apply` costs more than a small kernel."""
+    return (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+            or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)))
 
 
 class Native(torch.autograd.Function):

@@ -39,7 +39,8 @@ def precision(problem: Problem) -> str:
 
 
 def tile_sizes(problem: Problem) -> tuple[int, int]:
-    return sizes.BLOCK_ROWS, sizes.PANEL
+    """(queries, keys) per tile, forward."""
+    return sizes.rows(problem), sizes.PANEL
 
 
 def splits(problem: Problem) -> int:
@@ -48,7 +49,8 @@ def splits(problem: Problem) -> int:
 
 
 def workspace(problem: Problem) -> tuple[int, int]:
-    return 0, 0
+    """Bytes, forward and backward."""
+    return sizes.workspace(problem)
 
 
 def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:

@@ -51,14 +51,15 @@ def cache_directory() -> Path:
 
 
 @functools.lru_cache(maxsize=512)
-def library(kernel: str, program: str, dtypes: tuple[torch.dtype, ...], extra: tuple[str, ...] = ()) -> ctypes.CDLL:
-    """The library of a kernel, "forward" or "backward", for a program's text and the dtypes of its captured tensors.
+def library(kernel: str, program: str, dtypes: tuple[torch.dtype, ...], stored: int | None = None) -> ctypes.CDLL:
+    """The library of a kernel, "forward", "decode" or "backward", for a program's text and the dtypes of its captured tensors.
 
-    extra: further flags of the compiler. Raises RuntimeError with the compiler's words if it fails.
+    stored: the kind (`abi.KINDS`) of keys and values, where the kernel is compiled for one. Raises RuntimeError with the
+    compiler's words if it fails.
     """
-    generated = {"problem.h": abi.header(),
+    generated = {"problem.h": abi.header() + ("" if stored is None else f"constexpr int STORED = {stored};\n"),
                  "functions.h": '#pragma once\n#include "elementary.h"\n' + emit_cpp.source(program, dtypes)}
-    name = hashlib.sha256(repr((kernel, generated, sources(), identity(), FLAGS, extra)).encode()).hexdigest()[:32]
+    name = hashlib.sha256(repr((kernel, generated, sources(), identity(), FLAGS, stored)).encode()).hexdigest()[:32]
     try:
         directory = cache_directory()
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -68,8 +69,10 @@ def library(kernel: str, program: str, dtypes: tuple[torch.dtype, ...], extra: t
     if not whole(path):
         with locked(directory / f"{name}.lock"):
             if not whole(path):
-                build(kernel, generated, (*FLAGS, *extra), path)
-    return ctypes.CDLL(str(path))
+                build(kernel, generated, FLAGS, path)
+    found = ctypes.CDLL(str(path))
+    getattr(found, f"{kernel}_memory").restype = ctypes.c_long
+    return found
 
 
 @functools.cache

@@ -8,7 +8,8 @@ from tilewise.backends.cpu import threads
 from tilewise.problem import MAX_SPLITS, Problem
 
 PANEL = 64                              # keys visited together: rows.h
-BLOCK_ROWS = 48                         # queries of a block, forward: a multiple of the registers' 6 rows
+BLOCK_ROWS = 48                         # queries of a block, forward: a multiple of the registers' 6 rows; with lists
+LISTED_ROWS = 64                        # so many, also backward: masks are made of blocks of powers of two
 PANELS = 6                              # of a group: scores [BLOCK_ROWS, PANELS * PANEL] at a time
 FEW_ROWS = 16                           # queries that read keys where they lie
 SHARE_PANELS = 2                        # of a share of the keys, at least
@@ -31,6 +32,11 @@ def folds(problem: Problem) -> bool:
     return not problem.graphs.listed
 
 
+def rows(problem: Problem) -> int:
+    """Queries of a block, forward."""
+    return BLOCK_ROWS if folds(problem) else LISTED_ROWS
+
+
 def blocks(problem: Problem, rows: int) -> int:
     """Blocks of one key head's queries."""
     heads = min(problem.group, rows) if folds(problem) else 1
@@ -48,7 +54,7 @@ def splits(problem: Problem) -> int:
     if problem.splits or problem.batch_invariant:
         return max(1, problem.splits)
     few = problem.seqlen_q * problem.group <= few_rows(problem)
-    tasks = problem.batch * (1 if few else problem.kv_heads * blocks(problem, BLOCK_ROWS))
+    tasks = problem.batch * (1 if few else problem.kv_heads * blocks(problem, rows(problem)))
     if tasks == 0 or tasks >= TASKS * threads.count():
         return 1
     longest = problem.seqlen_k // (SHARE_PANELS * PANEL)
@@ -57,11 +63,11 @@ def splits(problem: Problem) -> int:
 
 def forward(problem: Problem) -> dict[str, int]:
     """Fields of `abi.Problem`."""
-    per_unit, few = blocks(problem, BLOCK_ROWS), few_rows(problem)
+    per_unit, few = blocks(problem, rows(problem)), few_rows(problem)
     many = problem.seqlen_q * problem.group > few
     packed = 4 * (problem.seqlen_k + PANEL) * (problem.head_dim + problem.head_dim_v)
     together = max(cache_bytes(3) // 2 // packed, -(-TASKS * threads.count() // per_unit), 1)
-    return dict(block_rows=BLOCK_ROWS, panels=PANELS, fold=folds(problem), splits=splits(problem), few_rows=few,
+    return dict(block_rows=rows(problem), panels=PANELS, fold=folds(problem), splits=splits(problem), few_rows=few,
                 units_together=min(problem.batch * problem.kv_heads, together) if many else 0)
 
 
@@ -74,5 +80,27 @@ def backward(problem: Problem, shared: bool, listed: bool) -> dict[str, int]:
     if shared:  # entries are added by the same list of jobs for each unit, one unit after another
         parts = workers
     parts = max(1, min(parts, -(-problem.seqlen_k // (panels * PANEL))))
-    return dict(block_rows=BACKWARD_ROWS, panels=panels, fold=folds(problem), splits=1, parts=parts,
+    return dict(block_rows=BACKWARD_ROWS if folds(problem) else LISTED_ROWS, panels=panels, fold=folds(problem), splits=1, parts=parts,
                 units_together=1 if shared else max(1, units), lists=workers if shared or listed else 0)
+
+
+def workspace(problem: Problem) -> tuple[int, int]:
+    """Bytes beside inputs, outputs and gradients, forward and backward: the scratch of all threads, packed keys and values, parts
+    of a split; dQ, and delta. As the kernels lay them out (`Memory` in each), up to the rounding of rows to vectors."""
+    dims, workers = problem.head_dim + problem.head_dim_v, threads.count()
+    statistics = problem.heads * problem.queries
+    cut = forward(problem)
+    m, panels = cut["block_rows"], -(-problem.seqlen_k // PANEL)
+    units, few = cut["units_together"], cut["few_rows"] * problem.kv_heads
+    of_forward = statistics
+    if units:
+        of_forward += workers * (m * (dims + PANELS * PANEL) + PANEL * dims + panels) + units * panels * PANEL * dims
+    if cut["splits"] > 1:
+        of_forward += cut["splits"] * (problem.head_dim_v + 2) * (units * blocks(problem, m) * m + problem.batch * few)
+    of_forward += workers * few * dims
+    back = backward(problem, False, False)
+    n, m = back["panels"] * PANEL, back["block_rows"]
+    dq = blocks(problem, m) * m * problem.head_dim
+    jobs = back["units_together"] * back["parts"] if back["parts"] > 1 else workers
+    of_backward = 2 * statistics + workers * (n * (3 * problem.head_dim + 2 * problem.head_dim_v) + m * (dims + 2 * n)) + jobs * dq
+    return 4 * of_forward, 4 * of_backward

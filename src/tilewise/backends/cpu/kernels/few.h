@@ -127,11 +127,3 @@ template <int KIND> static void values_of(const float* p, long length, const voi
     values_of<KIND, 4>(p, length, values, n, dim, out, wide, next, size);
   for (; rows; rows--, p += length, out += wide, size = 0) values_of<KIND, 1>(p, length, values, n, dim, out, wide, next, size);
 }
-
-#define OF_KIND(kind, function, ...)                  \
-  switch (kind) {                                     \
-    case FP32: function<FP32>(__VA_ARGS__); break;    \
-    case FP16: function<FP16>(__VA_ARGS__); break;    \
-    case BF16: function<BF16>(__VA_ARGS__); break;    \
-    case FP8: function<FP8>(__VA_ARGS__); break;      \
-  }

@@ -1,0 +1,128 @@
+// Flash-Decoding on a CPU: sequences with few queries, whose speed is that of reading keys and values once.
+//
+// Keys and values are read where they lie, in their own dtype, all heads of a panel in turn, which is their order in memory. The
+// keys of a sequence are cut into shares, each a task of its own, merged in order afterwards.
+#include "few.h"
+#include "softmax.h"
+#include "threads.h"
+
+// What one thread works with: the blocks of all key heads, that of h_kv from row h_kv * x.few_rows.
+struct Scratch {
+  State state;
+  float* scores;
+  int* visits;
+
+  Scratch(const Problem& x, Arena& arena)
+      : state(x, arena, x.few_rows * x.kv_heads), scores(arena.take<float>(x.few_rows * x.panels * PANEL)),
+        visits(arena.take<int>(panels_of((int)x.nk) + 1)) {}
+};
+
+// Where the keys or values of a panel lie; behind the sequence, the last one.
+static void rows_at(const Problem& x, const Sequence& s, const void* from, const long* strides, int h, int panel, const void** rows) {
+  for (int j = 0; j < PANEL; j++) {
+    const int key = panel * PANEL + j < s.nk ? panel * PANEL + j : s.nk - 1;
+    rows[j] = at(from, STORED, s.of_key(x, strides, h, key));
+  }
+}
+
+// Statistics and O of all heads of a sequence over a share of the panels.
+static void attend(const Problem& x, const Sequence& s, const Scratch& all, long share) {
+  const int wide = width(x.dim), wide_v = width(x.dim_v), length = (int)x.panels * PANEL;
+  int first = panels_of(s.nk), last = -1;
+  for (int h = 0; h < x.kv_heads; h++) {
+    const Unit u = {s, h};
+    const Block block = block_of(x, u, 0);
+    begin(x, u, block, State(x, all.state, h * x.few_rows), (float)x.scale * (x.k_scale ? ((const float*)x.k_scale)[h] : 1));
+    const int count = visits(x, s, block, 0, panels_of(s.nk), all.visits);
+    if (count && all.visits[0] / 2 < first) first = all.visits[0] / 2;
+    if (count && all.visits[count - 1] / 2 > last) last = all.visits[count - 1] / 2;
+  }
+  const long panels = last < first ? 0 : last + 1 - first;
+  for (int p = first + (int)(panels * share / x.splits); p < first + (int)(panels * (share + 1) / x.splits); p++)
+    for (int h = 0; h < x.kv_heads; h++) {
+      const Unit u = {s, h};
+      const Block block = block_of(x, u, 0);
+      const State w = State(x, all.state, h * x.few_rows);
+      int visited;
+      if (!visits(x, s, block, p, p + 1, &visited)) continue;
+      bool hidden[PANEL] = {};
+      if (BANDS && visited % 2) hidden_keys(x, s, h, p * PANEL, hidden);
+      const void *keys[PANEL], *values[PANEL], *next[PANEL];
+      const int next_h = h + 1 < x.kv_heads ? h + 1 : 0, next_p = p + (next_h == 0);
+      rows_at(x, s, x.k, x.k_strides, h, p, keys);
+      rows_at(x, s, x.v, x.v_strides, h, p, values);
+      rows_at(x, s, x.k, x.k_strides, next_h, next_p, next);
+      scores_of<STORED>(w.q, wide, keys, (int)x.dim, all.scores, length, block.rows, values, x.dim_v * size_of(STORED));
+      update(x, u, block, w, all.scores, &visited, 1);
+      int n = 0;                                    // values that are seen
+      for (int j = 0; j < PANEL && p * PANEL + j < s.nk; j++) {
+        if (hidden[j]) continue;
+        values[n] = values[j];
+        if (n < j) for (int r = 0; r < block.rows; r++) all.scores[r * length + n] = all.scores[r * length + j];
+        n++;
+      }
+      values_of<STORED>(all.scores, length, values, n, (int)x.dim_v, w.out, wide_v, block.rows, next, x.dim * size_of(STORED));
+    }
+  for (int h = 0; h < x.kv_heads && x.v_scale; h++) {
+    float* out = all.state.out + h * x.few_rows * wide_v;
+    for (long e = 0; e < x.few_rows * wide_v; e++) out[e] *= ((const float*)x.v_scale)[h];
+  }
+}
+
+// Where everything lies in the memory that the caller allocated.
+struct Memory {
+  long part;
+  float* parts;
+  char* scratch;
+  long scratch_each;
+
+  Memory(const Problem& x, char* start) {
+    Arena arena = {start};
+    part = x.few_rows * (width(x.dim_v) + 2);
+    parts = arena.take<float>(x.splits > 1 ? x.batch * x.kv_heads * x.splits * part : 0);
+    scratch = arena.next;
+    Scratch(x, arena);
+    scratch_each = arena.next - scratch;
+  }
+  Scratch of_worker(const Problem& x, int worker) const {
+    Arena arena = {scratch + worker * scratch_each};
+    return Scratch(x, arena);
+  }
+};
+
+// Bytes that `decode` needs at x.scratch.
+extern "C" long decode_memory(const Problem* x) {
+  const Memory memory(*x, nullptr);
+  return (long)memory.scratch + x->threads * memory.scratch_each;
+}
+
+extern "C" void decode(const Problem* problem) {
+  const Problem& x = *problem;
+  const Memory memory(x, (char*)x.scratch);
+  const auto part_of = [&](long b, long h) { return memory.parts + (b * x.kv_heads + h) * x.splits * memory.part; };
+  in_parallel(x, x.batch * x.splits, [&](int worker, Tasks tasks) {
+    const Scratch all = memory.of_worker(x, worker);
+    for (long task; tasks.take(task);) {
+      const Sequence s = unit_of(x, task / x.splits * x.kv_heads).s;
+      if (!has_few(x, s) || s.nq == 0) continue;
+      attend(x, s, all, task % x.splits);
+      for (int h = 0; h < x.kv_heads; h++) {
+        const Block block = block_of(x, Unit{s, h}, 0);
+        const State w = State(x, all.state, h * x.few_rows);
+        if (x.splits == 1) finalize(x, Unit{s, h}, block, w);
+        else store_part(x, block, w, part_of(s.b, h) + task % x.splits * memory.part);
+      }
+    }
+  });
+  if (x.splits > 1)
+    in_parallel(x, x.batch * x.kv_heads, [&](int worker, Tasks tasks) {
+      const Scratch w = memory.of_worker(x, worker);
+      for (long task; tasks.take(task);) {
+        const Unit u = unit_of(x, task);
+        if (!has_few(x, u.s) || u.s.nq == 0) continue;
+        const Block block = block_of(x, u, 0);
+        merge(x, block, part_of(u.s.b, u.kv_head), memory.part, w.state);
+        finalize(x, u, block, w.state);
+      }
+    });
+}

@@ -1,0 +1,113 @@
+// Online softmax (FlashAttention-2, section 3.1): a block's statistics and O, and how they begin, grow, merge and end.
+//
+//   q      Q * scale                                       [rows, width of D]
+//   out    running sum of exp(s - m) v                     [rows, width of DV]
+//   m, l   running maximum of s, sum of exp(s - m)         [rows]
+#pragma once
+#include "scoring.h"
+#include "visits.h"
+#include "work.h"
+
+struct State {
+  float *q, *out, *m, *l;
+
+  State(const Problem& x, Arena& arena, long rows)
+      : q(arena.take<float>(rows * width(x.dim))), out(arena.take<float>(rows * width(x.dim_v))), m(arena.take<float>(rows)),
+        l(arena.take<float>(rows)) {}
+  State(const Problem& x, const State& all, long first)     // of a block that begins at a later row
+      : q(all.q + first * width(x.dim)), out(all.out + first * width(x.dim_v)), m(all.m + first), l(all.l + first) {}
+};
+
+// Q of a block, multiplied by scale, and nothing attended to yet.
+static void begin(const Problem& x, const Unit& u, const Block& block, const State& w, float factor) {
+  const int dim = (int)x.dim, wide = width(dim);
+  for (int r = 0; r < block.rows; r++) {
+    float* row = w.q + (long)r * wide;
+    read((int)x.q_kind, at(x.q, (int)x.q_kind, u.s.of_query(x.q_strides, block.head_of(r), block.query(r))), 1, dim, row);
+    for (int d = 0; d < wide; d++) row[d] = d < dim ? row[d] * factor : 0;
+    w.m[r] = -INFINITY, w.l[r] = 0;
+  }
+  memset(w.out, 0, sizeof(float) * block.rows * width(x.dim_v));
+}
+
+// Takes n panels of scores into the statistics of a block's rows and leaves their probabilities (algorithm 1, lines 8 to 10).
+static void update(const Problem& x, const Unit& u, const Block& block, const State& w, float* scores, const int* visited, int n) {
+  const int wide = width(x.dim_v), row_length = (int)x.panels * PANEL;
+  for (int r = 0; r < block.rows; r++) {
+    const int h = block.head_of(r), i = block.query(r);
+    float *row = scores + (long)r * row_length, *out = w.out + (long)r * wide;
+    vec top = splat(-INFINITY);
+    for (int j = 0; j < n; j++) {
+      finish(x, u.s, h, i, visited[j] / 2, visited[j] % 2, row + j * PANEL);
+      for (int c = 0; c < PANEL; c += LANES) top = maximum_or_second(load(row + j * PANEL + c), top);
+    }
+    const float most = largest(top), m = most > w.m[r] ? most : w.m[r], pivot = m == -INFINITY ? 0 : m;
+    vec total = {};
+    for (int c = 0; c < n * PANEL; c += LANES) {
+      const vec p = exp_of(load(row + c) - pivot);
+      total += p;
+      store(row + c, p);
+    }
+    if (m != w.m[r]) {
+      const float alpha = expf(w.m[r] - pivot);
+      w.l[r] *= alpha;
+      for (int c = 0; c < wide; c += LANES) store(out + c, load(out + c) * alpha);
+      w.m[r] = m;
+    }
+    w.l[r] += sum(total);
+    if (x.dropout)
+      for (int j = 0; j < n; j++) {
+        alignas(64) uint16_t bits[PANEL];
+        random_bits(x, u.s, h, i, visited[j] / 2, bits);
+        drop(x, bits, row + j * PANEL);
+      }
+  }
+}
+
+// Divides by the sums, joins the sink, stores (algorithm 1, lines 12 to 14).
+static void finalize(const Problem& x, const Unit& u, const Block& block, const State& w) {
+  const float rescale = 65536.f / (65536 - x.dropout);
+  for (int r = 0; r < block.rows; r++) {
+    const int h = block.head_of(r), i = block.query(r);
+    float top = w.m[r], total = w.l[r], weight = 1;
+    if (x.sinks) {
+      float sink;
+      read((int)x.sinks_kind, at(x.sinks, (int)x.sinks_kind, h), 1, 1, &sink);
+      const float most = sink > top ? sink : top, pivot = most == -INFINITY ? 0 : most;
+      weight = expf(top - pivot);
+      total = total * weight + expf(sink - pivot);
+      top = most;
+    }
+    const bool empty = total == 0;
+    write((int)x.q_kind, at(x.out, (int)x.q_kind, u.s.of_query(x.out_strides, h, i)), w.out + (long)r * width(x.dim_v), (int)x.dim_v,
+          empty ? 0 : weight * rescale / total);
+    ((float*)x.lse)[u.s.of_statistics(x, h, i)] = empty ? -INFINITY : top + logf(total);
+  }
+}
+
+// A part of a block: O [rows, width], then m, then l.
+static void store_part(const Problem& x, const Block& block, const State& w, float* part) {
+  const long wide = width(x.dim_v);
+  memcpy(part, w.out, sizeof(float) * block.rows * wide);
+  memcpy(part + block.rows * wide, w.m, sizeof(float) * block.rows);
+  memcpy(part + block.rows * (wide + 1), w.l, sizeof(float) * block.rows);
+}
+
+// The parts of one block in order, as one (`tilewise/state.py`).
+static void merge(const Problem& x, const Block& block, const float* parts, long part, const State& w) {
+  const int wide = width(x.dim_v), rows = block.rows;
+  for (int r = 0; r < rows; r++) {
+    float *out = w.out + (long)r * wide, m = -INFINITY;
+    for (int s = 0; s < x.splits; s++) m = parts[s * part + rows * wide + r] > m ? parts[s * part + rows * wide + r] : m;
+    for (int c = 0; c < wide; c++) out[c] = 0;
+    w.m[r] = m, w.l[r] = 0;
+    for (int s = 0; s < x.splits; s++) {
+      const float *of = parts + s * part, own = of[rows * wide + r], weight = own == -INFINITY && m == own ? 0 : expf(own - m);
+      w.l[r] += weight * of[rows * (wide + 1) + r];
+      for (int c = 0; c < wide; c++) out[c] += weight * of[(long)r * wide + c];
+    }
+  }
+}
+
+// Whether a sequence's few queries read keys where they lie: decode.cpp; otherwise forward.cpp computes it.
+static bool has_few(const Problem& x, const Sequence& s) { return s.nq * (x.heads / x.kv_heads) <= x.few_rows; }
