@@ -166,8 +166,10 @@ class TestNative:
 def test_batch_invariance_is_promised_or_refused():
     q, k, v, *_ = inputs()
     if DEVICE == "cpu":
-        with pytest.raises(NotImplementedError, match=r"no backend can .*triton: .*tiled: .*batch_invariant"):
-            tw.attention(q, k, v, batch_invariant=True)
+        with pytest.raises(NotImplementedError, match=r"'tiled' cannot compute this: .*batch_invariant"):
+            tw.attention(q, k, v, batch_invariant=True, backend="tiled")
+        with pytest.raises(NotImplementedError, match=r"no backend can .*triton: .*cpu: fp64.*tiled: .*batch_invariant"):
+            tw.attention(q.double(), k.double(), v.double(), batch_invariant=True)
 
 
 @CPU_ONLY

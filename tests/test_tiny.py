@@ -50,4 +50,5 @@ def test_same_rng_same_dropout():
 
 def test_explain_says_what_runs():
     q = rand(1, 40, 1, 8)
-    assert "tiled" in str(tw.explain(q, q, q))
+    assert "backend       tiled" in str(tw.explain(q, q, q, backend="tiled"))
+    assert "not triton: inputs are on cpu" in str(tw.explain(q, q, q))
