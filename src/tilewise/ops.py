@@ -28,14 +28,16 @@ def attention(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tens
     module = backends.load(choose(problem, backend))
     if hasattr(module, "attention"):
         return module.attention(problem, x)
-    tensors = *x[:TENSORS], *x.captured
-    return Native.apply(module, problem, (x.ints, x.floats), *tensors) if tracked(tensors) else module.forward(problem, x)
+    if not tracked(x):
+        return module.forward(problem, x)
+    return Native.apply(module, problem, (x.ints, x.floats), *x[:TENSORS], *x.captured)
 
 
-def tracked(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether autograd or torch.func follows what is computed from these tensors; `apply` costs more than a small kernel."""
+def tracked(x: Operands) -> bool:
+    """Whether autograd or torch.func follows what is computed from these operands; `apply` costs more than a small kernel."""
+    tensors = (x.q, x.k, x.v, x.bias, x.sinks, *x.captured)
     return (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-            or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)))
+            or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)))
 
 
 class Native(torch.autograd.Function):

@@ -114,17 +114,24 @@ def moved(function: Callable, rows: Tensor) -> Callable:
     return at
 
 
-def draw(length: int, heads: int, head_dim: int, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+def draw(length: int, heads: int, head_dim: int, device: torch.device,
+         dtype: torch.dtype = torch.float32) -> tuple[dict[str, Tensor], Tensor]:
     """q, k and v, which require gradients, and dout."""
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v, dout = (torch.randn((1, length, heads, head_dim), generator=generator, device=device) for _ in range(4))
+    q, k, v, dout = (torch.randn((1, length, heads, head_dim), generator=generator, device=device, dtype=dtype)
+                     for _ in range(4))
     return {"q": q.requires_grad_(), "k": k.requires_grad_(), "v": v.requires_grad_()}, dout
+
+
+def sample(q: Tensor) -> Tensor:
+    """Which of the queries are checked, ascending."""
+    return torch.randperm(q.shape[1], generator=torch.Generator().manual_seed(1))[:SAMPLE].sort().values.to(q.device)
 
 
 def faults(work: Work) -> str:
     """What is wrong with the call that is timed; nothing, if it may be timed."""
     q, k, v = (work.tensors[name] for name in "qkv")
-    rows = torch.randperm(q.shape[1], generator=torch.Generator().manual_seed(1))[:SAMPLE].sort().values.to(q.device)
+    rows = sample(q)
     found, truth, standard = (Results(x) for x in (
         work.sampled(rows), work.standard(rows, torch.float64), work.standard(rows, q.dtype)))
     verdicts = judge(Call(Case("timed"), q[:, rows], k, v, {}), found, truth, standard)

@@ -64,8 +64,11 @@ def _sdpa(name: str, backend: SDPBackend, device: torch.device) -> Contender:
 
 
 def _flex(device: torch.device) -> Contender:
-    if device.type != "cuda":
-        return Contender("flex", None, "compiled for the CPU it has no gradients")
+    return flex() if device.type == "cuda" else Contender("flex", None, "compiled for the CPU it has no gradients")
+
+
+def flex() -> Contender:
+    """FlexAttention, compiled."""
     try:
         from torch.nn.attention.flex_attention import create_block_mask, flex_attention
     except ImportError as error:

@@ -57,7 +57,8 @@ def source(program: str, dtypes: Sequence[torch.dtype]) -> str:
         place = body.splat(body.offset(lookup.indices, lookup.load.args[2::2]))
         places.append(_function("lvec", f"place{number}", OF_KEYS, [*body.lines, f"return {place.text};"]))
         factors.append(_value("vec", f"factor{number}", TO_SCORE, (lookup.factor,), dtypes))
-    text += [*factors, _choice("vec", "factor", TO_SCORE, len(learned)), *places, _choice("lvec", "place", OF_KEYS, len(learned))]
+    count = len(learned)
+    text += [*factors, _choice("vec", "factor", TO_SCORE, count), *places, _choice("lvec", "place", OF_KEYS, count)]
     return "\n".join(text)
 
 

@@ -87,7 +87,8 @@ def identity() -> tuple:
     stat = None if path is None else path.stat()
     cpu = platform.processor()
     with contextlib.suppress(OSError):
-        cpu = "".join(re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", Path("/proc/cpuinfo").read_text(), re.M)[:3])
+        facts = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
+        cpu = "".join(re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", facts, re.M))
     return str(path), stat and (stat.st_size, stat.st_mtime_ns), platform.machine(), cpu
 
 

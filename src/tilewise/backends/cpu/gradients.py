@@ -113,9 +113,11 @@ def captured_gradients(problem: Problem, x: Operands, wanted: Sequence[Learned |
                        of_tables: Sequence[Sums | None]) -> list[Tensor | None]:
     """The gradient of each captured tensor that needs one."""
     found: list[Tensor | None] = [None] * len(x.captured)
-    own = [torch.tensor([n[2] for n in hosted(rows, problem.batch, longest)])[:, None, None, None] if problem.unequal else longest
-           for rows, longest in ((x.q_rows, problem.seqlen_q), (x.k_rows, problem.seqlen_k))]
-    values = leaf_values(slot_values(x.captured, x.ints, x.floats), problem.batch, problem.heads, *own)
+    lengths: list = [problem.seqlen_q, problem.seqlen_k]
+    if problem.unequal:
+        lengths = [torch.tensor([n for _, _, n in hosted(rows, problem.batch, longest)])[:, None, None, None]
+                   for rows, longest in zip((x.q_rows, x.k_rows), lengths, strict=True)]
+    values = leaf_values(slot_values(x.captured, x.ints, x.floats), problem.batch, problem.heads, *lengths)
     for lookup, sums in zip(wanted, of_tables, strict=True):
         if lookup is None or sums is None:
             continue

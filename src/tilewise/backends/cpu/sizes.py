@@ -68,6 +68,7 @@ def forward(problem: Problem) -> dict[str, int]:
     packed = 4 * (problem.seqlen_k + PANEL) * (problem.head_dim + problem.head_dim_v)
     together = max(cache_bytes(3) // 2 // packed, -(-TASKS * threads.count() // per_unit), 1)
     return dict(block_rows=rows(problem), panels=PANELS, fold=folds(problem), splits=splits(problem), few_rows=few,
+                aligned=problem.batch_invariant,
                 units_together=min(problem.batch * problem.kv_heads, together) if many else 0)
 
 
@@ -76,17 +77,18 @@ def backward(problem: Problem, shared: bool, listed: bool) -> dict[str, int]:
     units, workers = problem.batch * problem.kv_heads, threads.count()
     keys = 4 * PANEL * (3 * problem.head_dim + 2 * problem.head_dim_v)
     panels = max(1, min(BACKWARD_PANELS, int(0.6 * cache_bytes(2)) // keys))
-    parts = 1 if units >= TASKS * workers or units % workers == 0 else -(-TASKS * workers // max(1, units))
+    even = units >= TASKS * workers or (units % workers == 0 and not problem.unequal)
+    parts = 1 if even else -(-TASKS * workers // max(1, units))
     if shared:  # entries are added by the same list of jobs for each unit, one unit after another
         parts = workers
     parts = max(1, min(parts, -(-problem.seqlen_k // (panels * PANEL))))
-    return dict(block_rows=BACKWARD_ROWS if folds(problem) else LISTED_ROWS, panels=panels, fold=folds(problem), splits=1, parts=parts,
-                units_together=1 if shared else max(1, units), lists=workers if shared or listed else 0)
+    return dict(block_rows=BACKWARD_ROWS if folds(problem) else LISTED_ROWS, panels=panels, fold=folds(problem), splits=1,
+                parts=parts, units_together=1 if shared else max(1, units), lists=workers if shared or listed else 0)
 
 
 def workspace(problem: Problem) -> tuple[int, int]:
-    """Bytes beside inputs, outputs and gradients, forward and backward: the scratch of all threads, packed keys and values, parts
-    of a split; dQ, and delta. As the kernels lay them out (`Memory` in each), up to the rounding of rows to vectors."""
+    """Bytes beside inputs, outputs and gradients, forward and backward: scratch of the threads, packed keys and values, parts
+    of a split; dQ, delta. As the kernels lay them out (`Memory` in each), up to the rounding of rows to vectors."""
     dims, workers = problem.head_dim + problem.head_dim_v, threads.count()
     statistics = problem.heads * problem.queries
     cut = forward(problem)
@@ -94,13 +96,13 @@ def workspace(problem: Problem) -> tuple[int, int]:
     units, few = cut["units_together"], cut["few_rows"] * problem.kv_heads
     of_forward = statistics
     if units:
-        of_forward += workers * (m * (dims + PANELS * PANEL) + PANEL * dims + panels) + units * panels * PANEL * dims
+        of_forward += units * panels * PANEL * dims + workers * (m * (dims + PANELS * PANEL) + PANEL * dims + panels)
     if cut["splits"] > 1:
         of_forward += cut["splits"] * (problem.head_dim_v + 2) * (units * blocks(problem, m) * m + problem.batch * few)
     of_forward += workers * few * dims
     back = backward(problem, False, False)
     n, m = back["panels"] * PANEL, back["block_rows"]
+    scratch = n * (3 * problem.head_dim + 2 * problem.head_dim_v) + m * (dims + 2 * n)
     dq = blocks(problem, m) * m * problem.head_dim
     jobs = back["units_together"] * back["parts"] if back["parts"] > 1 else workers
-    of_backward = 2 * statistics + workers * (n * (3 * problem.head_dim + 2 * problem.head_dim_v) + m * (dims + 2 * n)) + jobs * dq
-    return 4 * of_forward, 4 * of_backward
+    return 4 * of_forward, 4 * (2 * statistics + workers * scratch + jobs * dq)

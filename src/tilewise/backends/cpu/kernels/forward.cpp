@@ -4,7 +4,8 @@
 // memory. Keys come as panels [D, PANEL], ready for the products' vectors, values as rows, packed once for all blocks of a head.
 // Keys may be cut into shares, each a task of its own, merged in order afterwards (Flash-Decoding).
 //
-// Panels are walked in groups that begin at multiples of `x.panels`, so that a row's sums do not depend on the rows beside it.
+// Panels are walked in groups of `x.panels`. If `x.aligned`, groups begin at multiples of that, so that a row's sums do not depend
+// on the rows beside it.
 #include "multiply.h"
 #include "softmax.h"
 #include "threads.h"
@@ -50,7 +51,8 @@ static void attend(const Problem& x, const Unit& u, const Block& block, const Sc
   const int dim = (int)x.dim, wide = width(dim), wide_v = width(x.dim_v), length = (int)x.panels * PANEL;
   begin(x, u, block, w.state, (float)x.scale);
   for (int done = 0, n; done < count; done += n, visited += n) {
-    for (n = 1; done + n < count && visited[n] / 2 / x.panels == visited[0] / 2 / x.panels;) n++;
+    const auto together = [&](int j) { return x.aligned ? visited[j] / 2 / x.panels == visited[0] / 2 / x.panels : j < x.panels; };
+    for (n = 1; done + n < count && together(n);) n++;
     for (int j = 0; j < n; j++)
       multiply<false, false>(w.state.q, wide, packed.key(visited[j] / 2), PANEL, w.scores + j * PANEL, length, block.rows, PANEL, dim);
     update(x, u, block, w.state, w.scores, visited, n);
