@@ -58,7 +58,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ma
             `torch.are_deterministic_algorithms_enabled()`.
         batch_invariant: a row's bits do not depend on which other queries and sequences share the call.
         layout: "bshd" or "bhsd".
-        backend: "auto", "triton", "tiled" or "reference"; a backend named runs or raises.
+        backend: "auto", "triton", "cpu", "tiled" or "reference"; a backend named runs or raises.
 
     Returns:
         out [B, S_q, H, D_v] (or [B, H, S_q, D_v]) in q's dtype; with return_lse, (out, lse), lse [B, H, S_q] in fp32

@@ -6,7 +6,7 @@ import os
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    import torch
     from rich.progress import TaskID
     from torch import Tensor
 
@@ -354,6 +355,7 @@ def bench(
     quick: Annotated[bool, typer.Option("--quick", help="Small shapes, in seconds.")] = False,
     masks: Annotated[bool, typer.Option("--masks", help="Time masks and score functions instead.")] = False,
     serving: Annotated[bool, typer.Option("--serving", help="Time decoding and packed batches instead.")] = False,
+    cpu: Annotated[bool, typer.Option("--cpu", help="Hold the CPU backend to what it promises instead.")] = False,
     device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")] = "auto",
 ) -> None:
     """Time attention, forward and backward, beside every other implementation that this machine has.
@@ -364,31 +366,47 @@ def bench(
 
     With --serving: decoding from caches, sequences of unequal length, prompts in chunks, drafted tokens.
 
-    Examples: `tilewise bench --quick`, `tilewise bench --out bench.json`, `tilewise bench --masks`, `tilewise bench --serving`
+    With --cpu: the CPU backend beside torch's fused attention, the machine's matrix products and its memory, each ratio with
+    the bar that it is held to; compilation. With --out also as a picture beside the JSON. About ten minutes.
+
+    Examples: `tilewise bench --quick`, `tilewise bench --out bench.json`, `tilewise bench --masks`, `tilewise bench --serving`,
+    `tilewise bench --cpu --out cpu.json`
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # as for demo
     import torch
 
     with plain_errors(OSError, RuntimeError, ValueError):
-        if masks and serving:
-            raise ValueError("--masks, --serving: expected one of them")
-        where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        if masks + serving + cpu > 1:
+            raise ValueError("--masks, --serving, --cpu: expected one of them")
+        if cpu and device not in ("auto", "cpu"):
+            raise ValueError(f"--device: expected cpu or auto with --cpu, got {device!r}")
+        where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() and not cpu else "cpu")
         torch.zeros(1, device=where)
-        with console.status("") as status:
-            if masks:
-                from tilewise.bench import masks as of_masks
+        if cpu:
+            from tilewise.bench.cpu import run as of_cpu
 
-                result = of_masks.benchmark(of_masks.QUICK if quick else of_masks.Sizes(), where, out, status.update)
-            elif serving:
-                from tilewise.bench.serving import run as of_serving
-
-                result = of_serving.benchmark(where, quick=quick, out=out, progress=status.update)
-            else:
-                from tilewise.bench import run
-
-                result = run.benchmark(run.shapes(where, quick), where, seconds=run.PATIENCE, out=out, progress=status.update)
+            with stage_bars() as progress:
+                result = of_cpu.benchmark(quick=quick, out=out, progress=progress)
+        else:
+            result = time_with_status(where, out, quick, masks, serving)
     for line in result["lines"]:
         console.print(line, markup=False, soft_wrap=True)
+
+
+def time_with_status(where: torch.device, out: Path | None, quick: bool, masks: bool, serving: bool) -> dict[str, Any]:
+    """The result of a benchmark that says only what it measures now."""
+    with console.status("") as status:
+        if masks:
+            from tilewise.bench import masks as of_masks
+
+            return of_masks.benchmark(of_masks.QUICK if quick else of_masks.Sizes(), where, out, status.update)
+        if serving:
+            from tilewise.bench.serving import run as of_serving
+
+            return of_serving.benchmark(where, quick=quick, out=out, progress=status.update)
+        from tilewise.bench import run
+
+        return run.benchmark(run.shapes(where, quick), where, seconds=run.PATIENCE, out=out, progress=status.update)
 
 
 if __name__ == "__main__":

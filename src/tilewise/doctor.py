@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tilewise.api import attention
-from tilewise.backends import MODULES, load
+from tilewise.backends import load
+from tilewise.backends.cpu import compiler
 from tilewise.plan import choose
 from tilewise.problem import make
 
@@ -42,8 +43,8 @@ def machine() -> dict[str, str]:
     }
     for name in ("triton", "numpy", "tilewise"):
         facts[name] = _version(name)
-    compiler = compiler_path()
-    facts["C++ compiler"] = compiler or "none"
+    facts["C++ compiler"] = str(compiler.compiler() or "none")
+    facts["CPU kernels"] = f"{len(list(compiler.cache_directory().glob('*.so')))} compiled, in {compiler.cache_directory()}"
     return facts
 
 
@@ -82,7 +83,7 @@ def example(device: str) -> tuple[Tensor, Tensor, Tensor]:
 def advice() -> list[str]:
     """What is missing here and how to get it, most useful first."""
     lines = []
-    if "cpu" in MODULES and not compiler_path():
+    if compiler.compiler() is None:
         lines.append("No C++ compiler: attention on the CPU runs in torch operations. "
                      "`apt-get install g++` (or clang) adds the native kernels.")
     if torch.cuda.is_available() and util.find_spec("triton") is None:
@@ -92,12 +93,6 @@ def advice() -> list[str]:
     if util.find_spec("matplotlib") is None:
         lines.append("No matplotlib: `pip install 'tilewise[plots]'` for `tilewise demo` and `tilewise mask --png`.")
     return lines
-
-
-def compiler_path() -> str | None:
-    """The C++ compiler that would build the CPU kernels."""
-    names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
-    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
 def core_count() -> int:

@@ -24,7 +24,7 @@ class Setting:
     seconds: float = 20.0
 
     def __str__(self) -> str:
-        return f"{PASSES[self.mode]}, N {self.seqlen}, H {self.heads}, D {self.head_dim}, float32, blocks of {self.block}"
+        return f"{PASSES[self.mode]} N {self.seqlen} H {self.heads} D {self.head_dim} float32 block {self.block}"
 
 
 def settings(quick: bool = False) -> list[Setting]:

@@ -9,6 +9,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -18,7 +19,7 @@ from tilewise.backends.cpu.abi import KINDS
 from tilewise.bench.cases import Call, Case, Maker, Options, draw
 from tilewise.bench.cpu.figures import BUILD, LOAD, Quantity, figure
 from tilewise.bench.cpu.race import CPU
-from tilewise.bench.serving.contest import Gate, Row, admit
+from tilewise.bench.serving.contest import Found, Gate, Row, admit
 from tilewise.bench.timing import Timing
 from tilewise.bench.tolerance import run
 
@@ -47,8 +48,8 @@ def settings(quick: bool = False) -> list[Setting]:
 
 def measure(setting: Setting) -> Row:
     """Every kernel is held to the tolerance rule once, then built, then loaded."""
-    states = {kernel: admit(lambda k=kernel: run(call(setting.program, k), "cpu").tensors,        # type: ignore[misc]
-                            gate_of(call(setting.program, kernel)), CPU) for kernel in setting.kernels}
+    states = {kernel: admit(partial(found, setting.program, kernel), gate_of(setting.program, kernel), CPU)
+              for kernel in setting.kernels}
     right = [kernel for kernel, row in states.items() if row["state"] == "timed"]
     built, loaded = [], []
     for _ in range(setting.repeats):
@@ -71,15 +72,21 @@ def call(program: str, kernel: str) -> Call:
     return draw(replace(case, seqlen_q=1) if kernel == "decode" else case, torch.float32)
 
 
-def gate_of(problem: Call) -> Gate:
-    truth, standard = (run(problem, "reference", dtype).tensors for dtype in (torch.float64, None))
+def found(program: str, kernel: str) -> Found:
+    return run(call(program, kernel), "cpu").tensors
+
+
+def gate_of(program: str, kernel: str) -> Gate:
+    problem = call(program, kernel)
+    truth, standard = (run(problem, "reference", dtype).tensors for dtype in (torch.float64, torch.float32))
     return Gate(truth, standard, (problem.q, problem.k, problem.v))
 
 
 def in_new_process(program: str, kernels: Sequence[str], cache: str) -> dict[str, float]:
     """Seconds by kernel, with a folder as the user's cache. Raises RuntimeError with the last words of a process that fails."""
     code = f"from tilewise.bench.cpu import compiling; compiling.print_seconds({program!r}, {list(kernels)})"
-    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"XDG_CACHE_HOME": cache}, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | {"XDG_CACHE_HOME": cache}, capture_output=True,
+                          text=True)
     if done.returncode:
         raise RuntimeError((done.stderr.splitlines() or ["it was killed"])[-1])
     return json.loads(done.stdout.splitlines()[-1])
@@ -87,7 +94,7 @@ def in_new_process(program: str, kernels: Sequence[str], cache: str) -> dict[str
 
 def print_seconds(program: str, kernels: Sequence[str]) -> None:
     """Seconds until each kernel's library is there, each as if it was this process's first."""
-    found = {}
+    seconds = {}
     for kernel in kernels:
         problem, operands = call(program, kernel).described()
         for known in (compiler.library, compiler.sources, compiler.identity):
@@ -95,5 +102,5 @@ def print_seconds(program: str, kernels: Sequence[str]) -> None:
         stored = KINDS[operands.k.dtype] if kernel == "decode" else None
         begin = time.perf_counter()
         compiler.library(kernel, problem.program, tuple(x.dtype for x in operands.captured), stored)
-        found[kernel] = time.perf_counter() - begin
-    print(json.dumps(found))
+        seconds[kernel] = time.perf_counter() - begin
+    print(json.dumps(seconds))

@@ -18,7 +18,7 @@ FASTER = Quantity("times faster than")
 SHARE = Quantity("share of")
 COST = Quantity("times", at_most=True)
 BUILD = Quantity("seconds to build", at_most=True)
-LOAD = Quantity("milliseconds to load", at_most=True)
+LOAD = Quantity("ms to load", at_most=True)
 
 
 class Ratio(NamedTuple):

@@ -12,7 +12,7 @@ from tilewise.bench.serving.packed import Batch, Contender, Setting, contenders,
 from tilewise.bench.timing import Call
 
 TITLE = "packed sequences, lengths log-uniform"
-RIVALS = {"sdpa padded": "SDPA padded, keys masked", "sdpa in a loop": "SDPA in a loop"}
+RIVALS = {"sdpa padded": "SDPA, padded", "sdpa in a loop": "SDPA, in a loop"}
 
 
 def settings(quick: bool = False) -> list[Setting]:

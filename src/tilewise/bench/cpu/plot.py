@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +19,9 @@ def save(rows: Sequence[Row], path: Path, device: str) -> None:
     from matplotlib.figure import Figure
 
     figures = [(f"{row['title']}: {row['case']}", figure) for row in rows for figure in row["figures"]]
-    ordered = sorted(figures, key=lambda entry: entry[1]["quantity"])
-    panels = {quantity: list(of) for quantity, of in groupby(ordered, key=lambda entry: entry[1]["quantity"])}
+    panels: dict[str, list[tuple[str, Row]]] = {}
+    for case, figure in figures:
+        panels.setdefault(figure["quantity"], []).append((case, figure))
     picture = Figure(figsize=(11, HEIGHT * len(figures) + 0.7 * len(panels) + 0.6), layout="constrained")
     picture.suptitle(f"Tilewise on {device}: median, quartiles, and what is promised (black tick)", color=INK, fontsize=11)
     axes = picture.subplots(len(panels), 1, squeeze=False, height_ratios=[len(of) + 2 for of in panels.values()])[:, 0]

@@ -56,6 +56,6 @@ def picture(result: Row, path: Path) -> str:
     """Draws it; where, or why not."""
     try:
         plot.save(result["rows"], path, f"{result['device']}, {result['threads']} threads")
-    except ImportError:
-        return "no picture: `pip install 'tilewise[plots]'` adds matplotlib"
+    except Exception as error:  # such as no matplotlib
+        return f"no picture: {record.words(error)}"
     return f"Drawn: {path}"

@@ -3,47 +3,61 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import NamedTuple
 
 from tilewise.bench.serving.contest import Row, why
 
-WIDTHS = 50, 9, 42, 7      # of the case, our milliseconds, what is measured, the median
+
+class Line(NamedTuple):
+    """Cells: the case and our milliseconds, in the first line of a case only, and one figure."""
+    case: str
+    ours: str
+    measured: str
+    median: str
+    quartiles: str
+    bar: str
+    met: str
+
+    def __str__(self) -> str:
+        return (f"{self.case:44} {self.ours:>8}  {self.measured:36} {self.median:>6}  {self.quartiles:11}  {self.bar:7} "
+                f"{self.met}").rstrip()
+
+    def markdown(self) -> str:
+        return f"| {' | '.join(self)} |"
+
+
+HEAD = Line("", "ours, ms", "measured", "median", "quartiles", "bar", "met")
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
-    """A line for each figure, those of a part below its title; then why there are gaps."""
+    """The lines of each part below its title, and why there are gaps."""
     found = []
     for title, of_part in groupby(rows, key=lambda row: row["title"]):
-        found.append(f"{title:{WIDTHS[0]}} {'ours, ms':>{WIDTHS[1]}}  {'measured':{WIDTHS[2]}} {'median':>{WIDTHS[3]}}"
-                     f"  {'bar':8} met")
+        found.append(str(HEAD._replace(case=title)))
         for row in of_part:
-            found += [" ".join((f"  {case:{WIDTHS[0] - 2}}", f"{ours:>{WIDTHS[1]}}", "", f"{words:{WIDTHS[2]}}",
-                                f"{median:>{WIDTHS[3]}}", "", f"{bar:8}", met)).rstrip()
-                      for case, ours, words, median, bar, met in cells(row)]
-            found += [f"    {words}"[:128] for words in gaps(row)]
+            found += [str(line._replace(case=f"  {line.case}")) for line in cells(row)]
+            found += [f"  {row['case']}: {words}"[:128] for words in gaps(row)]
     return found
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """The same as one table, with quartiles."""
-    found = ["| | ours, ms | measured | median | quartiles | bar | met |", "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        for (case, *others), figure in zip(cells(row), row["figures"], strict=True):
-            ours, words, median, bar, met = others
-            shown = f"{row['title']}: {case}" if case else ""
-            low, high = map(number, figure["quartiles"])
-            found.append(" | ".join((f"| {shown}", ours, words, median, f"{low} to {high}", bar, f"{met} |")))
-        found += [f"| {row['title']}: {row['case']} | | {words} | | | | |" for words in gaps(row)]
+    """The same as one table."""
+    found = [HEAD.markdown(), Line(*["---"] * len(HEAD)).markdown()]
+    for title, of_part in groupby(rows, key=lambda row: row["title"]):
+        found.append(Line(f"**{title}**", *[""] * (len(HEAD) - 1)).markdown())
+        for row in of_part:
+            found += [line.markdown() for line in cells(row)]
+            found += [Line(row["case"], "", words, *[""] * (len(HEAD) - 3)).markdown() for words in gaps(row)]
     return "\n".join(found)
 
 
-def cells(row: Row) -> Iterator[tuple[str, ...]]:
-    """The case and our time, in the first line only, and one figure: what it is, median, bar, whether that is met."""
+def cells(row: Row) -> Iterator[Line]:
     seconds = row["contenders"].get("tilewise", {}).get("seconds")
-    case, ours = row["case"], "" if seconds is None else f"{1000 * seconds:.3g}"
+    case, ours = row["case"], "" if seconds is None else number(1000 * seconds)
     for figure in row["figures"]:
-        bar = "" if figure["bar"] is None else f"{'at most' if figure['at_most'] else 'at least'} {figure['bar']:g}"
-        met = {None: "", True: "yes", False: "no"}[figure["met"]]
-        yield case, ours, f"{figure['quantity']} {figure['against']}", number(figure["median"]), bar, met
+        bar = "" if figure["bar"] is None else f"{'<=' if figure['at_most'] else '>='} {figure['bar']:g}"
+        yield Line(case, ours, f"{figure['quantity']} {figure['against']}", number(figure["median"]),
+                   "-".join(map(number, figure["quartiles"])), bar, {None: "", True: "yes", False: "no"}[figure["met"]])
         case = ours = ""
 
 
@@ -54,4 +68,5 @@ def gaps(row: Row) -> list[str]:
 
 
 def number(value: float) -> str:
-    return f"{value:.3g}"
+    """Two decimals, of numbers below 10 only."""
+    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
