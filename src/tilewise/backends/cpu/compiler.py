@@ -57,7 +57,7 @@ def library(kernel: str, program: str, dtypes: tuple[torch.dtype, ...], stored: 
     stored: the kind (`abi.KINDS`) of keys and values, where the kernel is compiled for one. Raises RuntimeError with the
     compiler's words if it fails.
     """
-    generated = {"problem.h": abi.header() + ("" if stored is None else f"constexpr int STORED = {stored};\n"),
+    generated = {"problem.h": abi.header(stored),
                  "functions.h": '#pragma once\n#include "elementary.h"\n' + emit_cpp.source(program, dtypes)}
     name = hashlib.sha256(repr((kernel, generated, sources(), identity(), FLAGS, stored)).encode()).hexdigest()[:32]
     try:

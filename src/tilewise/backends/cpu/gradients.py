@@ -44,7 +44,7 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
             dbias_strides=of_bias and of_bias.by_entry), numbers | dict(
             bias_pattern=0 if of_bias is None else of_bias.pattern,
             dbias_kind=0 if of_bias is None or of_bias.pattern != BY_ENTRY else KINDS[of_bias.tensor.dtype]),
-            dict(zip(("sums", "sums_strides", "sums_sizes"), arrays, strict=True)))
+            dict(zip(("sums", "sums_strides", "sums_sizes"), arrays, strict=True)), launch.paired(x))
     dbias = None if of_bias is None or x.bias is None else of_bias.total(problem).sum_to_size(x.bias.shape).to(x.bias.dtype)
     dsinks = sink_gradient(x.sinks, lse, delta) if needs.sinks and x.sinks is not None else None
     return Gradients(dq, dk, dv, dbias, dsinks, captured_gradients(problem, x, wanted, of_tables))

@@ -20,7 +20,7 @@ def forward(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
         if numbers["few_rows"]:
             call("decode", problem, x, dict(out=out, lse=lse), dict(out_strides=out), numbers, stored=KINDS[x.k.dtype])
         if numbers["units_together"]:
-            call("forward", problem, x, dict(out=out, lse=lse), dict(out_strides=out), numbers)
+            call("forward", problem, x, dict(out=out, lse=lse), dict(out_strides=out), numbers, stored=paired(x))
     return out, lse
 
 
@@ -43,6 +43,11 @@ def call(kernel: str, problem: Problem, x: Operands, tensors: dict[str, Tensor |
     told.scratch = -(-scratch.data_ptr() // ALIGNMENT) * ALIGNMENT
     getattr(library, kernel)(ctypes.byref(told))
     del alive
+
+
+def paired(x: Operands) -> int | None:
+    """The kind for which products of pairs may be compiled: bf16, if all that is multiplied is."""
+    return KINDS[torch.bfloat16] if x.q.dtype == x.k.dtype == torch.bfloat16 else None
 
 
 ALIGNMENT = 64

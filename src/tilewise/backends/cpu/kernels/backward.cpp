@@ -13,16 +13,21 @@
 // What one thread works with.
 struct Scratch {
   float *keys, *keys_across, *values_across, *dk, *dv, *q, *dout, *p, *ds, *lse, *delta, *rows, *dq;
+  float *q_rows, *dout_rows, *ds_rows;              // as words along the rows; without PAIRS the same
   int* visits;
 
   Scratch(const Problem& x, Arena& arena) {
     const long n = x.panels * PANEL, m = x.block_rows, wide = width(x.dim), wide_v = width(x.dim_v);
-    keys = arena.take<float>(n * wide), keys_across = arena.take<float>(n * x.dim), values_across = arena.take<float>(n * x.dim_v);
+    keys = arena.take<float>(n * words(wide)), keys_across = arena.take<float>(n * words(x.dim));
+    values_across = arena.take<float>(n * words(x.dim_v));
     dk = arena.take<float>(n * wide), dv = arena.take<float>(n * wide_v);
     q = arena.take<float>(m * wide), dout = arena.take<float>(m * wide_v);
     p = arena.take<float>(m * n), ds = arena.take<float>(m * n);
     lse = arena.take<float>(m), delta = arena.take<float>(m);
-    rows = arena.take<float>(PANEL * wide_v);
+    rows = arena.take<float>(PANEL * (wide > wide_v ? wide : wide_v));
+    q_rows = PAIRS ? arena.take<float>(words(m) * wide) : q;
+    dout_rows = PAIRS ? arena.take<float>(words(m) * wide_v) : dout;
+    ds_rows = PAIRS ? arena.take<float>(words(m) * n) : ds;
     visits = arena.take<int>(x.panels);
     dq = arena.take<float>(x.parts > 1 ? 0 : blocks_of(x, (int)x.nq) * m * wide);
   }
@@ -48,17 +53,24 @@ static void read_row(const Problem& x, const void* from, long element, int dim, 
   for (int d = dim; d < width(dim); d++) to[d] = 0;
 }
 
-// Q, multiplied by scale, and dO of a block; 0 where a query sees no key, since padding may hold NaN.
+// Q, multiplied by scale without PAIRS, and dO of a block; 0 where a query sees no key, since padding may hold NaN.
 static void read_block(const Problem& x, const Unit& u, const Block& block, const Scratch& w) {
   for (int r = 0; r < block.rows; r++) {
     const int h = block.head_of(r), i = block.query(r);
     const bool hidden = BANDS && hidden_query(x, u.s, h, i);
-    read_row(x, x.q, u.s.of_query(x.q_strides, h, i), (int)x.dim, (float)x.scale, hidden, w.q + (long)r * width(x.dim));
+    read_row(x, x.q, u.s.of_query(x.q_strides, h, i), (int)x.dim, PAIRS ? 1 : (float)x.scale, hidden, w.q + (long)r * width(x.dim));
     read_row(x, x.dout, u.s.of_query(x.dout_strides, h, i), (int)x.dim_v, 1, hidden, w.dout + (long)r * width(x.dim_v));
     const long place = u.s.of_statistics(x, h, i);
     const float lse = ((const float*)x.lse)[place];
     w.lse[r] = lse == -INFINITY ? INFINITY : lse;
     w.delta[r] = ((const float*)x.delta)[place];
+  }
+  if (!PAIRS) return;
+  pair_all_rows(w.q, block.rows, width(x.dim), w.q_rows);
+  pair_all_rows(w.dout, block.rows, width(x.dim_v), w.dout_rows);
+  for (int r = 0; r < block.rows; r++) {
+    pair_columns(w.q + (long)r * width(x.dim), width(x.dim));
+    pair_columns(w.dout + (long)r * width(x.dim_v), width(x.dim_v));
   }
 }
 
@@ -73,6 +85,7 @@ static void tile_gradients(const Problem& x, const Unit& u, const Block& block, 
       const int panel = visited[t] / 2;
       const bool partial = visited[t] % 2;
       float *p = w.p + (r * x.panels + t) * PANEL, *ds = w.ds + (r * x.panels + t) * PANEL, raw[PANEL], of_score[PANEL];
+      for (int c = 0; PAIRS && c < PANEL; c += LANES) store(p + c, load(p + c) * (float)x.scale);
       if (HAS_SCORE) memcpy(raw, p, sizeof raw);
       finish(x, u.s, h, i, panel, partial, p);
       alignas(64) uint16_t bits[PANEL];
@@ -95,6 +108,15 @@ static void tile_gradients(const Problem& x, const Unit& u, const Block& block, 
       if (x.dropout) drop(x, bits, p);
     }
     terms.finish();
+    if (!PAIRS || (r % 2 == 0 && r + 1 < block.rows)) continue;
+    const long length = x.panels * PANEL, before = r / 2 * 2 * length;       // a pair of rows is complete, or the last one alone
+    const float zeros[PANEL] = {};
+    for (int c = 0; c < n * PANEL; c += PANEL) {
+      pair_rows(w.p + before + c, r % 2 ? w.p + r * length + c : zeros, PANEL, w.p + r / 2 * length + c);
+      pair_rows(w.ds + before + c, r % 2 ? w.ds + r * length + c : zeros, PANEL, w.ds_rows + r / 2 * length + c);
+    }
+    pair_columns(w.ds + before, n * PANEL);
+    if (r % 2) pair_columns(w.ds + r * length, n * PANEL);
   }
 }
 
@@ -106,11 +128,12 @@ static void key_block(const Problem& x, const Unit& u, const Scratch& w, int lis
     const int key = (first + t) * PANEL;
     if (BANDS) hidden_keys(x, u.s, u.kv_head, key, hidden);
     const bool* of_hidden = BANDS ? hidden - key : nullptr;
-    float* rows = w.keys + t * PANEL * wide;
+    float *keys = w.keys + t * words(PANEL) * wide, *rows = PAIRS ? w.rows : keys;
     read_keys(x, u.s, x.k, nullptr, x.k_strides, u.kv_head, key, PANEL, dim, wide, of_hidden, rows);
-    transposed(rows, dim, wide, w.keys_across + t * PANEL * dim);
+    if (PAIRS) pair_all_rows(rows, PANEL, wide, keys);
+    panel_across(rows, dim, w.keys_across + t * PANEL * words(dim));
     read_keys(x, u.s, x.v, nullptr, x.v_strides, u.kv_head, key, PANEL, dim_v, wide_v, of_hidden, w.rows);
-    transposed(w.rows, dim_v, wide_v, w.values_across + t * PANEL * dim_v);
+    panel_across(w.rows, dim_v, w.values_across + t * PANEL * words(dim_v));
   }
   memset(w.dk, 0, sizeof(float) * n * PANEL * wide);
   memset(w.dv, 0, sizeof(float) * n * PANEL * wide_v);
@@ -121,23 +144,23 @@ static void key_block(const Problem& x, const Unit& u, const Scratch& w, int lis
     read_block(x, u, block, w);
     for (int t = 0; t < count; t++) {
       const int own = w.visits[t] / 2 - first;
-      multiply<false, false>(w.q, wide, w.keys_across + own * PANEL * dim, PANEL, w.p + t * PANEL, length, block.rows, PANEL, dim);
-      multiply<false, false>(w.dout, wide_v, w.values_across + own * PANEL * dim_v, PANEL, w.ds + t * PANEL, length, block.rows,
+      multiply<false, false>(w.q, wide, w.keys_across + own * PANEL * words(dim), PANEL, w.p + t * PANEL, length, block.rows, PANEL, dim);
+      multiply<false, false>(w.dout, wide_v, w.values_across + own * PANEL * words(dim_v), PANEL, w.ds + t * PANEL, length, block.rows,
                              PANEL, dim_v);
     }
     tile_gradients(x, u, block, w, list, w.visits, count);
     for (int t = 0; t < count; t++) {
       const long own = w.visits[t] / 2 - first;
-      multiply<true, true>(w.p + t * PANEL, length, w.dout, wide_v, w.dv + own * PANEL * wide_v, wide_v, PANEL, wide_v, block.rows);
-      multiply<true, true>(w.ds + t * PANEL, length, w.q, wide, w.dk + own * PANEL * wide, wide, PANEL, wide, block.rows);
-      multiply<false, true>(w.ds + t * PANEL, length, w.keys + own * PANEL * wide, wide, dq + index * x.block_rows * wide, wide,
+      multiply<true, true>(w.p + t * PANEL, length, w.dout_rows, wide_v, w.dv + own * PANEL * wide_v, wide_v, PANEL, wide_v, block.rows);
+      multiply<true, true>(w.ds_rows + t * PANEL, length, w.q_rows, wide, w.dk + own * PANEL * wide, wide, PANEL, wide, block.rows);
+      multiply<false, true>(w.ds + words(t * PANEL), length, w.keys + own * words(PANEL) * wide, wide, dq + index * x.block_rows * wide, wide,
                             block.rows, wide, PANEL);
     }
   }
   const float rescale = 65536.f / (65536 - x.dropout);
   for (int j = 0; j < n * PANEL && first * PANEL + j < u.s.nk; j++) {
     const int key = first * PANEL + j, kind = (int)x.q_kind;
-    write(kind, at(x.dk, kind, u.s.of_key(x, x.dk_strides, u.kv_head, key)), w.dk + (long)j * wide, dim, 1);
+    write(kind, at(x.dk, kind, u.s.of_key(x, x.dk_strides, u.kv_head, key)), w.dk + (long)j * wide, dim, PAIRS ? (float)x.scale : 1);
     write(kind, at(x.dv, kind, u.s.of_key(x, x.dv_strides, u.kv_head, key)), w.dv + (long)j * wide_v, dim_v, rescale);
   }
 }

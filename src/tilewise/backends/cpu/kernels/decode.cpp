@@ -53,7 +53,7 @@ static void attend(const Problem& x, const Sequence& s, const Scratch& all, long
       rows_at(x, s, x.v, x.v_strides, h, p, values);
       rows_at(x, s, x.k, x.k_strides, next_h, next_p, next);
       scores_of<STORED>(w.q, wide, keys, (int)x.dim, all.scores, length, block.rows, values, x.dim_v * size_of(STORED));
-      update(x, u, block, w, all.scores, &visited, 1);
+      update(x, u, block, w, all.scores, &visited, 1, 1);
       int n = 0;                                    // values that are seen
       for (int j = 0; j < PANEL && p * PANEL + j < s.nk; j++) {
         if (hidden[j]) continue;

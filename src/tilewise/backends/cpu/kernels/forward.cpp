@@ -19,7 +19,7 @@ struct Packed {
 };
 
 static Packed packed_of(const Problem& x, float* at, long panels) {
-  const long k_panel = x.dim * PANEL, v_panel = (long)PANEL * width(x.dim_v);
+  const long k_panel = (long)words(x.dim) * PANEL, v_panel = (long)words(PANEL) * width(x.dim_v);
   return {at, at + panels * k_panel, k_panel, v_panel};
 }
 
@@ -29,8 +29,10 @@ static void pack_panel(const Problem& x, const Unit& u, int panel, float* rows, 
   if (BANDS) hidden_keys(x, u.s, u.kv_head, first, hidden);
   const bool* of_hidden = BANDS ? hidden - first : nullptr;
   read_keys(x, u.s, x.k, x.k_scale, x.k_strides, u.kv_head, first, PANEL, (int)x.dim, width(x.dim), of_hidden, rows);
-  transposed(rows, (int)x.dim, width(x.dim), key);
-  read_keys(x, u.s, x.v, x.v_scale, x.v_strides, u.kv_head, first, PANEL, (int)x.dim_v, width(x.dim_v), of_hidden, value);
+  panel_across(rows, (int)x.dim, key);
+  float* to = PAIRS ? rows : value;
+  read_keys(x, u.s, x.v, x.v_scale, x.v_strides, u.kv_head, first, PANEL, (int)x.dim_v, width(x.dim_v), of_hidden, to);
+  if (PAIRS) pair_all_rows(rows, PANEL, width(x.dim_v), value);
 }
 
 // What one thread works with.
@@ -49,16 +51,18 @@ struct Scratch {
 static void attend(const Problem& x, const Unit& u, const Block& block, const Scratch& w, const int* visited, int count,
                    const Packed& packed) {
   const int dim = (int)x.dim, wide = width(dim), wide_v = width(x.dim_v), length = (int)x.panels * PANEL;
-  begin(x, u, block, w.state, (float)x.scale);
+  begin(x, u, block, w.state, PAIRS ? 1 : (float)x.scale);
+  for (int r = 0; r < block.rows; r++) pair_columns(w.state.q + (long)r * wide, wide);
   for (int done = 0, n; done < count; done += n, visited += n) {
     const auto together = [&](int j) { return x.aligned ? visited[j] / 2 / x.panels == visited[0] / 2 / x.panels : j < x.panels; };
     for (n = 1; done + n < count && together(n);) n++;
     for (int j = 0; j < n; j++)
       multiply<false, false>(w.state.q, wide, packed.key(visited[j] / 2), PANEL, w.scores + j * PANEL, length, block.rows, PANEL, dim);
-    update(x, u, block, w.state, w.scores, visited, n);
+    update(x, u, block, w.state, w.scores, visited, n, PAIRS ? (float)x.scale : 1);
+    for (int r = 0; PAIRS && r < block.rows; r++) pair_columns(w.scores + (long)r * length, n * PANEL);
     for (int j = 0, run; j < n; j += run) {         // neighbouring panels as one product
       for (run = 1; j + run < n && visited[j + run] / 2 == visited[j] / 2 + run;) run++;
-      multiply<false, true>(w.scores + j * PANEL, length, packed.value(visited[j] / 2), wide_v, w.state.out, wide_v, block.rows, wide_v,
+      multiply<false, true>(w.scores + words(j * PANEL), length, packed.value(visited[j] / 2), wide_v, w.state.out, wide_v, block.rows, wide_v,
                             run * PANEL);
     }
   }

@@ -1,8 +1,15 @@
-// Products of matrices in fp32, blocked for registers: each step takes ROWS numbers of a and COLUMNS vectors of b.
+// Products of matrices with sums in fp32, blocked for registers: each step takes ROWS words of a and COLUMNS vectors of b.
 #pragma once
-#include "vector.h"
+#include "rows.h"
 
-// c[MR, NV vectors] (+)= a . b, with n terms. a[i, k] is at a[i * lda + k], or at a[k * lda + i] if TRANSPOSED.
+static inline vec multiplied(vec left, vec right, vec sum) {
+#if defined(__AVX512BF16__)
+  if (PAIRS) return (vec)_mm512_dpbf16_ps((__m512)sum, (__m512bh)left, (__m512bh)right);
+#endif
+  return sum + left * right;
+}
+
+// c[MR, NV vectors] (+)= a . b, with n words. a[i, k] is at a[i * lda + k], or at a[k * lda + i] if TRANSPOSED.
 template <int MR, int NV, bool TRANSPOSED, bool ADD>
 static inline void block(const float* __restrict__ a, long lda, const float* __restrict__ b, long ldb, float* __restrict__ c,
                          long ldc, int n) {
@@ -19,7 +26,7 @@ static inline void block(const float* __restrict__ a, long lda, const float* __r
     for (int i = 0; i < MR; i++) {
       const vec left = splat(TRANSPOSED ? a[k * lda + i] : a[i * lda + k]);
 #pragma GCC unroll 4
-      for (int j = 0; j < NV; j++) sums[i][j] += left * right[j];
+      for (int j = 0; j < NV; j++) sums[i][j] = multiplied(left, right[j], sums[i][j]);
     }
   }
 #pragma GCC unroll 8
@@ -36,9 +43,10 @@ static void columns(const float* a, long lda, const float* b, long ldb, float* c
   if (vectors & 1) block<MR, 1, TRANSPOSED, ADD>(a, lda, b, ldb, c, ldc, n);
 }
 
-// c[rows, cols] (+)= a . b, with n terms; cols is a multiple of LANES.
+// c[rows, cols] (+)= a . b, with so many terms; cols is a multiple of LANES. lda and ldb count words.
 template <bool TRANSPOSED, bool ADD>
-static void multiply(const float* a, long lda, const float* b, long ldb, float* c, long ldc, int rows, int cols, int n) {
+static void multiply(const float* a, long lda, const float* b, long ldb, float* c, long ldc, int rows, int cols, int terms) {
+  const int n = words(terms);
   const long step = TRANSPOSED ? 1 : lda;
   const int vectors = cols / LANES;
   for (; rows >= ROWS; rows -= ROWS, a += ROWS * step, c += ROWS * ldc)

@@ -6,7 +6,16 @@
 constexpr int PANEL = 64;                           // keys that are visited together
 enum Kind { FP32, FP16, BF16, FP64, FP8 };          // as `launch.KINDS` numbers dtypes
 
-static inline int width(long dim) { return (int)(dim + LANES - 1) / LANES * LANES; }   // of a row in a tile
+// Products take 32-bit words, each one term in fp32, or two in bf16 where keys and values are bf16 and the CPU multiplies pairs.
+#if defined(__AVX512BF16__)
+constexpr bool PAIRS = STORED == BF16;
+#else
+constexpr bool PAIRS = false;
+#endif
+constexpr int TERMS = PAIRS ? 2 : 1;                // of a word
+
+static inline int words(long terms) { return (int)(terms + TERMS - 1) / TERMS; }
+static inline int width(long dim) { return (int)(dim + TERMS * LANES - 1) / (TERMS * LANES) * (TERMS * LANES); }  // of a row in a tile
 
 static inline long size_of(int kind) { return kind == FP64 ? 8 : kind == FP32 ? 4 : kind == FP8 ? 1 : 2; }
 
@@ -124,4 +133,39 @@ static void transposed(const float* from, int dim, int width, float* to) {
       transpose(x);
       for (int i = 0; i < LANES && d + i < dim; i++) store(to + (d + i) * (long)PANEL + j, x[i]);
     }
+}
+
+// A row as words, in its place: neighbouring numbers are paired. n is a multiple of TERMS * LANES.
+static inline void pair_columns(float* row, int n) {
+#if defined(__AVX512BF16__)
+  for (int c = 0; PAIRS && c < n; c += 2 * LANES) {
+    const __m512bh pairs = _mm512_cvtne2ps_pbh((__m512)load(row + c + LANES), (__m512)load(row + c));
+    memcpy(row + c / 2, &pairs, sizeof pairs);
+  }
+#endif
+}
+
+// Two rows as one of words; it may take the place of the first.
+static inline void pair_rows(const float* first, const float* second, int n, float* to) {
+#if defined(__AVX512BF16__)
+  for (int c = 0; c < n; c += LANES) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load(first + c)));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load(second + c)));
+    const __m512i pairs = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    memcpy(to + c, &pairs, sizeof pairs);
+  }
+#endif
+}
+
+// A tile of rows as words along the rows: pairs of rows, or the rows as they are. An odd last row is paired with zeros.
+static void pair_all_rows(const float* from, int rows, int wide, float* to) {
+  const float zeros[1024] = {};
+  for (int r = 0; r < rows; r += 2)
+    pair_rows(from + (long)r * wide, r + 1 < rows ? from + (r + 1) * (long)wide : zeros, wide, to + r / 2 * (long)wide);
+}
+
+// A panel of words [words of dim, PANEL] from rows [PANEL, width of dim], which it uses up.
+static void panel_across(float* rows, int dim, float* to) {
+  for (int j = 0; PAIRS && j < PANEL; j++) pair_columns(rows + (long)j * width(dim), width(dim));
+  transposed(rows, words(dim), width(dim), to);
 }

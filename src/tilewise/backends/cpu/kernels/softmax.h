@@ -30,13 +30,15 @@ static void begin(const Problem& x, const Unit& u, const Block& block, const Sta
   memset(w.out, 0, sizeof(float) * block.rows * width(x.dim_v));
 }
 
-// Takes n panels of scores into the statistics of a block's rows and leaves their probabilities (algorithm 1, lines 8 to 10).
-static void update(const Problem& x, const Unit& u, const Block& block, const State& w, float* scores, const int* visited, int n) {
+// Takes n panels of scores, times factor, into the statistics of a block's rows and leaves their probabilities (algorithm 1, lines 8 to 10).
+static void update(const Problem& x, const Unit& u, const Block& block, const State& w, float* scores, const int* visited, int n,
+                   float factor) {
   const int wide = width(x.dim_v), row_length = (int)x.panels * PANEL;
   for (int r = 0; r < block.rows; r++) {
     const int h = block.head_of(r), i = block.query(r);
     float *row = scores + (long)r * row_length, *out = w.out + (long)r * wide;
     vec top = splat(-INFINITY);
+    if (factor != 1) for (int c = 0; c < n * PANEL; c += LANES) store(row + c, load(row + c) * factor);
     for (int j = 0; j < n; j++) {
       finish(x, u.s, h, i, visited[j] / 2, visited[j] % 2, row + j * PANEL);
       for (int c = 0; c < PANEL; c += LANES) top = maximum_or_second(load(row + j * PANEL + c), top);
