@@ -1,6 +1,7 @@
 """Seconds to build kernels into an empty cache, and milliseconds to load them from it, in processes of their own."""
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import subprocess
@@ -10,12 +11,12 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import torch
 
 import tilewise as tw
 from tilewise.backends.cpu import compiler
-from tilewise.backends.cpu.abi import KINDS
 from tilewise.bench.cases import Call, Case, Maker, Options, draw
 from tilewise.bench.cpu.figures import BUILD, LOAD, Quantity, figure
 from tilewise.bench.cpu.race import CPU
@@ -93,14 +94,22 @@ def in_new_process(program: str, kernels: Sequence[str], cache: str) -> dict[str
 
 
 def print_seconds(program: str, kernels: Sequence[str]) -> None:
-    """Seconds until each kernel's library is there, each as if it was this process's first."""
-    seconds = {}
-    for kernel in kernels:
-        problem, operands = call(program, kernel).described()
-        for known in (compiler.library, compiler.sources, compiler.identity):
+    """Seconds that calls wait for each kernel's library the first time, each as if it was this process's first."""
+    library, seconds = compiler.library, dict[str, float]()
+
+    def timed(kernel: str, *arguments: Any) -> ctypes.CDLL:
+        for known in (library, compiler.sources, compiler.identity):
             known.cache_clear()
-        stored = KINDS[operands.k.dtype] if kernel == "decode" else None
         begin = time.perf_counter()
-        compiler.library(kernel, problem.program, tuple(x.dtype for x in operands.captured), stored)
-        seconds[kernel] = time.perf_counter() - begin
+        made = library(kernel, *arguments)
+        seconds.setdefault(kernel, time.perf_counter() - begin)
+        return made
+
+    compiler.library = timed        # type: ignore[assignment]
+    for kernel in kernels:
+        problem = call(program, kernel)
+        if kernel == "backward":
+            run(problem, "cpu")
+        else:
+            problem.run(problem.differentiable, "cpu")
     print(json.dumps(seconds))

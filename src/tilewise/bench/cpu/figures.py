@@ -16,7 +16,7 @@ class Quantity(NamedTuple):
 
 FASTER = Quantity("times faster than")
 SHARE = Quantity("share of")
-COST = Quantity("times", at_most=True)
+COST = Quantity("cost over", at_most=True)
 BUILD = Quantity("seconds to build", at_most=True)
 LOAD = Quantity("ms to load", at_most=True)
 

@@ -28,5 +28,5 @@ def of_peer(peer: Contender, setting: Setting) -> Entrant:
     """FlexAttention refuses inputs that require gradients, even where none are wanted."""
     attend = peer.attend
     assert attend is not None
-    return entrant(Rival(*drawn(setting), mask=causal, attend=lambda *qkv: attend(*(x.detach() for x in qkv), True)),
+    return entrant(Rival(*drawn(setting), mask=causal, attend=lambda q, k, v: attend(q.detach(), k.detach(), v.detach(), True)),
                    setting.mode)

@@ -16,18 +16,20 @@ INK, HEIGHT = "#1f2430", 0.22                                       # HEIGHT: of
 
 def save(rows: Sequence[Row], path: Path, device: str) -> None:
     """A panel for each quantity. The format is that of the path's suffix."""
+    import matplotlib
     from matplotlib.figure import Figure
 
-    figures = [(f"{row['title']}: {row['case']}", figure) for row in rows for figure in row["figures"]]
     panels: dict[str, list[tuple[str, Row]]] = {}
-    for case, figure in figures:
-        panels.setdefault(figure["quantity"], []).append((case, figure))
-    picture = Figure(figsize=(11, HEIGHT * len(figures) + 0.7 * len(panels) + 0.6), layout="constrained")
+    for label, figure in ((f"{row['part']}: {row['case']}", figure) for row in rows for figure in row["figures"]):
+        panels.setdefault(figure["quantity"], []).append((f"{label}, {figure['against']}", figure))
+    count = sum(map(len, panels.values()))
+    picture = Figure(figsize=(11, HEIGHT * count + 0.7 * len(panels) + 0.6), layout="constrained")
     picture.suptitle(f"Tilewise on {device}: median, quartiles, and what is promised (black tick)", color=INK, fontsize=11)
     axes = picture.subplots(len(panels), 1, squeeze=False, height_ratios=[len(of) + 2 for of in panels.values()])[:, 0]
     for (quantity, of), panel in zip(panels.items(), axes, strict=True):
         draw(panel, quantity, of)
-    picture.savefig(path)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tilewise"}):
+        picture.savefig(path)
 
 
 def draw(axes: Axes, quantity: str, of: Sequence[tuple[str, Row]]) -> None:
@@ -38,8 +40,8 @@ def draw(axes: Axes, quantity: str, of: Sequence[tuple[str, Row]]) -> None:
         axes.barh(place, figure["median"], 0.7, color=COLOURS[figure["met"]])
         axes.plot([low, high], [place, place], color=INK, linewidth=1)
         if figure["bar"] is not None:
-            axes.plot([figure["bar"]] * 2, [place - 0.45, place + 0.45], color="black", linewidth=2.5)
-    axes.set_yticks(list(places), [f"{case}, {figure['against']}" for case, figure in of], fontsize=7.5)
+            axes.plot([figure["bar"]] * 2, [place - 0.42, place + 0.42], color="black", linewidth=2.5)
+    axes.set_yticks(list(places), [label for label, _ in of], fontsize=7.5)
     axes.set_title(quantity, loc="left", fontsize=10, color=INK)
     axes.set_ylim(0.4, len(of) + 0.6)
     axes.tick_params(axis="y", length=0)

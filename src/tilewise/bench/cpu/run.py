@@ -1,6 +1,7 @@
 """All measurements of the CPU backend, written as each is done: what `tilewise bench --cpu` runs."""
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -15,6 +16,7 @@ from tilewise.bench.serving.contest import Row
 
 PARTS = {"dense": dense, "packed": packed, "decode": decode, "butterfly": butterfly, "compiling": compiling,
          "others": others}
+TOO_SMALL = "--quick: these shapes are too small to tell about the bars"
 Progress = Callable[[str, int, int, str], None]         # part, settings done, settings of the part, what is measured now
 
 
@@ -28,15 +30,15 @@ def benchmark(*, quick: bool = False, out: Path | None = None,
     if check.error is None:
         raise RuntimeError(f"backend cpu: {check.reason}")
     stamp = record.stamp()
-    result: Row = stamp | {"device": stamp["machine"]["CPU"], "threads": torch.get_num_threads(), "quick": quick,
-                           "rows": [], "lines": []}
+    result: Row = stamp | {"device": stamp["machine"]["CPU"], "threads": torch.get_num_threads(),
+                           "wait_policy": os.environ.get("OMP_WAIT_POLICY"), "quick": quick, "rows": [], "lines": []}
     for name, part in PARTS.items():
         settings = part.settings(quick)
         for done, setting in enumerate(settings):
             progress(name, done, len(settings), str(setting))
             result["rows"].append({"part": name, "title": part.TITLE, "case": str(setting), "setting": asdict(setting)}
                                   | attempt(part, setting))
-            result["lines"] = table.lines(result["rows"])
+            result["lines"] = table.lines(result["rows"]) + [TOO_SMALL] * quick
             record.write(out, result)
         progress(name, len(settings), len(settings), "")
     if out is not None:

@@ -110,8 +110,8 @@ template <int KIND, int R, int NV> static void values_of(const float* p, long le
 template <int KIND, int R> static void values_of(const float* p, long length, const void* const* values, int n, int dim, float* out,
                                                  int wide, const void* const* next, long size) {
   int d = 0;
-  for (; d + 4 * LANES <= wide; d += 4 * LANES) values_of<KIND, R, 4>(p, length, values, n, d, dim, out, wide, next, size);
-  for (; d < wide; d += LANES) values_of<KIND, R, 1>(p, length, values, n, d, dim, out, wide, next, size);
+  for (; d + 3 * LANES < dim; d += 4 * LANES) values_of<KIND, R, 4>(p, length, values, n, d, dim, out, wide, next, size);
+  for (; d < dim; d += LANES) values_of<KIND, R, 1>(p, length, values, n, d, dim, out, wide, next, size);
 }
 
 // The same for any number of queries. next: rows that are read afterwards, of so many bytes.

@@ -1,0 +1,253 @@
+"""The `cpu` backend's own seams: threads and processes, few queries and many, borders of blocks, tables of any strides."""
+import itertools
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from support.backends import AVAILABLE
+
+import tilewise as tw
+from tilewise.backends import cpu
+from tilewise.backends.cpu import sizes
+from tilewise.bench import tolerance
+from tilewise.bench.cases import Call, Case, bucketed, draw
+
+pytestmark = pytest.mark.skipif("cpu" not in AVAILABLE or cpu.compiler.compiler() is None, reason="needs a C++ compiler")
+
+FP8 = torch.float8_e4m3fn
+CAUSAL = dict(causal=True)
+
+
+@pytest.fixture(autouse=True)
+def threads():
+    """Sets how many threads there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def assert_right(case):
+    wrong = [verdict for verdict in tolerance.check(draw(case, torch.float32), "cpu") if not verdict.ok]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+def assert_same_bits(found, expected):
+    for name, x in found.items():
+        assert torch.equal(x, expected[name]), name
+
+
+def run(case):
+    return tolerance.run(draw(case, torch.float32), "cpu").tensors
+
+
+# ---- threads and processes -----------------------------------------------------------------------------------------------
+
+LONG = dict(seqlen_q=70, seqlen_k=600, heads=2, kv_heads=1)               # backward, several jobs have keys of one key head
+THREADED = (
+    Case("few heads", **LONG | dict(batch=1), options=lambda m: CAUSAL),
+    Case("bias over batch", **LONG, options=lambda m: dict(bias=m.normal(2, 70, 600), causal=True)),
+    Case("bias over heads", **LONG | dict(heads=4, kv_heads=2), options=lambda m: dict(bias=m.normal(2, 1, 70, 600), causal=True)),
+    Case("bias of queries", **LONG, options=lambda m: dict(bias=m.normal(2, 2, 70, 1), causal=True)),
+    Case("table of any index", **LONG, options=lambda m: dict(
+        table=m.normal(70, 5), score_mod=bucketed(m.integers(0, 4, 600), True))),
+    Case("table of distances", **LONG, options=lambda m: dict(
+        table=m.normal(2, 669), score_mod=lambda t: lambda s, b, h, q, k: s + t[h, q - k + 599])),
+)
+
+
+def test_forward_has_the_same_bits_with_any_number_of_threads(threads):
+    call = draw(Case("blocks of several heads", seqlen_q=130, seqlen_k=250, heads=6, kv_heads=2, options=lambda m: CAUSAL),
+                torch.float32)
+    found = []
+    for count in (1, 2, 3):
+        threads(count)
+        assert cpu.splits(call.described()[0]) == 1
+        found.append(dict(zip(("out", "lse"), call.run(call.differentiable, "cpu"), strict=True)))
+    assert_same_bits(found[1], found[0])
+    assert_same_bits(found[2], found[0])
+
+
+@pytest.mark.parametrize("case", THREADED, ids=str)
+@pytest.mark.parametrize("count", [1, 3])
+def test_gradients_are_right_and_repeatable_with_threads(count, case, threads):
+    threads(count)
+    assert sizes.backward(draw(case, torch.float32).described()[0], False, False)["parts"] > (count > 1)
+    assert_right(case)
+    assert_same_bits(run(case), run(case))
+
+
+def test_calls_from_several_python_threads_do_not_disturb_each_other(threads):
+    threads(2)
+    expected = [run(case) for case in THREADED]
+    with ThreadPoolExecutor(3) as pool:
+        for found, whole in zip(pool.map(run, 2 * THREADED), 2 * expected, strict=True):
+            assert_same_bits(found, whole)
+
+
+FORK = """
+import multiprocessing, sys, torch, tilewise as tw
+torch.set_num_threads(2)
+q = torch.randn(2, 200, 4, 16)
+torch.randn(2000, 1000).exp()                          # starts the threads, which a child does not have
+if sys.argv[1] == "used before":
+    tw.attention(q, q, q, backend="cpu")
+context = multiprocessing.get_context("fork")
+mine, other = context.Pipe()
+child = context.Process(target=lambda: other.send(tw.attention(q, q, q, backend="cpu").tolist()), daemon=True)
+child.start()
+assert mine.poll(30), "the child hangs"
+torch.testing.assert_close(torch.tensor(mine.recv()), tw.attention(q, q, q, backend="reference"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere processes are not forked")
+@pytest.mark.parametrize("when", ["used before", "first used by the child"])
+def test_a_forked_child_computes_without_the_threads_of_its_parent(when):
+    subprocess.run([sys.executable, "-W", "ignore", "-c", FORK, when], check=True, timeout=60)
+
+
+ALONE = """
+import torch
+from tilewise.bench import tolerance
+from tilewise.bench.cases import CASES, draw
+assert all(verdict.ok for verdict in tolerance.check(draw(CASES[0], torch.float32), "cpu"))
+print(torch.get_num_threads())
+"""
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_a_process_whose_threads_the_environment_limits(count):
+    done = subprocess.run([sys.executable, "-c", ALONE], env=os.environ | {"OMP_NUM_THREADS": str(count)}, check=True,
+                          capture_output=True, text=True)
+    assert int(done.stdout) == count
+
+
+# ---- few queries, which read keys where they lie ---------------------------------------------------------------------------
+
+LENGTHS = 300, 1, 70
+
+
+def assert_cache_right(dtype, stored, *, queries=1, heads=4, kv_heads=2, dim=40, dim_v=None, paged=False, **options):
+    """Attention with a cache of three sequences, all else NaN, against fp64 on what is stored."""
+    generator = torch.Generator().manual_seed(0)
+    scales = {name: torch.tensor([0.5, 2.0, 0.25])[:kv_heads] for name in ("k_scale", "v_scale") if stored == FP8}
+    shape = dict(kv_heads=kv_heads, head_dim=dim, head_dim_v=dim_v, dtype=stored, **scales)
+    if paged:
+        cache = tw.PagedKVCache(70, 16, max_sequences=3, **shape)
+        where = dict(sequences=[cache.new() for _ in LENGTHS])
+    else:
+        cache, where = tw.KVCache(3, 310, **shape), {}
+    cache.k.fill_(torch.nan)
+    cache.v.fill_(torch.nan)
+    q, k, v = (torch.randn(n, h, d, generator=generator).to(dtype) for n, h, d in (
+        (3 * queries, heads, dim), (sum(LENGTHS), kv_heads, dim), (sum(LENGTHS), kv_heads, dim_v or dim)))
+    cache.append(k, v, cu_seqlens=torch.tensor([0, *itertools.accumulate(LENGTHS)], dtype=torch.int32), **where)
+    q = q.view(3, queries, heads, dim)
+    out, lse = tw.attention_with_kv_cache(q, cache, return_lse=True, backend="cpu", cache_batch_idx=where.get("sequences"), **options)
+    options.pop("num_splits", None)
+    for b, (k_b, v_b) in enumerate(zip(k.split(LENGTHS), v.split(LENGTHS), strict=True)):
+        if stored == FP8:
+            k_b, v_b = ((x.float() / s[:, None]).to(FP8).double() * s[:, None] for x, s in zip((k_b, v_b), scales.values(), strict=True))
+        call = Call(Case("cache"), q[b:b + 1], k_b[None], v_b[None], options)
+        truth, standard = (call.run({name: x.to(to) for name, x in call.differentiable.items()}, "reference")
+                           for to in (torch.float64, dtype))
+        verdicts = tolerance.judge(call, *(tolerance.Results(dict(zip(("out", "lse"), x, strict=True)))
+                                           for x in ((out[b:b + 1], lse[b:b + 1]), truth, standard)))
+        assert all(verdict.ok for verdict in verdicts), (b, verdicts)
+
+
+STORED = [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
+          (torch.float32, FP8), (torch.bfloat16, FP8)]
+
+
+@pytest.mark.parametrize("dtype, stored", STORED, ids=lambda x: str(x).removeprefix("torch."))
+@pytest.mark.parametrize("dim", [1, 40, 128, 512])
+def test_few_queries(dim, dtype, stored):
+    for queries, heads, kv_heads in ((1, 2, 2), (1, 8, 2), (3, 5, 1), (16, 1, 1), (17, 1, 1), (1, 34, 2)):  # from 17 on many
+        assert_cache_right(dtype, stored, queries=queries, heads=heads, kv_heads=kv_heads, dim=dim, paged=queries == 3)
+    assert_cache_right(dtype, stored, dim=dim, dim_v=21)
+
+
+HIDING = {
+    "window": lambda: dict(causal=True, mask=tw.window(3, None) & tw.key_lengths(torch.tensor([300]))),
+    "first keys and window": lambda: dict(causal=True, mask=tw.window(30, None) | tw.prefix(torch.tensor([2]))),
+    "panels in the middle": lambda: dict(mask=tw.prefix(torch.tensor([200])) & ~tw.prefix(torch.tensor([100]))),
+}
+
+
+@pytest.mark.parametrize("name", HIDING)
+def test_few_queries_whose_mask_hides_whole_panels(name):
+    for queries, splits in itertools.product((1, 4, 20), (None, 3)):
+        assert_cache_right(torch.float32, torch.float32, queries=queries, num_splits=splits, sinks=torch.tensor([1.0, -2, 0, 3]),
+                           **HIDING[name]())
+
+
+@pytest.mark.parametrize("splits", [1, 2, 3, 64, 256])
+def test_shares_of_the_keys_as_many_as_asked_for(splits, threads):
+    threads(3)
+    for queries in (1, 20):
+        assert_cache_right(torch.float32, torch.float32, queries=queries, num_splits=splits)
+
+
+# ---- batch_invariant -------------------------------------------------------------------------------------------------------
+
+def test_rows_of_a_batch_invariant_call_depend_on_nothing_beside_them(threads):
+    options = dict(causal=True, batch_invariant=True, backend="cpu")
+    for heads, kv_heads in ((2, 2), (6, 2)):
+        call = draw(Case("rows", batch=2, seqlen_q=450, seqlen_k=450, heads=heads, kv_heads=kv_heads, head_dim=24), torch.float32)
+        q, k, v = call.q, call.k, call.v
+        whole = tw.attention(q, k, v, **options)
+        assert torch.equal(tw.attention(q[1:], k[1:], v[1:], **options), whole[1:])
+        for end in (1, 47, 64, 65, 385, 450):                             # token by token, and some at once
+            for count in (1, 3, 50):
+                first = max(0, end - count)
+                found = tw.attention(q[:, first:end], k[:, :end], v[:, :end], **options)
+                assert torch.equal(found, whole[:, first:end]), (first, end)
+        cache = tw.KVCache(2, 460, kv_heads, 24, dtype=torch.float32)
+        cache.append(k, v)
+        threads(3)
+        assert torch.equal(tw.attention_with_kv_cache(q[:, -2:], cache, **options), whole[:, -2:])
+
+
+# ---- borders, and tables of any strides ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("n", [*range(1, 18), 31, 32, 33, 47, 48, 49, 63, 64, 65, 95, 96, 97, 127, 128, 129, 191, 192, 193, 200])
+def test_lengths_around_the_borders_of_blocks(n):
+    heads, kv_heads = ((1, 1), (3, 1), (10, 2), (50, 1))[n % 4]             # the last: more heads than a block has rows
+    shape = dict(batch=1, seqlen_q=n, heads=heads, kv_heads=kv_heads, head_dim=24, head_dim_v=40)
+    assert_right(Case("square", **shape, seqlen_k=n, options=lambda m: CAUSAL))
+    assert_right(Case("wide", **shape, seqlen_k=130))
+    assert_right(Case("tall", **shape | dict(seqlen_q=130), seqlen_k=n, options=lambda m: CAUSAL))
+
+
+@pytest.mark.parametrize("n", [1, 17, 63, 64, 65, 127, 128, 129])
+def test_lengths_around_the_borders_of_listed_blocks(n):
+    assert_right(Case("function", seqlen_q=n, seqlen_k=130, heads=4, kv_heads=2,
+                      options=lambda m: dict(mask=lambda b, h, q, k: (q - k).abs() % 5 != h)))
+
+
+def read_by(of_keys, view):
+    """A score function that reads a view of its table."""
+    return lambda m: dict(score_mod=lambda t, ids=m.integers(0, 4, 70): bucketed(ids, of_keys)(view(t)))
+
+
+TABLES = {
+    "any index, strided": lambda m: dict(table=m.normal(140, 10), **read_by(True, lambda t: t[::2, ::2])(m)),
+    "any index, transposed": lambda m: dict(table=m.normal(5, 70), **read_by(True, lambda t: t.T)(m)),
+    "any index, expanded": lambda m: dict(table=m.normal(1, 5), **read_by(True, lambda t: t.expand(70, 5))(m)),
+    "any index, overlapping": lambda m: dict(table=m.normal(74), **read_by(True, lambda t: t.unfold(0, 5, 1))(m)),
+    "any index, a leaf expanded": lambda m: dict(table=m.normal(1, 5).expand(70, 5), **read_by(True, lambda t: t)(m)),
+    "queries, strided": lambda m: dict(table=m.normal(15), **read_by(False, lambda t: t[::3])(m)),
+    "queries, expanded": lambda m: dict(table=m.normal(1), **read_by(False, lambda t: t.expand(5))(m)),
+    "distances, expanded": lambda m: dict(
+        table=m.normal(1, 139), score_mod=lambda t: lambda s, b, h, q, k: s + t.expand(2, 139)[h, q - k + 69]),
+}
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_gradients_of_tables_of_any_strides(name):
+    assert_right(Case(name, options=TABLES[name]))
