@@ -37,7 +37,7 @@ class Setting:
     """program: a key of PROGRAMS. repeats: empty caches, and loads from one of them."""
     program: str
     kernels: tuple[str, ...] = ("forward", "decode", "backward")
-    repeats: int = 5
+    repeats: int = 3
 
     def __str__(self) -> str:
         return self.program

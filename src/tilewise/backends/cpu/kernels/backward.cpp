@@ -153,8 +153,12 @@ static void key_block(const Problem& x, const Unit& u, const Scratch& w, int lis
       const long own = w.visits[t] / 2 - first;
       multiply<true, true>(w.p + t * PANEL, length, w.dout_rows, wide_v, w.dv + own * PANEL * wide_v, wide_v, PANEL, wide_v, block.rows);
       multiply<true, true>(w.ds_rows + t * PANEL, length, w.q_rows, wide, w.dk + own * PANEL * wide, wide, PANEL, wide, block.rows);
-      multiply<false, true>(w.ds + words(t * PANEL), length, w.keys + own * words(PANEL) * wide, wide, dq + index * x.block_rows * wide, wide,
-                            block.rows, wide, PANEL);
+    }
+    for (int t = 0, run; t < count; t += run) {     // neighbouring panels as one product
+      for (run = 1; t + run < count && w.visits[t + run] / 2 == w.visits[t] / 2 + run;) run++;
+      const long own = w.visits[t] / 2 - first;
+      multiply<false, true>(w.ds + words(t * PANEL), length, w.keys + own * words(PANEL) * wide, wide,
+                            dq + index * x.block_rows * wide, wide, block.rows, wide, run * PANEL);
     }
   }
   const float rescale = 65536.f / (65536 - x.dropout);
