@@ -181,35 +181,24 @@ static void store_dq(const Problem& x, const Unit& u, int index, const float* dq
 struct Memory {
   long dq_size;
   float* dq;                                        // of the jobs of units that have several
-  char* scratch;
-  long scratch_each;
+  Workers<Scratch> workers;
 
-  Memory(const Problem& x, char* start) {
-    Arena arena = {start};
-    dq_size = (long)blocks_of(x, (int)x.nq) * x.block_rows * width(x.dim);
-    dq = arena.take<float>(x.parts > 1 ? x.units_together * x.parts * dq_size : 0);
-    scratch = arena.next;
-    Scratch(x, arena);
-    scratch_each = arena.next - scratch;
-  }
-  Scratch of_worker(const Problem& x, int worker) const {
-    Arena arena = {scratch + worker * scratch_each};
-    return Scratch(x, arena);
-  }
+  Memory(const Problem& x, Arena arena)
+      : dq_size((long)blocks_of(x, (int)x.nq) * x.block_rows * width(x.dim)),
+        dq(arena.take<float>(x.parts > 1 ? x.units_together * x.parts * dq_size : 0)), workers(x, arena) {}
 };
 
 // Bytes that `backward` needs at x.scratch.
 extern "C" long backward_memory(const Problem* x) {
-  const Memory memory(*x, nullptr);
-  return (long)memory.scratch + x->threads * memory.scratch_each;
+  return Memory(*x, Arena{nullptr}).workers.end(*x);
 }
 
 extern "C" void backward(const Problem* problem) {
   const Problem& x = *problem;
-  const Memory memory(x, (char*)x.scratch);
+  const Memory memory(x, Arena{(char*)x.scratch});
   const long units = x.batch * x.kv_heads, block_count = blocks_of(x, (int)x.nq);
   in_parallel(x, units * block_count, [&](int worker, Tasks tasks) {
-    const Scratch w = memory.of_worker(x, worker);
+    const Scratch w = memory.workers.of(x, worker);
     for (long task; tasks.take(task);) {
       const Unit u = unit_of(x, task / block_count);
       if (task % block_count < blocks_of(x, u.s.nq)) preprocess(x, u, block_of(x, u, (int)(task % block_count)), w.rows, w.dout);
@@ -219,7 +208,7 @@ extern "C" void backward(const Problem* problem) {
     const long here = units - first < x.units_together ? units - first : x.units_together, jobs = here * x.parts;
     const long lists = x.lists && x.lists < jobs ? x.lists : jobs;
     in_parallel(x, lists, [&](int worker, Tasks tasks) {
-      const Scratch w = memory.of_worker(x, worker);
+      const Scratch w = memory.workers.of(x, worker);
       for (long list; tasks.take(list);)
         for (long job = list; job < jobs; job += lists) {
           const Unit u = unit_of(x, first + job / x.parts);

@@ -73,35 +73,24 @@ static void attend(const Problem& x, const Sequence& s, const Scratch& all, long
 struct Memory {
   long part;
   float* parts;
-  char* scratch;
-  long scratch_each;
+  Workers<Scratch> workers;
 
-  Memory(const Problem& x, char* start) {
-    Arena arena = {start};
-    part = x.few_rows * (width(x.dim_v) + 2);
-    parts = arena.take<float>(x.splits > 1 ? x.batch * x.kv_heads * x.splits * part : 0);
-    scratch = arena.next;
-    Scratch(x, arena);
-    scratch_each = arena.next - scratch;
-  }
-  Scratch of_worker(const Problem& x, int worker) const {
-    Arena arena = {scratch + worker * scratch_each};
-    return Scratch(x, arena);
-  }
+  Memory(const Problem& x, Arena arena)
+      : part(x.few_rows * (width(x.dim_v) + 2)),
+        parts(arena.take<float>(x.splits > 1 ? x.batch * x.kv_heads * x.splits * part : 0)), workers(x, arena) {}
 };
 
 // Bytes that `decode` needs at x.scratch.
 extern "C" long decode_memory(const Problem* x) {
-  const Memory memory(*x, nullptr);
-  return (long)memory.scratch + x->threads * memory.scratch_each;
+  return Memory(*x, Arena{nullptr}).workers.end(*x);
 }
 
 extern "C" void decode(const Problem* problem) {
   const Problem& x = *problem;
-  const Memory memory(x, (char*)x.scratch);
+  const Memory memory(x, Arena{(char*)x.scratch});
   const auto part_of = [&](long b, long h) { return memory.parts + (b * x.kv_heads + h) * x.splits * memory.part; };
   in_parallel(x, x.batch * x.splits, [&](int worker, Tasks tasks) {
-    const Scratch all = memory.of_worker(x, worker);
+    const Scratch all = memory.workers.of(x, worker);
     for (long task; tasks.take(task);) {
       const Sequence s = unit_of(x, task / x.splits * x.kv_heads).s;
       if (!has_few(x, s) || s.nq == 0) continue;
@@ -116,7 +105,7 @@ extern "C" void decode(const Problem* problem) {
   });
   if (x.splits > 1)
     in_parallel(x, x.batch * x.kv_heads, [&](int worker, Tasks tasks) {
-      const Scratch w = memory.of_worker(x, worker);
+      const Scratch w = memory.workers.of(x, worker);
       for (long task; tasks.take(task);) {
         const Unit u = unit_of(x, task);
         if (!has_few(x, u.s) || u.s.nq == 0) continue;

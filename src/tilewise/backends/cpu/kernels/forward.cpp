@@ -72,42 +72,31 @@ static void attend(const Problem& x, const Unit& u, const Block& block, const Sc
 struct Memory {
   long unit_size, part;
   float *packed, *parts;
-  char* scratch;
-  long scratch_each;
+  Workers<Scratch> workers;
 
-  Memory(const Problem& x, char* start) {
-    Arena arena = {start};
-    unit_size = (long)panels_of((int)x.nk) * PANEL * (x.dim + width(x.dim_v));
-    part = x.block_rows * (width(x.dim_v) + 2);
-    packed = arena.take<float>(x.units_together * unit_size);
-    parts = arena.take<float>(x.splits > 1 ? x.units_together * blocks_of(x, (int)x.nq) * x.splits * part : 0);
-    scratch = arena.next;
-    Scratch(x, arena);
-    scratch_each = arena.next - scratch;
-  }
-  Scratch of_worker(const Problem& x, int worker) const {
-    Arena arena = {scratch + worker * scratch_each};
-    return Scratch(x, arena);
-  }
+  Memory(const Problem& x, Arena arena)
+      : unit_size(panels_of((int)x.nk) * ((long)PANEL * words(x.dim) + (long)words(PANEL) * width(x.dim_v))),
+        part(x.block_rows * (width(x.dim_v) + 2)), packed(arena.take<float>(x.units_together * unit_size)),
+        parts(arena.take<float>(x.splits > 1 ? x.units_together * blocks_of(x, (int)x.nq) * x.splits * part : 0)),
+        workers(x, arena) {}
 };
 
 // Bytes that `forward` needs at x.scratch.
 extern "C" long forward_memory(const Problem* x) {
-  const Memory memory(*x, nullptr);
-  return (long)memory.scratch + x->threads * memory.scratch_each;
+  return Memory(*x, Arena{nullptr}).workers.end(*x);
 }
 
 // So many units at a time as packed keys and values stay in the last cache.
 extern "C" void forward(const Problem* problem) {
   const Problem& x = *problem;
-  const Memory memory(x, (char*)x.scratch);
+  const Memory memory(x, Arena{(char*)x.scratch});
   const long units = x.batch * x.kv_heads, together = x.units_together, block_count = blocks_of(x, (int)x.nq);
   const long panels = panels_of((int)x.nk), part = memory.part;
   const auto packed = [&](long slot) { return packed_of(x, memory.packed + slot * memory.unit_size, panels); };
   for (long first = 0; first < units; first += together) {
     const long here = units - first < together ? units - first : together;
     in_parallel(x, here * panels, [&](int worker, Tasks tasks) {
-      const Scratch w = memory.of_worker(x, worker);
+      const Scratch w = memory.workers.of(x, worker);
       for (long task; tasks.take(task);) {
         const Unit u = unit_of(x, first + task / panels);
         const Packed to = packed(task / panels);
@@ -116,7 +105,7 @@ extern "C" void forward(const Problem* problem) {
       }
     });
     in_parallel(x, here * block_count * x.splits, [&](int worker, Tasks tasks) {
-      const Scratch w = memory.of_worker(x, worker);
+      const Scratch w = memory.workers.of(x, worker);
       for (long task; tasks.take(task);) {
         const long share = task % x.splits, of_block = task / x.splits, slot = of_block / block_count;
         const long index = block_count - 1 - of_block % block_count;   // under a causal mask the longest first
@@ -132,7 +121,7 @@ extern "C" void forward(const Problem* problem) {
     });
     if (x.splits > 1)
       in_parallel(x, here * block_count, [&](int worker, Tasks tasks) {
-        const Scratch w = memory.of_worker(x, worker);
+        const Scratch w = memory.workers.of(x, worker);
         for (long task; tasks.take(task);) {
           const Unit u = unit_of(x, first + task / block_count);
           if (task % block_count >= blocks_of(x, u.s.nq) || has_few(x, u.s)) continue;

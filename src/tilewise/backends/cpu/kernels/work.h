@@ -11,6 +11,22 @@ struct Arena {  // memory that the caller allocated, handed out from its start i
   }
 };
 
+// What each thread works with, one behind the other.
+template <typename Scratch> struct Workers {
+  char* first;
+  long each;
+
+  Workers(const Problem& x, Arena arena) : first(arena.next) {
+    Scratch(x, arena);
+    each = arena.next - first;
+  }
+  Scratch of(const Problem& x, int worker) const {
+    Arena arena = {first + worker * each};
+    return Scratch(x, arena);
+  }
+  long end(const Problem& x) const { return (long)first + x.threads * each; }
+};
+
 struct Unit { Sequence s; int kv_head; };
 
 static inline Unit unit_of(const Problem& x, long u) {
