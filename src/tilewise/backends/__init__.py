@@ -17,6 +17,7 @@ and imports neither another backend nor anything above it.
 from __future__ import annotations
 
 import importlib
+import os
 from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -26,7 +27,8 @@ from torch import Tensor
 
 MODULES = {"triton": "tilewise.backends.triton", "cpu": "tilewise.backends.cpu", "tiled": "tilewise.backends.tiled",
            "reference": "tilewise.reference"}
-AUTO = ("triton", "cpu", "tiled")          # the order in which backend="auto" asks
+AUTO = ("triton", "cpu", "tiled")       # the order in which backend="auto" asks
+PROCESS = os.getpid()                   # that imported this first; another one is a fork of it
 
 
 class Needs(NamedTuple):

@@ -11,7 +11,7 @@ the scores that read it, factor being d score / d entry. How that sum is cheapes
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +69,21 @@ def _dependence(graph: Graph) -> Any:
 def _invariant(dependence: Any) -> bool:
     """Whether it stays the same one step down the diagonal."""
     return dependence in (FREE, DIAGONAL) or (isinstance(dependence, tuple) and dependence[0] + dependence[1] == 0)
+
+
+def contiguous_tables(lookups: Sequence[Learned], captured: Sequence[Tensor],
+                      ints: Sequence[int]) -> tuple[list[Tensor], list[int]]:
+    """Captured tensors and the program's integers, tables to which terms are added entry by entry made contiguous.
+
+    In others an entry of memory may stand for several of the table, as in expanded ones.
+    """
+    tables, numbers = list(captured), list(ints)
+    for lookup in lookups:
+        if lookup.pattern == "any":
+            tables[lookup.slot] = tables[lookup.slot].contiguous()
+            for name, stride in zip(lookup.load.args[2::2], tables[lookup.slot].stride(), strict=True):
+                numbers[int(str(name)[1:])] = stride
+    return tables, numbers
 
 
 def sums_shape(learned: Learned, table: Tensor, batch: int, heads: int, nq: int, nk: int) -> tuple[int, ...]:

@@ -30,4 +30,5 @@ def header(stored: int | None) -> str:
     """The same in C++: problem.h. stored: the kind of keys and values, where a kernel is compiled for one."""
     lines = [f"  {POINTER_TYPES.get(name, 'void*')} {name};" for name in POINTERS]
     lines += [f"  long {name};" for name in NUMBERS] + ["  double scale;"] + [f"  long {name}[4];" for name in STRIDES]
-    return "#pragma once\nstruct Problem {\n" + "\n".join(lines) + f"\n}};\nconstexpr int STORED = {-1 if stored is None else stored};\n"
+    constant = f"constexpr int STORED = {-1 if stored is None else stored};\n"
+    return "#pragma once\nstruct Problem {\n" + "\n".join(lines) + "\n};\n" + constant

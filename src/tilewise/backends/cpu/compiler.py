@@ -40,7 +40,7 @@ def compiler() -> Path | None:
     """The C++ compiler: what CXX names, otherwise the first of COMPILERS."""
     found = filter(None, map(shutil.which, (os.environ.get("CXX") or "", *COMPILERS)))
     path = next(found, None)
-    return None if path is None else Path(path).resolve()
+    return None if path is None else Path(path)
 
 
 def cache_directory() -> Path:
@@ -60,11 +60,7 @@ def library(kernel: str, program: str, dtypes: tuple[torch.dtype, ...], stored: 
     generated = {"problem.h": abi.header(stored),
                  "functions.h": '#pragma once\n#include "elementary.h"\n' + emit_cpp.source(program, dtypes)}
     name = hashlib.sha256(repr((kernel, generated, sources(), identity(), FLAGS, stored)).encode()).hexdigest()[:32]
-    try:
-        directory = cache_directory()
-        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written to
-        directory = private_directory()
+    directory = writable_directory()
     path = directory / f"{name}.so"
     if not whole(path):
         with locked(directory / f"{name}.lock"):
@@ -73,6 +69,17 @@ def library(kernel: str, program: str, dtypes: tuple[torch.dtype, ...], stored: 
     found = ctypes.CDLL(str(path))
     getattr(found, f"{kernel}_memory").restype = ctypes.c_long
     return found
+
+
+def writable_directory() -> Path:
+    """The cache; where it cannot be written to, a folder for this process."""
+    directory = cache_directory()
+    try:
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError:
+        return private_directory()
+    return directory
 
 
 @functools.cache

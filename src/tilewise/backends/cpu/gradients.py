@@ -15,7 +15,7 @@ from tilewise.problem import Operands, Problem
 from tilewise.sequences import hosted
 from tilewise.state import sink_gradient
 from tilewise.trace.evaluate import leaf_values, slot_values
-from tilewise.trace.learned import Learned, gather, sums_shape
+from tilewise.trace.learned import Learned, contiguous_tables, gather, sums_shape
 
 BY_ENTRY, BY_KEY, BY_QUERY, DIAGONAL, ANY = range(5)    # terms.h: Pattern
 PATTERNS = {"direct": BY_ENTRY, "cols": BY_KEY, "rows": BY_QUERY, "diagonal": DIAGONAL, "any": ANY}
@@ -25,6 +25,8 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
              needs: Needs) -> Gradients:
     if dout.stride(3) != 1 and dout.shape[3] > 1:  # such as the expanded gradient of a sum
         dout = dout.contiguous()
+    tables, ints = contiguous_tables(problem.graphs.learned, x.captured, x.ints)
+    x = x._replace(captured=tables, ints=ints)
     dq, dk, dv = problem.new_q(problem.head_dim), problem.new_k(problem.head_dim), problem.new_k(problem.head_dim_v)
     delta = torch.zeros_like(lse)
     of_bias = bias_sums(problem, x) if needs.bias and x.bias is not None else None
@@ -101,8 +103,7 @@ def new_sums(problem: Problem, pattern: int) -> Sums:
 def table_sums(problem: Problem, x: Operands, lookup: Learned) -> Sums:
     pattern, table = PATTERNS[lookup.pattern], x.captured[lookup.slot]
     if pattern == ANY:
-        entries = 1 + sum((size - 1) * stride for size, stride in zip(table.shape, table.stride(), strict=True))
-        return Sums(torch.zeros(threads.count(), max(entries, 0), dtype=torch.float64), pattern)
+        return Sums(torch.zeros(threads.count(), *table.shape, dtype=torch.float64), pattern)
     if pattern != BY_ENTRY:
         return new_sums(problem, pattern)
     shape = sums_shape(lookup, table, problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_k)
@@ -124,7 +125,7 @@ def captured_gradients(problem: Problem, x: Operands, wanted: Sequence[Learned |
         table = x.captured[lookup.slot]
         total = sums.total(problem)
         if lookup.pattern == "any":
-            grad = total.as_strided(table.shape, table.stride()).to(table.dtype)
+            grad = total.to(table.dtype)
         else:
             if lookup.pattern in ("rows", "cols"):
                 total = total.flatten(2)

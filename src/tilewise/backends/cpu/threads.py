@@ -9,8 +9,9 @@ from pathlib import Path
 
 import torch
 
+from tilewise.backends import PROCESS
+
 RUNTIME = re.compile(r"/lib(gomp|iomp5|omp)[^/]*\.(so|dylib)[^/]*$")
-first_process = os.getpid()
 
 
 @functools.cache
@@ -32,4 +33,4 @@ def entry() -> int | None:
 
 def count() -> int:
     """How many threads to use. One in a forked child: the threads of a runtime do not survive a fork."""
-    return torch.get_num_threads() if os.getpid() == first_process else 1
+    return torch.get_num_threads() if os.getpid() == PROCESS else 1

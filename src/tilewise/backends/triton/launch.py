@@ -30,7 +30,7 @@ from tilewise.backends.triton.schedule import schedule
 from tilewise.problem import MAX_SPLITS, Operands, Problem
 from tilewise.state import sink_gradient
 from tilewise.trace.evaluate import leaf_values, slot_values
-from tilewise.trace.learned import Learned, from_offset_tiles, gather, sums_shape
+from tilewise.trace.learned import Learned, contiguous_tables, from_offset_tiles, gather, sums_shape
 from tilewise.trace.tile_lists import Question, tile_list
 
 Run = Callable[[Any, Problem, Callable[[Config], tuple[int, ...]], Mapping[str, Any]], None]
@@ -192,6 +192,8 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
         return Gradients(dq, dk, dv, dbias, dsinks, captured)
     if dout.stride(3) != 1 and dout.shape[3] > 1:  # such as the expanded gradient of a sum
         dout = dout.contiguous()
+    tables, ints = contiguous_tables(problem.graphs.learned, x.captured, x.ints)
+    x = x._replace(captured=tables, ints=ints)
     delta = torch.empty_like(lse)
     of_queries, of_keys = work(problem, x, "BLOCK_M"), work(problem, x, "BLOCK_N", keys=True)
     run(bwd.preprocess, problem, per_query_block(problem), dict(
@@ -259,8 +261,7 @@ def lookup_gradient(problem: Problem, x: Operands, common: Mapping[str, Any], nu
         largest = torch.zeros((batch, heads, nq), device=device)
         summed(problem, x, common, "largest", everyone, largest, number, run)
         scale = fixed_point_scale(largest, batch * heads * nq * nk)
-        total = torch.zeros(table.untyped_storage().nbytes() // table.itemsize, dtype=torch.int64, device=device)
-        entries = total.as_strided(table.shape, table.stride())
+        entries = torch.zeros(table.shape, dtype=torch.int64, device=device)
         summed(problem, x, common, "any", everyone, entries, number, run, scale)
         return (entries.double() / scale.double()).float()
     if pattern == "diagonal":

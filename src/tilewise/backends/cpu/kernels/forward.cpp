@@ -4,8 +4,8 @@
 // memory. Keys come as panels [D, PANEL], ready for the products' vectors, values as rows, packed once for all blocks of a head.
 // Keys may be cut into shares, each a task of its own, merged in order afterwards (Flash-Decoding).
 //
-// Panels are walked in groups of `x.panels`. If `x.aligned`, groups begin at multiples of that, so that a row's sums do not depend
-// on the rows beside it.
+// Panels are walked in groups of `x.panels`. If `x.aligned`, groups begin at multiples of that and values are added panel by panel,
+// so that a row's sums do not depend on the rows beside it.
 #include "multiply.h"
 #include "softmax.h"
 #include "threads.h"
@@ -61,7 +61,7 @@ static void attend(const Problem& x, const Unit& u, const Block& block, const Sc
     update(x, u, block, w.state, w.scores, visited, n, PAIRS ? (float)x.scale : 1);
     for (int r = 0; PAIRS && r < block.rows; r++) pair_columns(w.scores + (long)r * length, n * PANEL);
     for (int j = 0, run; j < n; j += run) {         // neighbouring panels as one product
-      for (run = 1; j + run < n && visited[j + run] / 2 == visited[j] / 2 + run;) run++;
+      for (run = 1; !x.aligned && j + run < n && visited[j + run] / 2 == visited[j] / 2 + run;) run++;
       multiply<false, true>(w.scores + words(j * PANEL), length, packed.value(visited[j] / 2), wide_v, w.state.out, wide_v, block.rows, wide_v,
                             run * PANEL);
     }

@@ -17,7 +17,7 @@ static inline void block(const float* __restrict__ a, long lda, const float* __r
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) sums[i][j] = ADD ? load(c + i * ldc + j * LANES) : vec{};
+    for (int j = 0; j < NV; j++) sums[i][j] = vec{};
   for (int k = 0; k < n; k++) {
     vec right[NV];
 #pragma GCC unroll 4
@@ -32,7 +32,10 @@ static inline void block(const float* __restrict__ a, long lda, const float* __r
 #pragma GCC unroll 8
   for (int i = 0; i < MR; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < NV; j++) store(c + i * ldc + j * LANES, sums[i][j]);
+    for (int j = 0; j < NV; j++) {
+      float* to = c + i * ldc + j * LANES;
+      store(to, ADD ? load(to) + sums[i][j] : sums[i][j]);  // what is there is added last: errors grow with tiles, not with terms
+    }
 }
 
 template <int MR, bool TRANSPOSED, bool ADD>
