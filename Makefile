@@ -8,7 +8,7 @@ TORCH  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo "torch>=2.9" || echo "to
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench gates wheel clean
+.PHONY: help demo test soak check bench gates wheel clean
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,6 +22,9 @@ test: $(READY)   ## all tests: on this machine's devices, then the Triton kernel
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal \
 	  tests/contract tests/test_interpreter.py tests/test_properties.py tests/test_rng.py tests/test_ops.py tests/test_memory.py tests/test_nonfinite.py \
 	  tests/test_varlen.py tests/test_cache_attention.py tests/test_cache_properties.py
+
+soak: $(READY)   ## slow tests: the CPU kernels under the address and undefined behaviour sanitizers
+	$(PYTEST) -m slow
 
 check: $(READY)  ## style, types, architecture
 	$(BIN)/ruff check .
