@@ -15,8 +15,7 @@ STRIDES = ("q_strides", "k_strides", "v_strides", "out_strides", "dout_strides",
            "bias_strides", "dbias_strides")
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3, torch.float8_e4m3fn: 4}   # rows.h: Kind
 
-POINTER_TYPES = {"captured": "const void* const*", "ints": "const long*", "floats": "const double*", "out": "void*",
-                 "lse": "void*"}
+POINTER_TYPES = {"captured": "const void* const*", "ints": "const long*", "floats": "const double*"}
 
 
 class Problem(ctypes.Structure):

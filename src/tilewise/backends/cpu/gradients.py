@@ -124,12 +124,9 @@ def captured_gradients(problem: Problem, x: Operands, wanted: Sequence[Learned |
             continue
         table = x.captured[lookup.slot]
         total = sums.total(problem)
-        if lookup.pattern == "any":
-            grad = total.to(table.dtype)
-        else:
-            if lookup.pattern in ("rows", "cols"):
-                total = total.flatten(2)
-            grad = gather(lookup, total, values, table, problem.seqlen_k).to(table.dtype)
+        if lookup.pattern in ("rows", "cols"):
+            total = total.flatten(2)
+        grad = gather(lookup, total, values, table, problem.seqlen_k).to(table.dtype)
         before = found[lookup.slot]
         found[lookup.slot] = grad if before is None else before + grad
     return found
