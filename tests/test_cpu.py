@@ -14,8 +14,9 @@ from tilewise.backends import cpu
 from tilewise.backends.cpu import sizes
 from tilewise.bench import tolerance
 from tilewise.bench.cases import Call, Case, bucketed, draw
+from tilewise.problem import make
 
-pytestmark = pytest.mark.skipif("cpu" not in AVAILABLE or cpu.compiler.compiler() is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif("cpu" not in AVAILABLE or not cpu.compiler.compiler(), reason="needs a C++ compiler")
 
 FP8 = torch.float8_e4m3fn
 CAUSAL = dict(causal=True)
@@ -78,6 +79,22 @@ def test_gradients_are_right_and_repeatable_with_threads(count, case, threads):
     assert sizes.backward(draw(case, torch.float32).described()[0], False, False)["parts"] > (count > 1)
     assert_right(case)
     assert_same_bits(run(case), run(case))
+
+
+@pytest.mark.parametrize("case", THREADED, ids=str)
+def test_gradients_are_right_where_queries_come_in_several_passes(case, threads, monkeypatch):
+    monkeypatch.setattr(sizes, "DQ_COPIES", 0)
+    threads(3)
+    assert_right(case)
+
+
+def test_memory_hardly_grows_with_threads(monkeypatch):
+    """As of dQ, of which every job has its own."""
+    q, k = torch.empty(1, 8192, 32, 128, device="meta"), torch.empty(1, 8192, 8, 128, device="meta")
+    problem = make(q, k, k)[0]
+    gradients = 4 * (q.numel() + 2 * k.numel())
+    monkeypatch.setattr(sizes.threads, "count", lambda: 64)
+    assert sizes.workspace(problem)[1] < 2.5 * gradients
 
 
 def test_calls_from_several_python_threads_do_not_disturb_each_other(threads):
@@ -161,6 +178,26 @@ def test_few_queries(dim, dtype, stored):
     for queries, heads, kv_heads in ((1, 2, 2), (1, 8, 2), (3, 5, 1), (16, 1, 1), (17, 1, 1), (1, 34, 2)):  # from 17 on many
         assert_cache_right(dtype, stored, queries=queries, heads=heads, kv_heads=kv_heads, dim=dim, paged=queries == 3)
     assert_cache_right(dtype, stored, dim=dim, dim_v=21)
+
+
+@pytest.fixture
+def flushing():
+    """fp32 numbers below the smallest normal one become 0."""
+    assert torch.set_flush_denormal(True)
+    yield
+    torch.set_flush_denormal(False)
+
+
+@pytest.mark.parametrize("queries", [1, 40])
+@pytest.mark.parametrize("dtype, numbers", [(torch.float16, torch.int16), (FP8, torch.uint8)])
+def test_every_stored_number_is_read_exactly(dtype, numbers, queries, flushing):
+    """Also those that are normal in fp32 but not in their own dtype."""
+    bits = torch.iinfo(numbers)
+    stored = torch.arange(bits.min, bits.max + 1).to(numbers).view(dtype).view(-1, 1, 1, 256)
+    values, lengths = stored.to(torch.float16), torch.ones(len(stored), dtype=torch.int32)
+    q = torch.zeros_like(values).expand(-1, queries, -1, -1)
+    found = tw.attention_with_kv_cache(q, tw.KVCache.wrap(torch.zeros_like(stored), stored, lengths), backend="cpu")
+    torch.testing.assert_close(found, values.expand(-1, queries, -1, -1), rtol=0, atol=0, equal_nan=True)
 
 
 WHOLE, FIRST, LAST = map(torch.tensor, (LENGTHS, [70, 0, 1], [200, 1, 66]))

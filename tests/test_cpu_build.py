@@ -13,7 +13,7 @@ import tilewise as tw
 from tilewise.backends import cpu
 from tilewise.backends.cpu import compiler
 
-pytestmark = pytest.mark.skipif("cpu" not in AVAILABLE or cpu.compiler.compiler() is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif("cpu" not in AVAILABLE or not cpu.compiler.compiler(), reason="needs a C++ compiler")
 
 TINY = 'extern "C" long tiny_memory() { return %d; }\n'        # what is built matters here only by its answer
 CACHED = compiler.library, compiler.compiler, compiler.identity, compiler.sources, compiler.private_directory
@@ -113,6 +113,17 @@ def test_what_a_library_depends_on_names_it(change, cache, built, monkeypatch):
     assert len(list(cache.iterdir())) == len(built) == 2, "both are kept"
 
 
+def test_an_edit_under_a_running_process_is_not_stored_under_the_name_of_what_it_read(built):
+    """The name and the library come from the same text."""
+    compiler.sources()
+    (compiler.KERNELS / "tiny.cpp").write_text(TINY % 43)
+    compiler.library.cache_clear()
+    assert compiler.library("tiny", "|||||", ()).tiny_memory() == 42
+    (compiler.KERNELS / "tiny.cpp").write_text(TINY % 42)
+    assert answer() == 42
+    assert built == ["tiny"]
+
+
 def test_a_change_of_the_source_is_seen(built):
     for number in (42, 43, 42):
         (compiler.KERNELS / "tiny.cpp").write_text(TINY % number)
@@ -187,6 +198,15 @@ def test_a_cache_that_cannot_be_written_to_is_done_without(unwritable, cache):
     shutil.rmtree(compiler.private_directory())
 
 
+def test_a_library_that_is_there_is_loaded_without_writing(cache, built, monkeypatch):
+    """From a cache that cannot be written to."""
+    assert answer() == 42
+    cache.chmod(0o500)
+    monkeypatch.setattr(compiler, "writable_directory", lambda: pytest.fail("nothing has to be written"))
+    assert answer() == 42
+    assert built == ["tiny"]
+
+
 # ---- the compiler ------------------------------------------------------------------------------------------------------
 
 def test_a_failing_compiler_is_quoted(cache, program, monkeypatch):
@@ -218,6 +238,20 @@ def test_cxx_chooses_the_compiler(absolute, tmp_path, program, monkeypatch):
     monkeypatch.setenv("CXX", str(path) if absolute else path.name)
     assert answer() == 42
     assert (tmp_path / "log").read_text() == "used\n"
+
+
+def test_cxx_may_have_arguments(tmp_path, program, monkeypatch):
+    path = program("wrapper", f'echo "$1 $2" >> {tmp_path}/log; shift 2; exec c++ "$@"')
+    monkeypatch.setenv("CXX", f"{path} 'two words' c++")
+    assert answer() == 42
+    assert (tmp_path / "log").read_text() == "two words c++\n"
+
+
+def test_a_cxx_that_is_not_there_is_not_replaced_by_another(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler -O2")
+    forget()
+    with pytest.raises(NotImplementedError, match="no C\\+\\+ compiler"):
+        tw.attention(Q, Q, Q, backend="cpu")
 
 
 def test_a_compiler_may_be_a_link_to_a_program_that_looks_at_its_name(program, tmp_path, monkeypatch):

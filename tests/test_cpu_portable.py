@@ -12,7 +12,7 @@ from tilewise.bench import tolerance
 from tilewise.bench.cases import CASES, Case, draw
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "poisoned"), pytest.mark.skipif(
-    "cpu" not in AVAILABLE or cpu.compiler.compiler() is None, reason="needs a C++ compiler")]
+    "cpu" not in AVAILABLE or not cpu.compiler.compiler(), reason="needs a C++ compiler")]
 
 FP8 = torch.float8_e4m3fn
 HALVES = torch.float16, torch.bfloat16

@@ -27,7 +27,7 @@ LONG = Case("several jobs for each key head", seqlen_q=70, seqlen_k=600, heads=4
 
 def run(*arguments, cache):
     """This file in a process in which kernels are sanitized."""
-    said = subprocess.run([str(compiler.compiler()), "-print-file-name=libasan.so"], capture_output=True, text=True)
+    said = subprocess.run([*compiler.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True)
     if not os.path.isabs(said.stdout):
         pytest.skip(f"{compiler.compiler()} brings no libasan.so")
     settings = dict(LD_PRELOAD=said.stdout.strip(), ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1",
@@ -39,7 +39,7 @@ def run(*arguments, cache):
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory):
     """Of sanitized kernels."""
-    if cpu.compiler.compiler() is None:
+    if not cpu.compiler.compiler():
         pytest.skip("needs a C++ compiler")
     return tmp_path_factory.mktemp("cache")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from importlib import metadata, util
@@ -43,7 +44,7 @@ def machine() -> dict[str, str]:
     }
     for name in ("triton", "numpy", "tilewise"):
         facts[name] = _version(name)
-    facts["C++ compiler"] = str(compiler.compiler() or "none")
+    facts["C++ compiler"] = shlex.join(compiler.compiler()) or "none"
     facts["CPU kernels"] = f"{len(list(compiler.cache_directory().glob('*.so')))} compiled, in {compiler.cache_directory()}"
     return facts
 
@@ -83,7 +84,7 @@ def example(device: str) -> tuple[Tensor, Tensor, Tensor]:
 def advice() -> list[str]:
     """What is missing here and how to get it, most useful first."""
     lines = []
-    if compiler.compiler() is None:
+    if not compiler.compiler():
         lines.append("No C++ compiler: attention on the CPU runs in torch operations. "
                      "`apt-get install g++` (or clang) adds the native kernels.")
     if torch.cuda.is_available() and util.find_spec("triton") is None:

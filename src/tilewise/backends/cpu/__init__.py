@@ -23,7 +23,7 @@ def supports(problem: Problem) -> str | None:
         return f"inputs are on {problem.device.type}; its kernels run on CPUs"
     if problem.dtype == torch.float64:
         return "fp64 inputs (its kernels take fp16, bf16 and fp32)"
-    if compiler.compiler() is None:
+    if not compiler.compiler():
         return f"no C++ compiler ({', '.join(compiler.COMPILERS)} or the one that CXX names) builds its kernels"
     if threads.entry() is None:
         return "PyTorch has no OpenMP runtime whose threads its kernels could use"

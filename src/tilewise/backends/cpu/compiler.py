@@ -14,10 +14,11 @@ import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -36,11 +37,14 @@ log = logging.getLogger("tilewise")
 
 
 @functools.cache
-def compiler() -> Path | None:
-    """The C++ compiler: what CXX names, otherwise the first of COMPILERS."""
-    found = filter(None, map(shutil.which, (os.environ.get("CXX") or "", *COMPILERS)))
-    path = next(found, None)
-    return None if path is None else Path(path)
+def compiler() -> tuple[str, ...]:
+    """The command that runs the C++ compiler: CXX, such as "ccache g++", otherwise the first of COMPILERS; () without one."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    for program, *arguments in [named] if named else [[name] for name in COMPILERS]:
+        path = shutil.which(program)
+        if path is not None:
+            return path, *arguments
+    return ()
 
 
 def cache_directory() -> Path:
@@ -60,12 +64,12 @@ def library(kernel: str, program: str, dtypes: tuple[torch.dtype, ...], stored: 
     generated = {"problem.h": abi.header(stored),
                  "functions.h": '#pragma once\n#include "elementary.h"\n' + emit_cpp.source(program, dtypes)}
     name = hashlib.sha256(repr((kernel, generated, sources(), identity(), FLAGS, stored)).encode()).hexdigest()[:32]
-    directory = writable_directory()
-    path = directory / f"{name}.so"
+    path = cache_directory() / f"{name}.so"
     if not whole(path):
-        with locked(directory / f"{name}.lock"):
+        path = writable_directory() / path.name
+        with locked(path.with_suffix(".lock")):
             if not whole(path):
-                build(kernel, generated, FLAGS, path)
+                build(kernel, sources() | generated, path)
     found = ctypes.CDLL(str(path))
     getattr(found, f"{kernel}_memory").restype = ctypes.c_long
     return found
@@ -90,13 +94,13 @@ def sources() -> dict[str, str]:
 @functools.cache
 def identity() -> tuple:
     """What a library depends on beside its sources: the compiler, and the CPU that -march=native means."""
-    path = compiler()
-    stat = None if path is None else path.stat()
+    programs = [path for path in map(shutil.which, compiler()) if path is not None]
+    built = [(path, os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in programs]
     cpu = platform.processor()
     with contextlib.suppress(OSError):
         facts = Path("/proc/cpuinfo").read_text().split("\n\n")[0]
         cpu = "".join(re.findall(r"^(?:model name|flags|Features|CPU part)\s*:.*$", facts, re.M))
-    return str(path), stat and (stat.st_size, stat.st_mtime_ns), platform.machine(), cpu
+    return compiler(), built, platform.machine(), cpu
 
 
 @functools.cache
@@ -124,17 +128,17 @@ def locked(path: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def build(kernel: str, generated: dict[str, str], flags: Sequence[str], path: Path) -> None:
+def build(kernel: str, files: dict[str, str], path: Path) -> None:
     log.info("compiling the %s kernel for this CPU, once: %s", kernel, path)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-") as directory:
-        for name, text in generated.items():
+        for name, text in files.items():
             (Path(directory) / name).write_text(text)
         made = Path(directory) / "made.so"
-        done = subprocess.run([str(compiler()), *flags, f"-I{directory}", f"-I{KERNELS}", str(KERNELS / f"{kernel}.cpp"), "-o",
-                               str(made), "-lm"], capture_output=True, text=True)
+        done = subprocess.run([*compiler(), *FLAGS, f"{directory}/{kernel}.cpp", "-o", str(made), "-lm"], capture_output=True,
+                              text=True)
         if done.returncode:
-            raise RuntimeError(f"{compiler()} could not compile the {kernel} kernel (backend=\"tiled\" needs no compiler; CXX "
-                               f"names another one):\n{done.stderr[-4000:]}")
+            raise RuntimeError(f"{shlex.join(compiler())} could not compile the {kernel} kernel (backend=\"tiled\" needs no "
+                               f"compiler; CXX names another one):\n{done.stderr[-4000:]}")
         content = made.read_bytes()
         made.write_bytes(content + hashlib.sha256(content).digest())
         os.replace(made, path)

@@ -14,6 +14,7 @@ PANELS = 6                              # of a group: scores [BLOCK_ROWS, PANELS
 FEW_ROWS = 16                           # queries that read keys where they lie
 SHARE_PANELS = 2                        # of a share of the keys, at least
 BACKWARD_ROWS, BACKWARD_PANELS = 96, 4  # likewise backward, at most
+DQ_COPIES = 2                           # of fp32 dQ, at most, that jobs have together; more queries come in several passes
 TASKS = 4                               # for each thread, so that none waits long for another
 
 
@@ -82,8 +83,11 @@ def backward(problem: Problem, shared: bool, listed: bool) -> dict[str, int]:
     if shared:  # entries are added by the same list of jobs for each unit, one unit after another
         parts = workers
     parts = max(1, min(parts, -(-problem.seqlen_k // (panels * PANEL))))
-    return dict(block_rows=BACKWARD_ROWS if folds(problem) else LISTED_ROWS, panels=panels, fold=folds(problem), splits=1,
-                parts=parts, units_together=1 if shared else max(1, units), lists=workers if shared or listed else 0)
+    rows, together = BACKWARD_ROWS if folds(problem) else LISTED_ROWS, 1 if shared else max(1, units)
+    copies = together * parts if parts > 1 else workers
+    span = max(1, -(-blocks(problem, rows) * min(DQ_COPIES * units, copies) // copies))
+    return dict(block_rows=rows, panels=panels, fold=folds(problem), splits=1, parts=parts, span=span, units_together=together,
+                lists=workers if shared or listed else 0)
 
 
 def workspace(problem: Problem) -> tuple[int, int]:
@@ -103,6 +107,7 @@ def workspace(problem: Problem) -> tuple[int, int]:
     back = backward(problem, False, False)
     n, m = back["panels"] * PANEL, back["block_rows"]
     scratch = n * (3 * problem.head_dim + 2 * problem.head_dim_v) + m * (dims + 2 * n)
-    dq = blocks(problem, m) * m * problem.head_dim
+    dq = back["span"] * m * problem.head_dim
     jobs = back["units_together"] * back["parts"] if back["parts"] > 1 else workers
-    return 4 * of_forward, 4 * (2 * statistics + workers * scratch + jobs * dq)
+    kept = back["units_together"] * panels * PANEL * dims if back["span"] < blocks(problem, m) else 0
+    return 4 * of_forward, 4 * (2 * statistics + workers * scratch + jobs * dq + kept)

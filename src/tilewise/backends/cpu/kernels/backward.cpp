@@ -2,7 +2,8 @@
 //
 // A job is a unit (a key head with its queries), or some of its blocks of keys. For each block of keys, with dK and dV in the L2
 // cache, it walks the blocks of queries and adds to dQ, which it has for itself: jobs of one unit add up theirs in order
-// afterwards. Sums over many jobs, as gradients of tables are, are kept for each of a fixed number of lists of jobs.
+// afterwards. Where all these dQ together would be large, queries come in several passes, between which dK and dV are kept in
+// fp32. Sums over many jobs, as gradients of tables are, are kept for each of a fixed number of lists of jobs.
 #include "multiply.h"
 #include "scoring.h"
 #include "terms.h"
@@ -29,7 +30,7 @@ struct Scratch {
     dout_rows = PAIRS ? arena.take<float>(words(m) * wide_v) : dout;
     ds_rows = PAIRS ? arena.take<float>(words(m) * n) : ds;
     visits = arena.take<int>(x.panels);
-    dq = arena.take<float>(x.parts > 1 ? 0 : blocks_of(x, (int)x.nq) * m * wide);
+    dq = arena.take<float>(x.parts > 1 ? 0 : x.span * m * wide);
   }
 };
 
@@ -120,8 +121,18 @@ static void tile_gradients(const Problem& x, const Unit& u, const Block& block, 
   }
 }
 
+// The blocks of queries that one pass visits, and dK and dV of a unit that passes before it have left (null if it is the only
+// pass): rows of all keys.
+struct Pass {
+  long begin, end;
+  bool first, last;
+  float *dk, *dv;
+};
+
 // One block of keys: panels first .. first + n - 1.
-static void key_block(const Problem& x, const Unit& u, const Scratch& w, int list, int first, int n, float* dq) {
+static void key_block(const Problem& x, const Unit& u, const Scratch& scratch, const Pass& pass, int list, int first, int n,
+                      float* dq) {
+  Scratch w = scratch;
   const int dim = (int)x.dim, dim_v = (int)x.dim_v, wide = width(dim), wide_v = width(dim_v), length = (int)x.panels * PANEL;
   for (int t = 0; t < n; t++) {
     bool hidden[PANEL];
@@ -135,9 +146,12 @@ static void key_block(const Problem& x, const Unit& u, const Scratch& w, int lis
     read_keys(x, u.s, x.v, nullptr, x.v_strides, u.kv_head, key, PANEL, dim_v, wide_v, of_hidden, w.rows);
     panel_across(w.rows, dim_v, w.values_across + t * PANEL * words(dim_v));
   }
-  memset(w.dk, 0, sizeof(float) * n * PANEL * wide);
-  memset(w.dv, 0, sizeof(float) * n * PANEL * wide_v);
-  for (int index = 0; index < blocks_of(x, u.s.nq); index++) {
+  if (pass.dk) w.dk = pass.dk + (long)first * PANEL * wide, w.dv = pass.dv + (long)first * PANEL * wide_v;
+  if (pass.first) {
+    memset(w.dk, 0, sizeof(float) * n * PANEL * wide);
+    memset(w.dv, 0, sizeof(float) * n * PANEL * wide_v);
+  }
+  for (int index = (int)pass.begin; index < pass.end; index++) {
     const Block block = block_of(x, u, index);
     const int count = visits(x, u.s, block, first, first + n, w.visits);
     if (!count) continue;
@@ -158,9 +172,10 @@ static void key_block(const Problem& x, const Unit& u, const Scratch& w, int lis
       for (run = 1; t + run < count && w.visits[t + run] / 2 == w.visits[t] / 2 + run;) run++;
       const long own = w.visits[t] / 2 - first;
       multiply<false, true>(w.ds + words(t * PANEL), length, w.keys + own * words(PANEL) * wide, wide,
-                            dq + index * x.block_rows * wide, wide, block.rows, wide, run * PANEL);
+                            dq + (index - pass.begin) * x.block_rows * wide, wide, block.rows, wide, run * PANEL);
     }
   }
+  if (!pass.last) return;
   const float rescale = 65536.f / (65536 - x.dropout);
   for (int j = 0; j < n * PANEL && first * PANEL + j < u.s.nk; j++) {
     const int key = first * PANEL + j, kind = (int)x.q_kind;
@@ -169,28 +184,73 @@ static void key_block(const Problem& x, const Unit& u, const Scratch& w, int lis
   }
 }
 
+// dq: of this block.
 static void store_dq(const Problem& x, const Unit& u, int index, const float* dq) {
   const Block block = block_of(x, u, index);
   for (int r = 0; r < block.rows; r++) {
     const long element = u.s.of_query(x.dq_strides, block.head_of(r), block.query(r));
-    write((int)x.q_kind, at(x.dq, (int)x.q_kind, element), dq + (index * x.block_rows + r) * width(x.dim), (int)x.dim, (float)x.scale);
+    write((int)x.q_kind, at(x.dq, (int)x.q_kind, element), dq + r * width(x.dim), (int)x.dim, (float)x.scale);
   }
 }
 
 // Where everything lies in the memory that the caller allocated.
 struct Memory {
-  long dq_size;
-  float* dq;                                        // of the jobs of units that have several
+  long dq_size, dk_size, dv_size;                   // of one job, of one unit
+  float *dq, *dk, *dv;                              // of jobs where units have several, of units where there are several passes
   Workers<Scratch> workers;
 
   Memory(const Problem& x, Arena arena)
-      : dq_size((long)blocks_of(x, (int)x.nq) * x.block_rows * width(x.dim)),
-        dq(arena.take<float>(x.parts > 1 ? x.units_together * x.parts * dq_size : 0)), workers(x, arena) {}
+      : dq_size(x.span * x.block_rows * width(x.dim)), dk_size(panels_of((int)x.nk) * (long)PANEL * width(x.dim)),
+        dv_size(panels_of((int)x.nk) * (long)PANEL * width(x.dim_v)),
+        dq(arena.take<float>(x.parts > 1 ? x.units_together * x.parts * dq_size : 0)),
+        dk(arena.take<float>(several_passes(x) ? x.units_together * dk_size : 0)),
+        dv(arena.take<float>(several_passes(x) ? x.units_together * dv_size : 0)), workers(x, arena) {}
+
+  static bool several_passes(const Problem& x) { return x.span < blocks_of(x, (int)x.nq); }
+  Pass pass(const Problem& x, const Unit& u, long unit, long begin) const {
+    const long blocks = blocks_of(x, u.s.nq), end = begin + x.span;
+    const bool several = several_passes(x);
+    return {begin, end < blocks ? end : blocks, begin == 0, end >= blocks_of(x, (int)x.nq), several ? dk + unit * dk_size : nullptr,
+            several ? dv + unit * dv_size : nullptr};
+  }
 };
 
 // Bytes that `backward` needs at x.scratch.
 extern "C" long backward_memory(const Problem* x) {
   return Memory(*x, Arena{nullptr}).workers.end(*x);
+}
+
+// Blocks of queries from `begin` on, with all keys of so many units: the jobs, then their dQ as one.
+static void one_pass(const Problem& x, const Memory& memory, long first, long units, long begin) {
+  const long jobs = units * x.parts, lists = x.lists && x.lists < jobs ? x.lists : jobs;
+  const long each = x.block_rows * width(x.dim);
+  in_parallel(x, lists, [&](int worker, Tasks tasks) {
+    const Scratch w = memory.workers.of(x, worker);
+    for (long list; tasks.take(list);)
+      for (long job = list; job < jobs; job += lists) {
+        const Unit u = unit_of(x, first + job / x.parts);
+        const Pass pass = memory.pass(x, u, job / x.parts, begin);
+        const int panels = panels_of(u.s.nk), step = (int)x.panels;
+        float* dq = x.parts > 1 ? memory.dq + job * memory.dq_size : w.dq;
+        if (pass.begin < pass.end) memset(dq, 0, sizeof(float) * (pass.end - pass.begin) * each);
+        for (int p = (int)(job % x.parts) * step; p < panels; p += (int)x.parts * step)
+          key_block(x, u, w, pass, (int)list, p, panels - p < step ? panels - p : step, dq);
+        for (long index = pass.begin; x.parts == 1 && index < pass.end; index++)
+          store_dq(x, u, (int)index, dq + (index - begin) * each);
+      }
+  });
+  if (x.parts > 1)
+    in_parallel(x, units * x.span, [&](int, Tasks tasks) {
+      for (long task; tasks.take(task);) {
+        const Unit u = unit_of(x, first + task / x.span);
+        const long place = task % x.span;
+        if (begin + place >= blocks_of(x, u.s.nq)) continue;
+        float* total = memory.dq + task / x.span * x.parts * memory.dq_size + place * each;
+        for (long part = 1; part < x.parts; part++)
+          for (long e = 0; e < each; e += LANES) store(total + e, load(total + e) + load(total + part * memory.dq_size + e));
+        store_dq(x, u, (int)(begin + place), total);
+      }
+    });
 }
 
 extern "C" void backward(const Problem* problem) {
@@ -204,34 +264,7 @@ extern "C" void backward(const Problem* problem) {
       if (task % block_count < blocks_of(x, u.s.nq)) preprocess(x, u, block_of(x, u, (int)(task % block_count)), w.rows, w.dout);
     }
   });
-  for (long first = 0; first < units; first += x.units_together) {
-    const long here = units - first < x.units_together ? units - first : x.units_together, jobs = here * x.parts;
-    const long lists = x.lists && x.lists < jobs ? x.lists : jobs;
-    in_parallel(x, lists, [&](int worker, Tasks tasks) {
-      const Scratch w = memory.workers.of(x, worker);
-      for (long list; tasks.take(list);)
-        for (long job = list; job < jobs; job += lists) {
-          const Unit u = unit_of(x, first + job / x.parts);
-          const int panels = panels_of(u.s.nk), step = (int)x.panels;
-          float* dq = x.parts > 1 ? memory.dq + job * memory.dq_size : w.dq;
-          memset(dq, 0, sizeof(float) * blocks_of(x, u.s.nq) * x.block_rows * width(x.dim));
-          for (int p = (int)(job % x.parts) * step; p < panels; p += (int)x.parts * step)
-            key_block(x, u, w, (int)list, p, panels - p < step ? panels - p : step, dq);
-          for (int index = 0; x.parts == 1 && index < blocks_of(x, u.s.nq); index++) store_dq(x, u, index, dq);
-        }
-    });
-    if (x.parts > 1)
-      in_parallel(x, here * block_count, [&](int, Tasks tasks) {
-        for (long task; tasks.take(task);) {
-          const Unit u = unit_of(x, first + task / block_count);
-          const int index = (int)(task % block_count);
-          if (index >= blocks_of(x, u.s.nq)) continue;
-          float* total = memory.dq + task / block_count * x.parts * memory.dq_size;
-          const long begin = index * x.block_rows * width(x.dim), end = begin + x.block_rows * width(x.dim);
-          for (long part = 1; part < x.parts; part++)
-            for (long e = begin; e < end; e += LANES) store(total + e, load(total + e) + load(total + part * memory.dq_size + e));
-          store_dq(x, u, index, total);
-        }
-      });
-  }
+  for (long first = 0; first < units; first += x.units_together)
+    for (long begin = 0; begin == 0 || begin < block_count; begin += x.span)
+      one_pass(x, memory, first, units - first < x.units_together ? units - first : x.units_together, begin);
 }

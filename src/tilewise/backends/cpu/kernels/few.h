@@ -14,8 +14,9 @@ template <int KIND> static inline vec widened(const void* row, int d) {
     bytes raw;
     memcpy(&raw, (const uint8_t*)row + d, sizeof raw);
     const uvec x = __builtin_convertvector(raw, uvec), magnitude = x & 0x7f;
-    const vec y = (vec)((x & 0x80) << 24 | magnitude << 20) * 0x1p120f;
-    return select((ivec)(magnitude == 0x7f), splat(NAN), y);
+    const uvec tiny = (uvec)(__builtin_convertvector(magnitude, vec) * 0x1p-9f), normal = (magnitude << 20) + (120u << 23);
+    const uvec bits = (uvec)select((ivec)(magnitude < 8), (ivec)tiny, (ivec)normal);
+    return (vec)(select((ivec)(magnitude == 0x7f), splat(0x7fc00000), (ivec)bits) | (ivec)((x & 0x80) << 24));
   }
   halves raw;
   memcpy(&raw, (const uint16_t*)row + d, sizeof raw);
@@ -28,8 +29,10 @@ template <int KIND> static inline vec widened(const void* row, int d) {
 #if defined(__AVX512F__)
   return (vec)_mm512_cvtph_ps((__m256i)raw);
 #else
-  const uvec bits = (uvec)((vec)((x & 0x7fff) << 13) * 0x1p112f);
-  return (vec)(((x & 0x7c00) == 0x7c00 ? bits | 0x7f800000 : bits) | (x & 0x8000) << 16);
+  const uvec magnitude = x & 0x7fff, tiny = (uvec)(__builtin_convertvector(magnitude, vec) * 0x1p-24f);
+  const ivec normal = (ivec)((magnitude << 13) + (112u << 23)), beyond = (ivec)((magnitude << 13) + (224u << 23));
+  const ivec bits = select((ivec)(magnitude < 0x400), (ivec)tiny, select((ivec)(magnitude < 0x7c00), normal, beyond));
+  return (vec)(bits | (ivec)((x & 0x8000) << 16));
 #endif
 }
 template <int KIND> static inline vec widened(const void* row, int d, int dim) {  // 0 behind column dim

@@ -28,13 +28,14 @@ static inline uint16_t to_bf16(float x) {
   return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest even
 }
 
+// Below the smallest normal number of fp16 or fp8 by arithmetic: fp32 numbers so small may be flushed to 0.
 static inline float from_fp16(uint16_t x) {
-  uint32_t bits = (uint32_t)(x & 0x7fff) << 13, sign = (uint32_t)(x & 0x8000) << 16;
+  const uint32_t magnitude = x & 0x7fff, exponent = magnitude < 0x7c00 ? 112u << 23 : 224u << 23;
+  const float tiny = magnitude * 0x1p-24f;
+  uint32_t bits;
+  memcpy(&bits, &tiny, 4);
+  bits = (magnitude < 0x400 ? bits : (magnitude << 13) + exponent) | (uint32_t)(x & 0x8000) << 16;
   float y;
-  memcpy(&y, &bits, 4);
-  y *= 0x1p112f;
-  memcpy(&bits, &y, 4);
-  bits = ((x & 0x7c00) == 0x7c00 ? bits | 0x7f800000 : bits) | sign;
   memcpy(&y, &bits, 4);
   return y;
 }
@@ -49,10 +50,14 @@ static inline uint16_t to_fp16(float x) {
 }
 
 static inline float from_fp8(uint8_t x) {           // e4m3 without infinities
-  const uint32_t magnitude = x & 0x7f, bits = (uint32_t)(x & 0x80) << 24 | magnitude << 20;
+  const uint32_t magnitude = x & 0x7f;
+  const float tiny = magnitude * 0x1p-9f;
+  uint32_t bits;
+  memcpy(&bits, &tiny, 4);
+  bits = (magnitude < 8 ? bits : magnitude == 0x7f ? 0x7fc00000 : (magnitude << 20) + (120u << 23)) | (uint32_t)(x & 0x80) << 24;
   float y;
   memcpy(&y, &bits, 4);
-  return magnitude == 0x7f ? NAN : y * 0x1p120f;
+  return y;
 }
 
 template <typename T, typename Widen> static inline void widened(const void* from, long stride, int n, float* to, Widen widen) {
