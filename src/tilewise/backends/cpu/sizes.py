@@ -10,10 +10,10 @@ from tilewise.problem import MAX_SPLITS, Problem
 PANEL = 64                              # keys visited together: rows.h
 BLOCK_ROWS = 48                         # queries of a block, forward: a multiple of the registers' 6 rows; with lists
 LISTED_ROWS = 64                        # so many, also backward: masks are made of blocks of powers of two
-PANELS = 6                              # of a group: scores [BLOCK_ROWS, PANELS * PANEL] at a time
+PANELS = 8                              # of a group: scores [BLOCK_ROWS, PANELS * PANEL] at a time
 FEW_ROWS = 16                           # queries that read keys where they lie
 SHARE_PANELS = 2                        # of a share of the keys, at least
-BACKWARD_ROWS, BACKWARD_PANELS = 96, 4  # likewise backward, at most
+BACKWARD_ROWS, BACKWARD_PANELS = 96, 8  # likewise backward, at most
 DQ_COPIES = 2                           # of fp32 dQ, at most, that jobs have together; more queries come in several passes
 TASKS = 4                               # for each thread, so that none waits long for another
 

@@ -14,7 +14,7 @@
 // What one thread works with.
 struct Scratch {
   float *keys, *keys_across, *values_across, *dk, *dv, *q, *dout, *p, *ds, *lse, *delta, *rows, *dq;
-  float *q_rows, *dout_rows, *ds_rows;              // as words along the rows; without PAIRS the same
+  float *q_rows, *dout_rows, *p_rows, *ds_rows;     // as words along the rows; without PAIRS the same
   int* visits;
 
   Scratch(const Problem& x, Arena& arena) {
@@ -28,6 +28,7 @@ struct Scratch {
     rows = arena.take<float>(PANEL * (wide > wide_v ? wide : wide_v));
     q_rows = PAIRS ? arena.take<float>(words(m) * wide) : q;
     dout_rows = PAIRS ? arena.take<float>(words(m) * wide_v) : dout;
+    p_rows = PAIRS ? arena.take<float>(words(m) * n) : p;
     ds_rows = PAIRS ? arena.take<float>(words(m) * n) : ds;
     visits = arena.take<int>(x.panels);
     dq = arena.take<float>(x.parts > 1 ? 0 : x.span * m * wide);
@@ -48,36 +49,36 @@ static void preprocess(const Problem& x, const Unit& u, const Block& block, floa
   }
 }
 
-static void read_row(const Problem& x, const void* from, long element, int dim, float factor, bool hidden, float* to) {
-  read((int)x.q_kind, at(from, (int)x.q_kind, element), 1, dim, to);
-  for (int d = 0; d < dim; d++) to[d] = hidden ? 0 : to[d] * factor;
-  for (int d = dim; d < width(dim); d++) to[d] = 0;
-}
-
 // Q, multiplied by scale without PAIRS, and dO of a block; 0 where a query sees no key, since padding may hold NaN.
 static void read_block(const Problem& x, const Unit& u, const Block& block, const Scratch& w) {
+  const int kind = (int)x.q_kind, dim = (int)x.dim, dim_v = (int)x.dim_v;
+  const auto q = [&](int r) { return at(x.q, kind, u.s.of_query(x.q_strides, block.head_of(r), block.query(r))); };
+  const auto dout = [&](int r) { return at(x.dout, kind, u.s.of_query(x.dout_strides, block.head_of(r), block.query(r))); };
   for (int r = 0; r < block.rows; r++) {
     const int h = block.head_of(r), i = block.query(r);
-    const bool hidden = BANDS && hidden_query(x, u.s, h, i);
-    read_row(x, x.q, u.s.of_query(x.q_strides, h, i), (int)x.dim, PAIRS ? 1 : (float)x.scale, hidden, w.q + (long)r * width(x.dim));
-    read_row(x, x.dout, u.s.of_query(x.dout_strides, h, i), (int)x.dim_v, 1, hidden, w.dout + (long)r * width(x.dim_v));
+    float *own = w.q + (long)r * width(dim), *own_dout = w.dout + (long)r * width(dim_v);
+    if (r + AHEAD < block.rows) ask_for(q(r + AHEAD), dim * size_of(kind)), ask_for(dout(r + AHEAD), dim_v * size_of(kind));
+    if (BANDS && hidden_query(x, u.s, h, i)) {
+      memset(own, 0, sizeof(float) * width(dim));
+      memset(own_dout, 0, sizeof(float) * width(dim_v));
+    } else {
+      read_words(kind, q(r), dim, width(dim), PAIRS ? 1 : (float)x.scale, own);
+      read_words(kind, dout(r), dim_v, width(dim_v), 1, own_dout);
+    }
     const long place = u.s.of_statistics(x, h, i);
     const float lse = ((const float*)x.lse)[place];
     w.lse[r] = lse == -INFINITY ? INFINITY : lse;
     w.delta[r] = ((const float*)x.delta)[place];
   }
   if (!PAIRS) return;
-  pair_all_rows(w.q, block.rows, width(x.dim), w.q_rows);
-  pair_all_rows(w.dout, block.rows, width(x.dim_v), w.dout_rows);
-  for (int r = 0; r < block.rows; r++) {
-    pair_columns(w.q + (long)r * width(x.dim), width(x.dim));
-    pair_columns(w.dout + (long)r * width(x.dim_v), width(x.dim_v));
-  }
+  pair_all_rows(w.q, width(dim), block.rows, width(dim), w.q_rows, width(dim));
+  pair_all_rows(w.dout, width(dim_v), block.rows, width(dim_v), w.dout_rows, width(dim_v));
 }
 
 // From products to P and dS of n panels: p has q.k and becomes what multiplies dO, ds has dO.v and becomes the gradient of q.k.
 static void tile_gradients(const Problem& x, const Unit& u, const Block& block, const Scratch& w, int list, const int* visited, int n) {
   const float rescale = 65536.f / (65536 - x.dropout);
+  const long length = x.panels * PANEL;
   for (int r = 0; r < block.rows; r++) {
     const int h = block.head_of(r), i = block.query(r);
     const float lse = w.lse[r], delta = w.delta[r];
@@ -86,14 +87,16 @@ static void tile_gradients(const Problem& x, const Unit& u, const Block& block, 
       const int panel = visited[t] / 2;
       const bool partial = visited[t] % 2;
       float *p = w.p + (r * x.panels + t) * PANEL, *ds = w.ds + (r * x.panels + t) * PANEL, raw[PANEL], of_score[PANEL];
-      for (int c = 0; PAIRS && c < PANEL; c += LANES) store(p + c, load(p + c) * (float)x.scale);
+      const bool finished = !HAS_SCORE && !x.bias && !partial;
+      const float unit = PAIRS ? (float)x.scale : 1, left = finished ? unit : 1;   // of factors, what scores still lack
+      for (int c = 0; unit != left && c < PANEL; c += LANES) store(p + c, load(p + c) * unit);
       if (HAS_SCORE) memcpy(raw, p, sizeof raw);
       finish(x, u.s, h, i, panel, partial, p);
       alignas(64) uint16_t bits[PANEL];
       if (x.dropout) random_bits(x, u.s, h, i, panel, bits);
       if (x.dropout) drop(x, bits, ds);
       for (int c = 0; c < PANEL; c += LANES) {
-        const vec probability = exp_of(load(p + c) - lse), dp = x.dropout ? load(ds + c) * rescale : load(ds + c);
+        const vec probability = exp_of(load(p + c) * left - lse), dp = x.dropout ? load(ds + c) * rescale : load(ds + c);
         vec d = probability * (dp - delta);
         if (partial) d = select(probability == 0.f, vec{}, d);         // 0 also where dp is not finite
         store(p + c, probability);
@@ -109,16 +112,12 @@ static void tile_gradients(const Problem& x, const Unit& u, const Block& block, 
       if (x.dropout) drop(x, bits, p);
     }
     terms.finish();
-    if (!PAIRS || (r % 2 == 0 && r + 1 < block.rows)) continue;
-    const long length = x.panels * PANEL, before = r / 2 * 2 * length;       // a pair of rows is complete, or the last one alone
-    const float zeros[PANEL] = {};
-    for (int c = 0; c < n * PANEL; c += PANEL) {
-      pair_rows(w.p + before + c, r % 2 ? w.p + r * length + c : zeros, PANEL, w.p + r / 2 * length + c);
-      pair_rows(w.ds + before + c, r % 2 ? w.ds + r * length + c : zeros, PANEL, w.ds_rows + r / 2 * length + c);
-    }
-    pair_columns(w.ds + before, n * PANEL);
-    if (r % 2) pair_columns(w.ds + r * length, n * PANEL);
+    pair_columns(w.p + r * length, n * PANEL);
+    pair_columns(w.ds + r * length, n * PANEL);
   }
+  if (!PAIRS) return;
+  pair_all_rows(w.p, length, block.rows, n * PANEL, w.p_rows, length);
+  pair_all_rows(w.ds, length, block.rows, n * PANEL, w.ds_rows, length);
 }
 
 // The blocks of queries that one pass visits, and dK and dV of a unit that passes before it have left (null if it is the only
@@ -141,10 +140,10 @@ static void key_block(const Problem& x, const Unit& u, const Scratch& scratch, c
     const bool* of_hidden = BANDS ? hidden - key : nullptr;
     float *keys = w.keys + t * words(PANEL) * wide, *rows = PAIRS ? w.rows : keys;
     read_keys(x, u.s, x.k, nullptr, x.k_strides, u.kv_head, key, PANEL, dim, wide, of_hidden, rows);
-    if (PAIRS) pair_all_rows(rows, PANEL, wide, keys);
-    panel_across(rows, dim, w.keys_across + t * PANEL * words(dim));
+    if (PAIRS) pair_all_rows(rows, wide, PANEL, wide, keys, wide);
+    transposed(rows, words(dim), wide, w.keys_across + t * PANEL * words(dim));
     read_keys(x, u.s, x.v, nullptr, x.v_strides, u.kv_head, key, PANEL, dim_v, wide_v, of_hidden, w.rows);
-    panel_across(w.rows, dim_v, w.values_across + t * PANEL * words(dim_v));
+    transposed(w.rows, words(dim_v), wide_v, w.values_across + t * PANEL * words(dim_v));
   }
   if (pass.dk) w.dk = pass.dk + (long)first * PANEL * wide, w.dv = pass.dv + (long)first * PANEL * wide_v;
   if (pass.first) {
@@ -165,7 +164,7 @@ static void key_block(const Problem& x, const Unit& u, const Scratch& scratch, c
     tile_gradients(x, u, block, w, list, w.visits, count);
     for (int t = 0; t < count; t++) {
       const long own = w.visits[t] / 2 - first;
-      multiply<true, true>(w.p + t * PANEL, length, w.dout_rows, wide_v, w.dv + own * PANEL * wide_v, wide_v, PANEL, wide_v, block.rows);
+      multiply<true, true>(w.p_rows + t * PANEL, length, w.dout_rows, wide_v, w.dv + own * PANEL * wide_v, wide_v, PANEL, wide_v, block.rows);
       multiply<true, true>(w.ds_rows + t * PANEL, length, w.q_rows, wide, w.dk + own * PANEL * wide, wide, PANEL, wide, block.rows);
     }
     for (int t = 0, run; t < count; t += run) {     // neighbouring panels as one product

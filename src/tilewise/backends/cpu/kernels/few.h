@@ -54,11 +54,6 @@ static inline vec sums_of(vec* x) {
 
 constexpr int KEYS = LANES / 4;                     // taken together with four queries
 
-// Rows lie apart, so that no hardware foresees the next one: what is read next is asked for while something else is computed.
-static inline void ask_for(const void* row, long size) {
-  for (long at = 0; at < size; at += 64) __builtin_prefetch((const char*)row + at);
-}
-
 // scores[r, j] = q[r] . keys[j] for R queries and PANEL keys.
 template <int KIND, int R> static void scores_of(const float* q, int wide, const void* const* keys, int dim, float* scores,
                                                  long length, const void* const* next, long size) {

@@ -29,10 +29,10 @@ static void pack_panel(const Problem& x, const Unit& u, int panel, float* rows, 
   if (BANDS) hidden_keys(x, u.s, u.kv_head, first, hidden);
   const bool* of_hidden = BANDS ? hidden - first : nullptr;
   read_keys(x, u.s, x.k, x.k_scale, x.k_strides, u.kv_head, first, PANEL, (int)x.dim, width(x.dim), of_hidden, rows);
-  panel_across(rows, (int)x.dim, key);
+  transposed(rows, words(x.dim), width(x.dim), key);
   float* to = PAIRS ? rows : value;
   read_keys(x, u.s, x.v, x.v_scale, x.v_strides, u.kv_head, first, PANEL, (int)x.dim_v, width(x.dim_v), of_hidden, to);
-  if (PAIRS) pair_all_rows(rows, PANEL, width(x.dim_v), value);
+  if (PAIRS) pair_all_rows(rows, width(x.dim_v), PANEL, width(x.dim_v), value, width(x.dim_v));
 }
 
 // What one thread works with.

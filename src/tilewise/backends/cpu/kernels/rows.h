@@ -116,16 +116,35 @@ struct Block {
   int head_of(int row) const { return head + row % heads; }
 };
 
-// Keys or values first .. first + n - 1 of a head as rows [n, width], 0 behind column dim; hidden ones are 0, since padding may
-// hold NaN. scales: of each head, of those stored in fp8.
+constexpr int AHEAD = 8;                            // rows
+// Rows lie apart, so that no hardware foresees the next one: what is read later is asked for while something else is computed.
+static inline void ask_for(const void* row, long size) {
+  for (long at = 0; at < size; at += 64) __builtin_prefetch((const char*)row + at);
+}
+
+// A row of words [width] from one in memory, 0 behind column dim, times a factor without PAIRS.
+static inline void read_words(int kind, const void* from, int dim, int width, float factor, float* to) {
+  if (PAIRS) {
+    memcpy(to, from, sizeof(uint16_t) * dim);
+    memset((uint16_t*)to + dim, 0, sizeof(uint16_t) * (width - dim));
+    return;
+  }
+  read(kind, from, 1, dim, to);
+  if (factor != 1) for (int d = 0; d < dim; d++) to[d] *= factor;
+  memset(to + dim, 0, sizeof(float) * (width - dim));
+}
+
+// Keys or values first .. first + n - 1 of a head as rows of words [n, width], 0 behind column dim; hidden ones are 0, since
+// padding may hold NaN. scales: of each head, of those stored in fp8.
 static void read_keys(const Problem& x, const Sequence& s, const void* from, const void* scales, const long* strides, int h,
                       int first, int n, int dim, int width, const bool* hidden, float* to) {
   const int kind = (int)x.k_kind;
   for (int j = 0; j < n; j++, to += width) {
-    const bool there = first + j < s.nk && !(hidden && hidden[first + j]);
-    if (there) read(kind, at(from, kind, s.of_key(x, strides, h, first + j)), 1, dim, to);
-    if (there && scales) for (int d = 0; d < dim; d++) to[d] *= ((const float*)scales)[h];
-    memset(to + (there ? dim : 0), 0, sizeof(float) * (there ? width - dim : width));
+    if (first + j + AHEAD < s.nk) ask_for(at(from, kind, s.of_key(x, strides, h, first + j + AHEAD)), dim * size_of(kind));
+    if (first + j < s.nk && !(hidden && hidden[first + j]))
+      read_words(kind, at(from, kind, s.of_key(x, strides, h, first + j)), dim, width, scales ? ((const float*)scales)[h] : 1, to);
+    else
+      memset(to, 0, sizeof(float) * width);
   }
 }
 
@@ -150,27 +169,21 @@ static inline void pair_columns(float* row, int n) {
 #endif
 }
 
-// Two rows as one of words; it may take the place of the first.
+// Two rows of words as one of which each word has a number of both.
 static inline void pair_rows(const float* first, const float* second, int n, float* to) {
 #if defined(__AVX512BF16__)
   for (int c = 0; c < n; c += LANES) {
-    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load(first + c)));
-    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load(second + c)));
-    const __m512i pairs = _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    __m256i low, high;
+    memcpy(&low, (const uint16_t*)first + c, sizeof low), memcpy(&high, (const uint16_t*)second + c, sizeof high);
+    const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
     memcpy(to + c, &pairs, sizeof pairs);
   }
 #endif
 }
 
-// A tile of rows as words along the rows: pairs of rows, or the rows as they are. An odd last row is paired with zeros.
-static void pair_all_rows(const float* from, int rows, int wide, float* to) {
+// Rows of words, `from_length` apart, as pairs of rows. An odd last row is paired with zeros.
+static void pair_all_rows(const float* from, long from_length, int rows, int n, float* to, long to_length) {
   const float zeros[1024] = {};
   for (int r = 0; r < rows; r += 2)
-    pair_rows(from + (long)r * wide, r + 1 < rows ? from + (r + 1) * (long)wide : zeros, wide, to + r / 2 * (long)wide);
-}
-
-// A panel of words [words of dim, PANEL] from rows [PANEL, width of dim], which it uses up.
-static void panel_across(float* rows, int dim, float* to) {
-  for (int j = 0; PAIRS && j < PANEL; j++) pair_columns(rows + (long)j * width(dim), width(dim));
-  transposed(rows, words(dim), width(dim), to);
+    pair_rows(from + r * from_length, r + 1 < rows ? from + (r + 1) * from_length : zeros, n, to + r / 2 * to_length);
 }

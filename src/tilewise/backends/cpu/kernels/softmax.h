@@ -37,13 +37,15 @@ static void update(const Problem& x, const Unit& u, const Block& block, const St
   for (int r = 0; r < block.rows; r++) {
     const int h = block.head_of(r), i = block.query(r);
     float *row = scores + (long)r * row_length, *out = w.out + (long)r * wide;
-    vec top = splat(-INFINITY);
+    vec top[PANEL / LANES];
+    for (int c = 0; c < PANEL / LANES; c++) top[c] = splat(-INFINITY);
     if (factor != 1) for (int c = 0; c < n * PANEL; c += LANES) store(row + c, load(row + c) * factor);
     for (int j = 0; j < n; j++) {
       finish(x, u.s, h, i, visited[j] / 2, visited[j] % 2, row + j * PANEL);
-      for (int c = 0; c < PANEL; c += LANES) top = maximum_or_second(load(row + j * PANEL + c), top);
+      for (int c = 0; c < PANEL / LANES; c++) top[c] = maximum_or_second(load(row + j * PANEL + c * LANES), top[c]);
     }
-    const float most = largest(top), m = most > w.m[r] ? most : w.m[r], pivot = m == -INFINITY ? 0 : m;
+    for (int c = 1; c < PANEL / LANES; c++) top[0] = maximum_or_second(top[0], top[c]);
+    const float most = largest(top[0]), m = most > w.m[r] ? most : w.m[r], pivot = m == -INFINITY ? 0 : m;
     vec total = {};
     for (int c = 0; c < n * PANEL; c += LANES) {
       const vec p = exp_of(load(row + c) - pivot);
@@ -51,7 +53,7 @@ static void update(const Problem& x, const Unit& u, const Block& block, const St
       store(row + c, p);
     }
     if (m != w.m[r]) {
-      const float alpha = expf(w.m[r] - pivot);
+      const float alpha = exp_of(splat(w.m[r] - pivot))[0];
       w.l[r] *= alpha;
       for (int c = 0; c < wide; c += LANES) store(out + c, load(out + c) * alpha);
       w.m[r] = m;

@@ -37,8 +37,12 @@ static inline ivec select(ivec c, ivec a, ivec b) { return c ? a : b; }
 static inline lvec select(ivec c, lvec a, lvec b) { return lengthened(c) ? a : b; }
 
 static inline float sum(vec x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   for (int n = LANES / 2; n; n /= 2) for (int i = 0; i < n; i++) x[i] += x[i + n];
   return x[0];
+#endif
 }
 // The larger; b where either is NaN.
 static inline vec maximum_or_second(vec a, vec b) {
@@ -48,10 +52,13 @@ static inline vec maximum_or_second(vec a, vec b) {
   return a > b ? a : b;
 #endif
 }
-static inline float largest(vec x) {  // NaN where one is NaN
-  float m = x[0];
-  for (int i = 1; i < LANES; i++) m = (x[i] > m || x[i] != x[i]) ? x[i] : m;
-  return m;
+static inline float largest(vec x) {  // of numbers
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
+  for (int n = LANES / 2; n; n /= 2) for (int i = 0; i < n; i++) x[i] = x[i] > x[i + n] ? x[i] : x[i + n];
+  return x[0];
+#endif
 }
 
 // 2^x for x <= 200: 0 for -inf, NaN for NaN.
