@@ -69,7 +69,8 @@ def test_what_each_part_measures(tiny):
     assert words == {
         dense: ["times faster than SDPA", "share of the sgemm rate"],
         packed: ["times faster than SDPA, padded", "times faster than SDPA, in a loop"],
-        decode: ["times faster than SDPA, cache as is", "times faster than SDPA, heads first", "share of a copy's bandwidth"],
+        decode: ["times faster than SDPA, cache as is", "times faster than SDPA, heads first", "share of a copy's bandwidth",
+                      "share of a sum's bandwidth"],
         butterfly: ["cost over density x full attention"],
         others: ["times faster than standard", "times faster than tiled"]}
 

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import NamedTuple
 
 import torch
 
@@ -26,9 +27,18 @@ class Problem(ctypes.Structure):
                 ("scale", ctypes.c_double), *((name, ctypes.c_long * 4) for name in STRIDES)]
 
 
-def header(stored: int | None) -> str:
-    """The same in C++: problem.h. stored: the kind of keys and values, where a kernel is compiled for one."""
+class Compiled(NamedTuple):
+    """What a kernel is compiled for.
+
+    stored: the kind of keys and values, -1 for any; paired: all that is multiplied is bf16.
+    """
+    stored: int = -1
+    paired: bool = False
+
+
+def header(compiled: Compiled) -> str:
+    """The same in C++: problem.h."""
     lines = [f"  {POINTER_TYPES.get(name, 'void*')} {name};" for name in POINTERS]
     lines += [f"  long {name};" for name in NUMBERS] + ["  double scale;"] + [f"  long {name}[4];" for name in STRIDES]
-    constant = f"constexpr int STORED = {-1 if stored is None else stored};\n"
-    return "#pragma once\nstruct Problem {\n" + "\n".join(lines) + "\n};\n" + constant
+    constants = f"constexpr int STORED = {compiled.stored};\nconstexpr bool PAIRED = {str(compiled.paired).lower()};\n"
+    return "#pragma once\nstruct Problem {\n" + "\n".join(lines) + "\n};\n" + constants

@@ -31,6 +31,7 @@ COMPILERS = "c++", "g++", "clang++"
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 FLAGS = ("-std=c++17", "-O3", *(("-march=native", "-mprefer-vector-width=512") if X86 else ("-mcpu=native",)),
          "-ffp-contract=fast", "-fno-math-errno", "-w", "-shared", "-fPIC")
+PLAIN = abi.Compiled()
 DIGEST = hashlib.sha256().digest_size
 
 log = logging.getLogger("tilewise")
@@ -55,15 +56,14 @@ def cache_directory() -> Path:
 
 
 @functools.lru_cache(maxsize=512)
-def library(kernel: str, program: str, dtypes: tuple[torch.dtype, ...], stored: int | None = None) -> ctypes.CDLL:
+def library(kernel: str, program: str, dtypes: tuple[torch.dtype, ...], compiled: abi.Compiled = PLAIN) -> ctypes.CDLL:
     """The library of a kernel, "forward", "decode" or "backward", for a program's text and the dtypes of its captured tensors.
 
-    stored: the kind (`abi.KINDS`) of keys and values, where the kernel is compiled for one. Raises RuntimeError with the
-    compiler's words if it fails.
+    Raises RuntimeError with the compiler's words if it fails.
     """
-    generated = {"problem.h": abi.header(stored),
+    generated = {"problem.h": abi.header(compiled),
                  "functions.h": '#pragma once\n#include "elementary.h"\n' + emit_cpp.source(program, dtypes)}
-    name = hashlib.sha256(repr((kernel, generated, sources(), identity(), FLAGS, stored)).encode()).hexdigest()[:32]
+    name = hashlib.sha256(repr((kernel, generated, sources(), identity(), FLAGS)).encode()).hexdigest()[:32]
     path = cache_directory() / f"{name}.so"
     if not whole(path):
         path = writable_directory() / path.name

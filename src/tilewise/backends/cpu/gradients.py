@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tilewise.backends import Gradients, Needs
 from tilewise.backends.cpu import launch, sizes, threads
-from tilewise.backends.cpu.abi import KINDS
+from tilewise.backends.cpu.abi import KINDS, Compiled
 from tilewise.problem import Operands, Problem
 from tilewise.sequences import hosted
 from tilewise.state import sink_gradient
@@ -46,7 +46,7 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
             dbias_strides=of_bias and of_bias.by_entry), numbers | dict(
             bias_pattern=0 if of_bias is None else of_bias.pattern,
             dbias_kind=0 if of_bias is None or of_bias.pattern != BY_ENTRY else KINDS[of_bias.tensor.dtype]),
-            dict(zip(("sums", "sums_strides", "sums_sizes"), arrays, strict=True)), launch.paired(x))
+            dict(zip(("sums", "sums_strides", "sums_sizes"), arrays, strict=True)), Compiled(paired=launch.paired(x)))
     dbias = None if of_bias is None or x.bias is None else of_bias.total(problem).sum_to_size(x.bias.shape).to(x.bias.dtype)
     dsinks = sink_gradient(x.sinks, lse, delta) if needs.sinks and x.sinks is not None else None
     return Gradients(dq, dk, dv, dbias, dsinks, captured_gradients(problem, x, wanted, of_tables))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tilewise.backends.cpu import abi, compiler, sizes, threads
-from tilewise.backends.cpu.abi import KINDS, POINTERS
+from tilewise.backends.cpu.abi import KINDS, POINTERS, Compiled
 from tilewise.problem import Operands, Problem
 from tilewise.trace.tile_lists import Question, TileList, tile_list
 
@@ -18,19 +18,18 @@ def forward(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
     if problem.queries and problem.batch and problem.seqlen_q:
         numbers = sizes.forward(problem)
         if numbers["few_rows"]:
-            call("decode", problem, x, dict(out=out, lse=lse), dict(out_strides=out), numbers, stored=KINDS[x.k.dtype])
+            call("decode", problem, x, dict(out=out, lse=lse), dict(out_strides=out), numbers,
+                 compiled=Compiled(KINDS[x.k.dtype], paired(x)))
         if numbers["units_together"]:
-            call("forward", problem, x, dict(out=out, lse=lse), dict(out_strides=out), numbers, stored=paired(x))
+            call("forward", problem, x, dict(out=out, lse=lse), dict(out_strides=out), numbers,
+                 compiled=Compiled(paired=paired(x)))
     return out, lse
 
 
 def call(kernel: str, problem: Problem, x: Operands, tensors: dict[str, Tensor | None], strides: dict[str, Tensor | None],
-         numbers: dict[str, int], arrays: dict[str, Any] | None = None, stored: int | None = None) -> None:
-    """Calls a kernel. The dicts: fields of `abi.Problem` beside those of the problem and its operands.
-
-    stored: the kind of keys and values that the kernel is compiled for, if for one.
-    """
-    library = compiler.library(kernel, problem.program, tuple(t.dtype for t in x.captured), stored)
+         numbers: dict[str, int], arrays: dict[str, Any] | None = None, compiled: Compiled = compiler.PLAIN) -> None:
+    """Calls a kernel. The dicts: fields of `abi.Problem` beside those of the problem and its operands."""
+    library = compiler.library(kernel, problem.program, tuple(t.dtype for t in x.captured), compiled)
     told, alive = described(problem, x, numbers)
     for name, t in tensors.items():
         setattr(told, name, None if t is None else t.data_ptr())
@@ -45,9 +44,9 @@ def call(kernel: str, problem: Problem, x: Operands, tensors: dict[str, Tensor |
     del alive
 
 
-def paired(x: Operands) -> int | None:
-    """The kind for which products of pairs may be compiled: bf16, if all that is multiplied is."""
-    return KINDS[torch.bfloat16] if x.q.dtype == x.k.dtype == torch.bfloat16 else None
+def paired(x: Operands) -> bool:
+    """Whether products may be of pairs: all that is multiplied is bf16."""
+    return x.q.dtype == x.k.dtype == torch.bfloat16
 
 
 ALIGNMENT = 64

@@ -1,7 +1,8 @@
 // Flash-Decoding on a CPU: sequences with few queries, whose speed is that of reading keys and values once.
 //
-// Keys and values are read where they lie, in their own dtype, all heads of a panel in turn, which is their order in memory. The
-// keys of a sequence are cut into shares, each a task of its own, merged in order afterwards.
+// Keys and values are read where they lie, in their own dtype, panel by panel: the keys of all heads in turn, then their values.
+// What is read next is asked for in its order in memory, where heads lie side by side. The keys of a sequence are cut into shares,
+// each a task of its own, merged in order afterwards.
 #include "few.h"
 #include "softmax.h"
 #include "threads.h"
@@ -9,12 +10,12 @@
 // What one thread works with: the blocks of all key heads, that of h_kv from row h_kv * x.few_rows.
 struct Scratch {
   State state;
-  float* scores;
-  int* visits;
+  float* scores;                                    // [heads, queries of a block, PANEL]
+  int *visits, *visited;                            // of one block; of each head, the panel at hand, or -1
 
   Scratch(const Problem& x, Arena& arena)
-      : state(x, arena, x.few_rows * x.kv_heads), scores(arena.take<float>(x.few_rows * x.panels * PANEL)),
-        visits(arena.take<int>(panels_of((int)x.nk) + 1)) {}
+      : state(x, arena, x.few_rows * x.kv_heads), scores(arena.take<float>(x.kv_heads * x.few_rows * PANEL)),
+        visits(arena.take<int>(panels_of((int)x.nk) + 1)), visited(arena.take<int>(x.kv_heads)) {}
 };
 
 // Where the keys or values of a panel lie; behind the sequence, the last one.
@@ -25,47 +26,73 @@ static void rows_at(const Problem& x, const Sequence& s, const void* from, const
   }
 }
 
+// The h-th share of a panel's rows over all heads, in the order in which they lie in memory.
+static void share_of_rows(const Problem& x, const Sequence& s, const void* from, const long* strides, int h, int panel,
+                          const void** rows) {
+  int key = panel * PANEL + h * PANEL / (int)x.kv_heads, head = h * PANEL % (int)x.kv_heads;
+  for (int j = 0; j < PANEL; j++) {
+    rows[j] = at(from, STORED, s.of_key(x, strides, head, key < s.nk ? key : s.nk - 1));
+    if (++head == x.kv_heads) head = 0, key++;
+  }
+}
+
+// Scores of head h with a panel of keys, taken into its statistics; meanwhile values of the panel are asked for.
+static void take_keys(const Problem& x, const Unit& u, const Block& block, const State& w, int panel, const int* visited,
+                      float* scores) {
+  const void *keys[PANEL], *later[PANEL];
+  rows_at(x, u.s, x.k, x.k_strides, u.kv_head, panel, keys);
+  share_of_rows(x, u.s, x.v, x.v_strides, u.kv_head, panel, later);
+  scores_of<STORED>(w.q, width(x.dim), keys, (int)x.dim, scores, PANEL, block.rows, later, x.dim_v * size_of(STORED));
+  update(x, u, block, w, scores, PANEL, visited, 1, PAIRS ? (float)x.scale : 1);
+}
+
+// Adds probabilities times values to O; meanwhile keys of the next panel are asked for.
+static void take_values(const Problem& x, const Unit& u, const Block& block, const State& w, int panel, bool partial, float* scores) {
+  const void *values[PANEL], *later[PANEL];
+  bool hidden[PANEL] = {};
+  if (BANDS && partial) hidden_keys(x, u.s, u.kv_head, panel * PANEL, hidden);
+  rows_at(x, u.s, x.v, x.v_strides, u.kv_head, panel, values);
+  share_of_rows(x, u.s, x.k, x.k_strides, u.kv_head, panel + 1, later);
+  int n = 0;                                        // values that are seen
+  for (int j = 0; j < PANEL && panel * PANEL + j < u.s.nk; j++) {
+    if (hidden[j]) continue;
+    values[n] = values[j];
+    if (n < j) for (int r = 0; r < block.rows; r++) scores[r * PANEL + n] = scores[r * PANEL + j];
+    n++;
+  }
+  for (int r = 0; r < block.rows; r++) pair_columns(scores + r * PANEL, PANEL);
+  values_of<STORED>(scores, PANEL, values, n, (int)x.dim_v, w.out, width(x.dim_v), block.rows, later, x.dim * size_of(STORED));
+}
+
 // Statistics and O of all heads of a sequence over a share of the panels.
 static void attend(const Problem& x, const Sequence& s, const Scratch& all, long share) {
-  const int wide = width(x.dim), wide_v = width(x.dim_v), length = (int)x.panels * PANEL;
   int first = panels_of(s.nk), last = -1;
   for (int h = 0; h < x.kv_heads; h++) {
     const Unit u = {s, h};
     const Block block = block_of(x, u, 0);
-    begin(x, u, block, State(x, all.state, h * x.few_rows), (float)x.scale * (x.k_scale ? ((const float*)x.k_scale)[h] : 1));
+    begin(x, u, block, State(x, all.state, h * x.few_rows),
+          PAIRS ? 1 : (float)x.scale * (x.k_scale ? ((const float*)x.k_scale)[h] : 1));
     const int count = visits(x, s, block, 0, panels_of(s.nk), all.visits);
     if (count && all.visits[0] / 2 < first) first = all.visits[0] / 2;
     if (count && all.visits[count - 1] / 2 > last) last = all.visits[count - 1] / 2;
   }
   const long panels = last < first ? 0 : last + 1 - first;
   for (int p = first + (int)(panels * share / x.splits); p < first + (int)(panels * (share + 1) / x.splits); p++)
-    for (int h = 0; h < x.kv_heads; h++) {
-      const Unit u = {s, h};
-      const Block block = block_of(x, u, 0);
-      const State w = State(x, all.state, h * x.few_rows);
-      int visited;
-      if (!visits(x, s, block, p, p + 1, &visited)) continue;
-      bool hidden[PANEL] = {};
-      if (BANDS && visited % 2) hidden_keys(x, s, h, p * PANEL, hidden);
-      const void *keys[PANEL], *values[PANEL], *next[PANEL];
-      const int next_h = h + 1 < x.kv_heads ? h + 1 : 0, next_p = p + (next_h == 0);
-      rows_at(x, s, x.k, x.k_strides, h, p, keys);
-      rows_at(x, s, x.v, x.v_strides, h, p, values);
-      rows_at(x, s, x.k, x.k_strides, next_h, next_p, next);
-      scores_of<STORED>(w.q, wide, keys, (int)x.dim, all.scores, length, block.rows, values, x.dim_v * size_of(STORED));
-      update(x, u, block, w, all.scores, &visited, 1, 1);
-      int n = 0;                                    // values that are seen
-      for (int j = 0; j < PANEL && p * PANEL + j < s.nk; j++) {
-        if (hidden[j]) continue;
-        values[n] = values[j];
-        if (n < j) for (int r = 0; r < block.rows; r++) all.scores[r * length + n] = all.scores[r * length + j];
-        n++;
+    for (int turn = 0; turn < 2; turn++)
+      for (int h = 0; h < x.kv_heads; h++) {
+        const Unit u = {s, h};
+        const Block block = block_of(x, u, 0);
+        const State w = State(x, all.state, h * x.few_rows);
+        float* scores = all.scores + h * x.few_rows * PANEL;
+        int* visited = all.visited + h;
+        if (turn == 0 && !visits(x, s, block, p, p + 1, visited)) *visited = -1;
+        if (*visited < 0) continue;
+        if (turn == 0) take_keys(x, u, block, w, p, visited, scores);
+        else take_values(x, u, block, w, p, *visited % 2, scores);
       }
-      values_of<STORED>(all.scores, length, values, n, (int)x.dim_v, w.out, wide_v, block.rows, next, x.dim * size_of(STORED));
-    }
   for (int h = 0; h < x.kv_heads && x.v_scale; h++) {
-    float* out = all.state.out + h * x.few_rows * wide_v;
-    for (long e = 0; e < x.few_rows * wide_v; e++) out[e] *= ((const float*)x.v_scale)[h];
+    float* out = all.state.out + h * x.few_rows * width(x.dim_v);
+    for (long e = 0; e < x.few_rows * width(x.dim_v); e++) out[e] *= ((const float*)x.v_scale)[h];
   }
 }
 

@@ -42,13 +42,28 @@ template <int KIND> static inline vec widened(const void* row, int d, int dim) {
   return widened<KIND>(part, 0);
 }
 
-// Sums of LANES vectors, as one vector.
+// With PAIRS: 2 * LANES numbers of a row as words; and of two rows, as words that have one of each.
+static inline vec pairs(const void* row, int d, int dim) {
+#if defined(__AVX512BF16__)
+  const int n = dim - d;
+  return (vec)_mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : -1u, (const uint16_t*)row + d);
+#endif
+}
+static inline void pairs_of(vec first, vec second, vec* to) {
+#if defined(__AVX512BF16__)
+  typedef short indices __attribute__((vector_size(64)));
+  const indices low = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  to[0] = (vec)_mm512_permutex2var_epi16((__m512i)first, (__m512i)low, (__m512i)second);
+  to[1] = (vec)_mm512_permutex2var_epi16((__m512i)first, (__m512i)(low + 16), (__m512i)second);
+#endif
+}
+
+// Sums of LANES vectors, as one vector: each step of `transpose`, its halves added.
 static inline vec sums_of(vec* x) {
-  transpose(x);
 #pragma GCC unroll 4
   for (int n = LANES / 2; n; n /= 2)
 #pragma GCC unroll 8
-    for (int i = 0; i < n; i++) x[i] += x[i + n];
+    for (int i = 0; i < n; i++) x[i] = interleaved<0>(x[i], x[i + n]) + interleaved<LANES / 2>(x[i], x[i + n]);
   return x[0];
 }
 
@@ -60,15 +75,15 @@ template <int KIND, int R> static void scores_of(const float* q, int wide, const
   for (int j = 0; j < PANEL; j += KEYS) {
     vec sums[KEYS][R] = {};
     for (int i = 0; i < KEYS; i++) ask_for(next[j + i], size);
-    for (int d = 0; d < dim; d += LANES) {
+    for (int d = 0; d < dim; d += TERMS * LANES) {
       vec of_q[R];
 #pragma GCC unroll 4
-      for (int r = 0; r < R; r++) of_q[r] = load(q + r * wide + d);
+      for (int r = 0; r < R; r++) of_q[r] = load(q + r * wide + d / TERMS);
 #pragma GCC unroll 4
       for (int i = 0; i < KEYS; i++) {
-        const vec k = widened<KIND>(keys[j + i], d, dim);
+        const vec k = PAIRS ? pairs(keys[j + i], d, dim) : widened<KIND>(keys[j + i], d, dim);
 #pragma GCC unroll 4
-        for (int r = 0; r < R; r++) sums[i][r] += of_q[r] * k;
+        for (int r = 0; r < R; r++) sums[i][r] = multiplied(of_q[r], k, sums[i][r]);
       }
     }
     vec all[LANES] = {};
@@ -82,7 +97,7 @@ template <int KIND, int R> static void scores_of(const float* q, int wide, const
   }
 }
 
-// out[r] += sum over n keys of p[r, j] * values[j], for R queries and NV vectors from column d.
+// out[r] += sum over n keys of p[r, j] * values[j], for R queries and NV vectors from column d. p is of words.
 template <int KIND, int R, int NV> static void values_of(const float* p, long length, const void* const* values, int n, int d, int dim,
                                                          float* out, int wide, const void* const* next, long size) {
   vec sums[R][NV];
@@ -90,14 +105,19 @@ template <int KIND, int R, int NV> static void values_of(const float* p, long le
   for (int r = 0; r < R; r++)
 #pragma GCC unroll 4
     for (int c = 0; c < NV; c++) sums[r][c] = load(out + r * wide + d + c * LANES);
-  for (int j = 0; j < n; j++) {
-    if (d == 0) ask_for(next[j], size);
+  for (int j = 0; j < n; j += TERMS) {
+    if (d == 0) for (int i = 0; i < TERMS; i++) ask_for(next[j + i], size);
+    vec v[NV];
 #pragma GCC unroll 4
-    for (int c = 0; c < NV; c++) {
-      const vec v = widened<KIND>(values[j], d + c * LANES, dim);
-#pragma GCC unroll 4
-      for (int r = 0; r < R; r++) sums[r][c] += p[r * length + j] * v;
+    for (int c = 0; c < NV; c += TERMS) {
+      const int column = d + c * LANES;
+      if (!PAIRS) v[c] = widened<KIND>(values[j], column, dim);
+      else pairs_of(pairs(values[j], column, dim), j + 1 < n ? pairs(values[j + 1], column, dim) : vec{}, v + c);
     }
+#pragma GCC unroll 4
+    for (int c = 0; c < NV; c++)
+#pragma GCC unroll 4
+      for (int r = 0; r < R; r++) sums[r][c] = multiplied(splat(p[r * length + j / TERMS]), v[c], sums[r][c]);
   }
 #pragma GCC unroll 4
   for (int r = 0; r < R; r++)
@@ -109,7 +129,7 @@ template <int KIND, int R> static void values_of(const float* p, long length, co
                                                  int wide, const void* const* next, long size) {
   int d = 0;
   for (; d + 3 * LANES < dim; d += 4 * LANES) values_of<KIND, R, 4>(p, length, values, n, d, dim, out, wide, next, size);
-  for (; d < dim; d += LANES) values_of<KIND, R, 1>(p, length, values, n, d, dim, out, wide, next, size);
+  for (; d < dim; d += TERMS * LANES) values_of<KIND, R, TERMS>(p, length, values, n, d, dim, out, wide, next, size);
 }
 
 // The same for any number of queries. next: rows that are read afterwards, of so many bytes.

@@ -52,13 +52,12 @@ static void attend(const Problem& x, const Unit& u, const Block& block, const Sc
                    const Packed& packed) {
   const int dim = (int)x.dim, wide = width(dim), wide_v = width(x.dim_v), length = (int)x.panels * PANEL;
   begin(x, u, block, w.state, PAIRS ? 1 : (float)x.scale);
-  for (int r = 0; r < block.rows; r++) pair_columns(w.state.q + (long)r * wide, wide);
   for (int done = 0, n; done < count; done += n, visited += n) {
     const auto together = [&](int j) { return x.aligned ? visited[j] / 2 / x.panels == visited[0] / 2 / x.panels : j < x.panels; };
     for (n = 1; done + n < count && together(n);) n++;
     for (int j = 0; j < n; j++)
       multiply<false, false>(w.state.q, wide, packed.key(visited[j] / 2), PANEL, w.scores + j * PANEL, length, block.rows, PANEL, dim);
-    update(x, u, block, w.state, w.scores, visited, n, PAIRS ? (float)x.scale : 1);
+    update(x, u, block, w.state, w.scores, length, visited, n, PAIRS ? (float)x.scale : 1);
     for (int r = 0; PAIRS && r < block.rows; r++) pair_columns(w.scores + (long)r * length, n * PANEL);
     for (int j = 0, run; j < n; j += run) {         // neighbouring panels as one product
       for (run = 1; !x.aligned && j + run < n && visited[j + run] / 2 == visited[j] / 2 + run;) run++;

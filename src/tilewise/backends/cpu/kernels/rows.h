@@ -6,9 +6,9 @@
 constexpr int PANEL = 64;                           // keys that are visited together
 enum Kind { FP32, FP16, BF16, FP64, FP8 };          // as `launch.KINDS` numbers dtypes
 
-// Products take 32-bit words, each one term in fp32, or two in bf16 where keys and values are bf16 and the CPU multiplies pairs.
+// Products take 32-bit words, each one term in fp32, or two in bf16 where all is bf16 and the CPU multiplies pairs.
 #if defined(__AVX512BF16__)
-constexpr bool PAIRS = STORED == BF16;
+constexpr bool PAIRS = PAIRED;
 #else
 constexpr bool PAIRS = false;
 #endif
@@ -119,7 +119,7 @@ struct Block {
 constexpr int AHEAD = 8;                            // rows
 // Rows lie apart, so that no hardware foresees the next one: what is read later is asked for while something else is computed.
 static inline void ask_for(const void* row, long size) {
-  for (long at = 0; at < size; at += 64) __builtin_prefetch((const char*)row + at);
+  for (long at = 0; at < size; at += 64) __builtin_prefetch((const char*)row + at, 0, 2);
 }
 
 // A row of words [width] from one in memory, 0 behind column dim, times a factor without PAIRS.

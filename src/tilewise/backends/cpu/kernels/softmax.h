@@ -1,6 +1,6 @@
 // Online softmax (FlashAttention-2, section 3.1): a block's statistics and O, and how they begin, grow, merge and end.
 //
-//   q      Q * scale                                       [rows, width of D]
+//   q      Q * scale, with PAIRS Q                         [rows, width of D]
 //   out    running sum of exp(s - m) v                     [rows, width of DV]
 //   m, l   running maximum of s, sum of exp(s - m)         [rows]
 #pragma once
@@ -18,25 +18,27 @@ struct State {
       : q(all.q + first * width(x.dim)), out(all.out + first * width(x.dim_v)), m(all.m + first), l(all.l + first) {}
 };
 
-// Q of a block, multiplied by scale, and nothing attended to yet.
+// Q of a block as words, without PAIRS multiplied by a factor, and nothing attended to yet.
 static void begin(const Problem& x, const Unit& u, const Block& block, const State& w, float factor) {
   const int dim = (int)x.dim, wide = width(dim);
   for (int r = 0; r < block.rows; r++) {
     float* row = w.q + (long)r * wide;
     read((int)x.q_kind, at(x.q, (int)x.q_kind, u.s.of_query(x.q_strides, block.head_of(r), block.query(r))), 1, dim, row);
     for (int d = 0; d < wide; d++) row[d] = d < dim ? row[d] * factor : 0;
+    pair_columns(row, wide);
     w.m[r] = -INFINITY, w.l[r] = 0;
   }
   memset(w.out, 0, sizeof(float) * block.rows * width(x.dim_v));
 }
 
-// Takes n panels of scores, times factor, into the statistics of a block's rows and leaves their probabilities (algorithm 1, lines 8 to 10).
-static void update(const Problem& x, const Unit& u, const Block& block, const State& w, float* scores, const int* visited, int n,
-                   float factor) {
-  const int wide = width(x.dim_v), row_length = (int)x.panels * PANEL;
+// Takes n panels of scores, in rows `length` apart, times factor, into the statistics of a block's rows and leaves their
+// probabilities (algorithm 1, lines 8 to 10).
+static void update(const Problem& x, const Unit& u, const Block& block, const State& w, float* scores, long length,
+                   const int* visited, int n, float factor) {
+  const int wide = width(x.dim_v);
   for (int r = 0; r < block.rows; r++) {
     const int h = block.head_of(r), i = block.query(r);
-    float *row = scores + (long)r * row_length, *out = w.out + (long)r * wide;
+    float *row = scores + r * length, *out = w.out + (long)r * wide;
     vec top[PANEL / LANES];
     for (int c = 0; c < PANEL / LANES; c++) top[c] = splat(-INFINITY);
     if (factor != 1) for (int c = 0; c < n * PANEL; c += LANES) store(row + c, load(row + c) * factor);
