@@ -122,6 +122,7 @@ class Problem:
     unequal: bool = False               # sequences have lengths of their own, in k_rows and, if q is packed, q_rows
     first: int = 0                      # index b of the first sequence
     row: int = 0                        # of dropout's bits, of the first query
+    aligned: bool = True                # rows of q, k and v begin at multiples of 16 bytes of their memory, and lie apart
 
     @property
     def group(self) -> int:
@@ -244,7 +245,15 @@ def describe(x: Operands, settings: Settings) -> Problem:
         seqlen_k=settings.max_seqlen_k if unequal else x.k.shape[2], head_dim=x.q.shape[3], head_dim_v=x.v.shape[3],
         dtype=x.q.dtype, device=x.q.device, bias_shape=None if x.bias is None else tuple(x.bias.shape),
         has_sinks=x.sinks is not None, settings=settings, packed_q=packed_q, packed_k=packed_k,
-        page_size=None if x.pages is None else x.k.shape[2], stored=None if x.k_scale is None else x.k.dtype, unequal=unequal)
+        page_size=None if x.pages is None else x.k.shape[2], stored=None if x.k_scale is None else x.k.dtype, unequal=unequal,
+        aligned=all(aligned(t) for t in (x.q, x.k, x.v)))
+
+
+def aligned(x: Tensor) -> bool:
+    """Whether rows begin at multiples of 16 bytes from the start of the tensor's memory, and no two are the same."""
+    steps = [step for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size != 1]
+    return x.stride(3) == 1 and all(step and step * x.itemsize % 16 == 0 for step in (*steps, 16)) \
+        and x.storage_offset() * x.itemsize % 16 == 0
 
 
 def _precision() -> str:

@@ -1,1 +1,2 @@
-"""The arithmetic of one tile, as Triton device functions: shared by every GPU backend, written once."""
+"""What GPU backends share: the arithmetic of one tile as Triton device functions, entry points generated for a program, and
+the order of work."""

@@ -40,14 +40,22 @@ def ratio(a, b, NATURAL: tl.constexpr):
 
 
 @triton.jit
-def update(m_i, l_i, acc, s, unit, NATURAL: tl.constexpr):
-    """Takes a tile of scores [BLOCK_M, BLOCK_N] into the statistics: returns them with p, the tile's probabilities."""
+def step(m_i, l_i, s, unit, NATURAL: tl.constexpr):
+    """Takes a tile of scores [BLOCK_M, BLOCK_N] into m_i and l_i: returns them, the factor of the old acc, and p, the tile's
+    probabilities."""
     largest = tl.max(s, 1)
     m_new = tl.maximum(m_i, largest if NATURAL else largest * unit)
     pivot = finite_or_zero(m_new)
     p = exponential(s, pivot[:, None], unit, NATURAL)
     alpha = ratio(m_i, pivot, NATURAL)
-    return m_new, l_i * alpha + tl.sum(p, 1), acc * alpha[:, None], p
+    return m_new, l_i * alpha + tl.sum(p, 1), alpha, p
+
+
+@triton.jit
+def update(m_i, l_i, acc, s, unit, NATURAL: tl.constexpr):
+    """Takes a tile of scores into all statistics: returns them with p."""
+    m_i, l_i, alpha, p = step(m_i, l_i, s, unit, NATURAL)
+    return m_i, l_i, acc * alpha[:, None], p
 
 
 @triton.jit
@@ -63,7 +71,8 @@ def merge(m_i, l_i, acc, part, lse, NATURAL: tl.constexpr):
 @triton.jit
 def add_sink(m_i, l_i, acc, sink, NATURAL: tl.constexpr):
     """One more logit in the denominator: a scalar, or one for each row."""
-    sink = tl.zeros_like(m_i) + (sink if NATURAL else sink * LOG2E)
+    if not NATURAL:
+        sink = sink * LOG2E
     m_new = tl.maximum(m_i, sink)
     pivot = finite_or_zero(m_new)
     alpha = ratio(m_i, pivot, NATURAL)

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from tilewise import backends, masks, score_mods
-from tilewise.backends.gpu_math import elementary, masking, philox, scoring, softmax
-from tilewise.backends.triton import append, append_kernel, backward_kernels, forward_kernel, launch, tiles
+from tilewise.backends.gpu_math import elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax
+from tilewise.backends.gpu_math.arguments import TYPES
+from tilewise.backends.gpu_math.entry import entry, flatten, source_of
+from tilewise.backends.triton import append, append_kernel, backward_kernels, forward_kernel, launch
 from tilewise.backends.triton.configs import ARCHITECTURES, DECODE_ROWS, HEAD_DIMS, WIDTHS, Config, choose, missing
-from tilewise.backends.triton.entry import entry, flatten, source_of
 from tilewise.block_sparse import block_mask
 from tilewise.kv_cache import KVCache
 from tilewise.paged_cache import PagedKVCache
@@ -25,9 +26,9 @@ from tilewise.problem import MAX_HEAD_DIM, Layout, Operands, Problem, make, make
 from tilewise.rng import Rng
 from tilewise.rotary import Rotary
 
-SOURCES = (elementary, masking, philox, scoring, softmax, append_kernel, backward_kernels, forward_kernel, tiles)
-TYPES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
-         torch.bool: "i1", torch.uint8: "u8"}
+SOURCES = (elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax, append_kernel, backward_kernels,
+           forward_kernel)
+
 
 
 @dataclass(frozen=True)

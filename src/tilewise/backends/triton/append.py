@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilewise.backends.gpu_math.arguments import blocks, padded, strides
+from tilewise.backends.gpu_math.entry import entry, flatten
 from tilewise.backends.triton.append_kernel import append as append_kernel
 from tilewise.backends.triton.configs import Config
-from tilewise.backends.triton.entry import entry, flatten
-from tilewise.backends.triton.launch import blocks, padded, start, strides
+from tilewise.backends.triton.launch import start
 from tilewise.kv_cache import FP8, Stored
 from tilewise.rotary import Rotary
 from tilewise.trace.graph import lower

@@ -4,7 +4,7 @@ The definition is `tilewise/kv_cache.write`. A program takes a block of tokens o
 for the first H_kv heads, then of queries.
 
 Legend
-    K_NEW [slots, H_kv, rows, D]  V_NEW [.., DV]  Q, Q_OUT [slots, H, rows, D]    NEW, Q_ROWS, STORED  [B, 3] (`tiles.sequence`)
+    K_NEW [slots, H_kv, rows, D]  V_NEW [.., DV]  Q, Q_OUT [slots, H, rows, D]   NEW, Q_ROWS, STORED  [B, 3] (`places.sequence`)
     K, V    the cache [slots, H_kv, room, D], or [pages, H_kv, page_size, D] with PAGES [B, pages_row]; as bytes if in fp8
     COS, SIN  [positions, HALF], rows contiguous: tables of the first 2 HALF columns; HALF 0: no rotary
     room    keys that a sequence has memory for in its slot, or in its pages; slots: of K
@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 
 from tilewise.backends.gpu_math.elementary import to_e4m3
-from tilewise.backends.triton.tiles import located, rows_from, sequence
+from tilewise.backends.gpu_math.places import sequence
+from tilewise.backends.gpu_math.rows import located, rows_from
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """FlashAttention-2, backward (Dao 2023, algorithm 2), deterministic by construction: no atomic adds.
 
-    preprocess        delta = rowsum(dO * O) - dlse                                  per block of queries
+    preprocess        delta (`gpu_math/preprocess.py`)                              per block of queries
     key_gradients     dK, dV, summed over the heads of a group                       per block of keys
     query_gradients   dQ                                                             per block of queries
     summed_gradient   dbias where bias is shared, gradients of captured tensors      see there
@@ -11,24 +11,10 @@ more products and always gives the same bits. Legend as in `forward_kernel.py`; 
 import triton
 import triton.language as tl
 
-from tilewise.backends.gpu_math import masking, philox, scoring, softmax
-from tilewise.backends.triton.tiles import load_rows, load_rows_between, located, place, sequence, store_rows
-
-
-@triton.jit
-def preprocess(OUT, DO, DLSE, DELTA, Q_ROWS, WORK, out_strides, do_strides, heads, nq, lse_rows, HAS_DLSE: tl.constexpr,
-               DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
-    b, h, _, first_row = place(tl.program_id(0), WORK, tl.cdiv(nq, BLOCK_M), heads, 1, BLOCK_M, False)
-    slot, start, nq = sequence(Q_ROWS, b, nq)
-    OUT, DO = located(OUT, out_strides, slot, h, start), located(DO, do_strides, slot, h, start)
-    out = load_rows(OUT, out_strides[2], first_row, nq, BLOCK_M, DV, BLOCK_DV).to(tl.float32)
-    do = load_rows(DO, do_strides[2], first_row, nq, BLOCK_M, DV, BLOCK_DV).to(tl.float32)
-    delta = tl.sum(out * do, 1)                                                # [BLOCK_M]
-    rows = first_row + tl.arange(0, BLOCK_M)
-    offsets = (slot * heads + h).to(tl.int64) * lse_rows + start + rows
-    if HAS_DLSE:
-        delta -= tl.load(DLSE + offsets, mask=rows < nq, other=0.0)
-    tl.store(DELTA + offsets, delta, mask=rows < nq)
+from tilewise.backends.gpu_math import masking, softmax
+from tilewise.backends.gpu_math.gradients import tile_gradients
+from tilewise.backends.gpu_math.places import place, sequence
+from tilewise.backends.gpu_math.rows import load_rows, load_rows_between, located, store_rows
 
 
 @triton.jit
@@ -40,33 +26,6 @@ def load_statistics(LSE, DELTA, first, rows, nq, NATURAL: tl.constexpr):
     offsets = first + rows
     lse = softmax.subtrahend(tl.load(LSE + offsets, mask=rows < nq, other=float("inf")), NATURAL)
     return lse, tl.load(DELTA + offsets, mask=rows < nq, other=0.0)
-
-
-@triton.jit
-def tile_gradients(s, dp, lse, delta, scale, b, h, heads, rows, cols, first_row, first_col, nq, nk, BIAS,
-                   bias_strides, RNG, dropout, program, SCORE: tl.constexpr, SCORE_GRADIENT: tl.constexpr, MASK: tl.constexpr,
-                   BIAS_COLS: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, NATURAL: tl.constexpr,
-                   MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """(kept p, d loss / d finished score, d loss / d (scale * q.k)) of a tile, from s = q.k and dp = dO.v.
-
-    [BLOCK_M, BLOCK_N], or [BLOCK_N, BLOCK_M] if TRANSPOSED; lse, delta, rows and cols broadcast to it.
-    """
-    finished = scoring.finish(s, scale, b, h, rows, cols, nq, nk, BIAS, bias_strides, program, SCORE, MASK, BIAS_COLS, RAW,
-                              MASKED)
-    p = softmax.exponential(finished, lse, softmax.LOG2E * (scale if RAW else 1.0), NATURAL)
-    kept = p
-    if DROPOUT:
-        drawn = first_row + tl.arange(0, BLOCK_M)
-        keep = philox.keep(RNG, dropout, b, h, heads, drawn, first_col, BLOCK_M, BLOCK_N, TRANSPOSED)
-        kept = tl.where(keep, p, 0.0)
-        dp = tl.where(keep, dp * (65536.0 / (65536 - dropout)), 0.0)
-    ds = p * (dp - delta)
-    if MASKED:
-        ds = tl.where(p == 0.0, 0.0, ds)                                       # 0 also where dp is not finite
-    ds_raw = scoring.score_gradient(ds, s, scale, b, h, rows, cols, nq, nk, program, SCORE_GRADIENT)
-    if MASKED and SCORE_GRADIENT is not None:
-        ds_raw = tl.where(p == 0.0, 0.0, ds_raw)                               # and where s is not
-    return kept, ds, ds_raw
 
 
 @triton.jit

@@ -2,7 +2,7 @@
 
 Legend
     Q [slots, H, rows, D]  K [slots, H_kv, rows, D]  V [.., DV]  OUT like Q, DV  LSE [slots, H, lse_rows], contiguous
-    Q_ROWS, K_ROWS  where the sequences lie (`tiles.sequence`); None: sequence b is slot b
+    Q_ROWS, K_ROWS  where the sequences lie (`places.sequence`); None: sequence b is slot b
     PAGES      [B, pages_row] pages of a paged cache, K and V being [pages, H_kv, page_size, D]; K_SCALE, V_SCALE of one in fp8
     *_strides  (slot or page, head, row); rows are contiguous   BLOCK_D, BLOCK_DV  D, DV rounded up to a power of two
     b, h, h_kv  sequence, query head, key head                  program  (captured, ints, floats) of mask and score graphs
@@ -18,7 +18,8 @@ import triton.language as tl
 
 from tilewise.backends.gpu_math import masking, philox, scoring, softmax
 from tilewise.backends.gpu_math.elementary import from_e4m3
-from tilewise.backends.triton.tiles import load_at, load_keys, located, place, sequence, store_at
+from tilewise.backends.gpu_math.places import place, sequence
+from tilewise.backends.gpu_math.rows import load_at, load_keys, located, store_at
 
 
 @triton.jit

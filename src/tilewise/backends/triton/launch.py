@@ -11,6 +11,9 @@ import torch
 from torch import Tensor
 
 from tilewise.backends import Gradients, Needs
+from tilewise.backends.gpu_math.arguments import arguments, blocks, in_all, of_sequences, padded, strides, visits, work
+from tilewise.backends.gpu_math.entry import entry, flatten
+from tilewise.backends.gpu_math.preprocess import preprocess
 from tilewise.backends.triton import backward_kernels as bwd
 from tilewise.backends.triton.configs import (
     Config,
@@ -23,15 +26,12 @@ from tilewise.backends.triton.configs import (
     precision,
     span_of,
 )
-from tilewise.backends.triton.entry import entry, flatten
 from tilewise.backends.triton.forward_kernel import forward as forward_kernel
 from tilewise.backends.triton.forward_kernel import merge as merge_kernel
-from tilewise.backends.triton.schedule import schedule
 from tilewise.problem import MAX_SPLITS, Operands, Problem
 from tilewise.state import sink_gradient
 from tilewise.trace.evaluate import leaf_values, slot_values
 from tilewise.trace.learned import Learned, contiguous_tables, from_offset_tiles, gather, sums_shape
-from tilewise.trace.tile_lists import Question, tile_list
 
 Run = Callable[[Any, Problem, Callable[[Config], tuple[int, ...]], Mapping[str, Any]], None]
 
@@ -68,36 +68,9 @@ def settled(problem: Problem, values: Mapping[str, Any], config: Config) -> dict
     return found
 
 
-def visits(problem: Problem, x: Operands, transposed: bool = False, ascending: bool = False) -> Callable[[Config], dict]:
-    """How blocks of queries, or of keys if `transposed`, find the tiles they visit (`masking.visits`)."""
-    graphs = problem.graphs
-    bands = graphs.queries if transposed else graphs.keys
-
-    def of(config: Config) -> dict[str, Any]:
-        if graphs.mask is None or not graphs.listed:
-            return dict(VISIT=len(bands) // 4, LIST=None)
-        listed = tile_list(Question(
-            problem.program, graphs.mask, tuple(x.ints), tuple(x.floats), problem.batch, problem.heads,
-            (problem.seqlen_q, problem.seqlen_k), (config.BLOCK_M, config.BLOCK_N), transposed, ascending, problem.device),
-            x.captured, of_sequences(problem, x) if problem.unequal else None)
-        own = ("b" if listed.per_batch else "") + ("h" if listed.per_head else "")
-        return dict(VISIT=f"list {own}".strip(), LIST=listed.tiles)
-
-    return of
-
-
 def config_name(kernel: Any, values: Mapping[str, Any]) -> str:
     """What the table of configurations calls a kernel."""
     return values.get("ROW", kernel.fn.__name__) + values.get("PART", "")
-
-
-def of_sequences(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
-    """Where the queries and the keys of each sequence lie, of which at most q may be dense."""
-    if x.q_rows is not None and x.k_rows is not None:
-        return x.q_rows, x.k_rows
-    assert x.k_rows is not None
-    slots = torch.arange(problem.batch, dtype=torch.int32, device=problem.device)
-    return torch.stack([slots, 0 * slots, 0 * slots + problem.seqlen_q], 1), x.k_rows
 
 
 def forward(problem: Problem, x: Operands, run: Run = run) -> tuple[Tensor, Tensor]:
@@ -176,14 +149,6 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def work(problem: Problem, x: Operands, block: str, rows_per_row: int = 1, keys: bool = False) -> Callable[[Config], dict]:
-    """The blocks of packed queries, or keys, in the order in which they are worked on; nothing for others."""
-    rows, others, packed = (x.k_rows, x.q_rows, problem.packed_k) if keys else (x.q_rows, x.k_rows, problem.packed_q)
-    if packed is None or rows is None or others is None:
-        return lambda config: dict(WORK=None)
-    return lambda config: dict(WORK=schedule(rows, others, packed, getattr(config, block), rows_per_row))
-
-
 def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
              needs: Needs, run: Run = run) -> Gradients:
     if problem.unequal and problem.seqlen_q == 0:
@@ -196,7 +161,7 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
     x = x._replace(captured=tables, ints=ints)
     delta = torch.empty_like(lse)
     of_queries, of_keys = work(problem, x, "BLOCK_M"), work(problem, x, "BLOCK_N", keys=True)
-    run(bwd.preprocess, problem, per_query_block(problem), dict(
+    run(preprocess, problem, per_query_block(problem), dict(
         OUT=out, DO=dout, DLSE=None if dlse is None else dlse.contiguous(), DELTA=delta, Q_ROWS=x.q_rows,
         out_strides=strides(out), do_strides=strides(dout), heads=problem.heads, nq=problem.seqlen_q,
         lse_rows=problem.rows_q[1], HAS_DLSE=dlse is not None, work=of_queries))
@@ -297,13 +262,6 @@ def per_key_block(problem: Problem) -> Callable[[Config], tuple[int, ...]]:
     return lambda c: (in_all(problem.packed_k, problem.seqlen_k, problem.batch, 1, c.BLOCK_N) * problem.kv_heads,)
 
 
-def in_all(packed: int | None, seqlen: int, batch: int, rows_per_row: int, block: int) -> int:
-    """Blocks of all sequences; of packed ones as many as `schedule` has."""
-    if packed is not None:
-        return packed * rows_per_row // block + batch if batch else 0
-    return blocks(seqlen * rows_per_row, block) * batch
-
-
 def bias_mode(problem: Problem, needs: Needs) -> str | None:
     """How dbias is computed; None: not needed.
 
@@ -336,48 +294,7 @@ def _allocate_dbias(problem: Problem, x: Operands, mode: str | None) -> Tensor |
     return torch.empty(x.bias.shape, dtype=x.bias.dtype, device=device) if mode == "summed" else None
 
 
-def arguments(problem: Problem, x: Operands) -> dict[str, Any]:
-    """What all attention kernels are told about a problem."""
-    natural = problem.dtype == torch.float32
-    raw = not natural and problem.graphs.score is None and x.bias is None and 1e-30 < problem.scale < 1e30
-    k, v = (t.view(torch.uint8) if x.k_scale is not None else t for t in (x.k, x.v))
-    return dict(
-        Q=x.q, K=k, V=v, BIAS=x.bias, RNG=x.rng, Q_ROWS=x.q_rows, K_ROWS=x.k_rows, lse_rows=problem.rows_q[1],
-        q_strides=strides(x.q), k_strides=strides(x.k),
-        v_strides=strides(x.v), bias_strides=bias_strides(x.bias), scale=problem.scale, heads=problem.heads,
-        group=problem.group, nq=problem.seqlen_q, nk=problem.seqlen_k, dropout=problem.dropout,
-        captured=tuple(x.captured), ints=tuple(x.ints), floats=tuple(x.floats),
-        BIAS_COLS=bias_cols(x.bias), DROPOUT=problem.dropout > 0, RAW=raw, NATURAL=natural)
-
-
-def strides(x: Tensor) -> tuple[int, ...]:
-    """(batch, head, row) strides; 0 where a dimension has one entry, whose stride means nothing."""
-    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
-
-
-def bias_strides(bias: Tensor | None) -> tuple[int, ...]:
-    if bias is None:
-        return 0, 0, 0, 0
-    return tuple(0 if size == 1 else stride for size, stride in zip(bias.shape, bias.stride(), strict=True))
-
-
-def bias_cols(bias: Tensor | None) -> int | str | None:
-    """The column stride where a kernel can be compiled for it, "any" otherwise, None without bias."""
-    stride = bias_strides(bias)[3]
-    return None if bias is None else stride if stride in (0, 1) else "any"
-
-
-def blocks(n: int, block: int) -> int:
-    return -(-n // block)
-
-
 def constants(problem: Problem, config: Config) -> dict[str, Any]:
     return dict(SPAN=span_of(problem, config),
                 D=problem.head_dim, DV=problem.head_dim_v, BLOCK_M=config.BLOCK_M, BLOCK_N=config.BLOCK_N,
                 BLOCK_D=padded(problem.head_dim), BLOCK_DV=padded(problem.head_dim_v), PRECISION=precision(problem))
-
-
-@functools.cache
-def padded(dim: int) -> int:
-    """A head dim rounded up to a power of two, as tiles must be; at least 16, as tensor cores want."""
-    return max(16, 1 << (dim - 1).bit_length())

@@ -19,7 +19,7 @@ from tilewise.trace.graph import leaves, parse
 
 HEADER = """import triton
 import triton.language as tl
-from tilewise.backends.gpu_math.elementary import (
+{gluon}from tilewise.backends.gpu_math.elementary import (
     floor_divide, floor_divide_floats, floor_remainder, floor_remainder_floats, power, tanh)
 from {module} import {kernel}
 
@@ -30,7 +30,7 @@ GRAPHS = {"SCORE": "score", "SCORE_GRADIENT": "score_gradient", "MASK": "mask", 
 SCALARS = {"scale": "fp32", "heads": "i32", "group": "i32", "nq": "i32", "nk": "i32", "dropout": "i32",
            "sum_batch": "i32", "sum_heads": "i32", "lse_rows": "i32", "page_size": "i32", "pages_row": "i64", "splits": "i32",
            "out_split": "i64", "lse_split": "i64", "kv_heads": "i32", "room": "i32", "slots": "i32", "blocks": "i32",
-           "positions": "i32"}
+           "positions": "i32", "together": "i32"}
 MAX_ALIGN = 16
 
 
@@ -131,7 +131,9 @@ def source_of(kernel: Any, program: str, lookup: int | None = None) -> str:
             scaled += [flat for flat, _ in parameter.flat] if parameter.kind == "strides" else []
         else:
             passed.append(f"{parameter.name}={parameter.name}")
-    lines = [f"@triton.jit(do_not_specialize={fixed})", f"def {name}_entry({', '.join([*arguments, 'ALIGN: tl.constexpr'])}):",
+    language = "gluon" if kernel.is_gluon() else "triton"
+    lines = [f"@{language}.jit(do_not_specialize={fixed})", f"def {name}_entry({', '.join([*arguments, 'ALIGN: tl.constexpr'])}):",
              *[f"    {flat} = {flat} * ALIGN" for flat in scaled], f"    {name}({', '.join(passed)})"]
-    header = HEADER.format(module=kernel.fn.__module__, kernel=name)
+    gluon = "from triton.experimental import gluon\n" if kernel.is_gluon() else ""
+    header = HEADER.format(gluon=gluon, module=kernel.fn.__module__, kernel=name)
     return header + "".join(f"{text}\n\n" for text in functions) + "\n".join(lines) + "\n"

@@ -1,38 +1,6 @@
-"""Where a program works, and how tiles of rows come from memory and go back. Offsets are 64-bit.
-
-Rows of a sequence are found by its slot and first row (`tilewise/sequences.py`); all other row numbers count from there.
-"""
+"""How tiles of rows come from memory and go back. Offsets are 64-bit."""
 import triton
 import triton.language as tl
-
-
-@triton.jit
-def place(pid, WORK, blocks, heads, group, BLOCK: tl.constexpr, LAST_FIRST: tl.constexpr):
-    """(sequence, head, key head, first row) of a program.
-
-    WORK: None, or for sequences of unequal length the blocks of all of them (`schedule.py`), sequence -1: nothing to do.
-    Otherwise each sequence has `blocks`; LAST_FIRST: longest first under a causal mask, for queries.
-    """
-    if WORK is None:
-        block = pid % blocks
-        if LAST_FIRST:
-            block = blocks - 1 - block
-        h = (pid // blocks) % heads
-        return pid // blocks // heads, h, h // group, block * BLOCK
-    else:
-        h = pid % heads
-        item = WORK + 2 * (pid // heads)
-        return tl.load(item), h, h // group, tl.load(item + 1) * BLOCK
-
-
-@triton.jit
-def sequence(ROWS, b, n):
-    """(slot, first row, number of rows) of a sequence; of none, for b = -1, no rows. ROWS None: n rows from 0 in slot b."""
-    if ROWS is None:
-        return b, 0, tl.where(b < 0, 0, n)
-    else:
-        own = ROWS + 3 * tl.maximum(b, 0)
-        return tl.load(own), tl.load(own + 1), tl.where(b < 0, 0, tl.load(own + 2))
 
 
 @triton.jit

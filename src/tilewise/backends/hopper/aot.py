@@ -1,0 +1,102 @@
+"""Every shipped variant as a case to compile without a GPU (`tilewise.inspect`), as `triton/aot.py` has its own."""
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from tilewise import masks, score_mods
+from tilewise.backends import Needs
+from tilewise.backends.gpu_math import elementary, gradients, masking, places, preprocess, rows, scoring, softmax
+from tilewise.backends.gpu_math.arguments import TYPES
+from tilewise.backends.gpu_math.entry import entry, flatten, source_of
+from tilewise.backends.hopper import backward_kernel, configs, forward_kernel, gluon_names, launch, tiles
+from tilewise.block_sparse import block_mask
+from tilewise.problem import Layout, Operands, Problem, make, make_unequal
+
+ARCH = "sm_90"
+SOURCES = (elementary, gradients, masking, places, preprocess, rows, scoring, softmax, backward_kernel, forward_kernel, gluon_names,
+           tiles)
+N = 256
+
+
+@dataclass(frozen=True)
+class Case:
+    """See `tilewise.inspect.KernelCase`."""
+    name: str
+    direction: str
+    kernel: Any
+    signature: Mapping[str, str]
+    constants: Mapping[str, Any]
+    num_warps: int
+    tensor_cores: bool
+    key: str
+    arch: str = ARCH
+    num_stages: int = 1
+    unaligned: frozenset[str] = frozenset()
+
+
+def problems(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, Problem, Operands]]:
+    """What is compiled for a row of the table: "full", "causal", "listed", "packed"; with score functions and sinks, "rich"."""
+    q = torch.zeros(2, N, 2, head_dim, dtype=dtype)
+    sequences = torch.zeros(2, 3, dtype=torch.int32)
+    sparse = block_mask(torch.ones(2, 4, 4, dtype=torch.bool), block_size=64)
+    score = [score_mods.alibi(torch.zeros(2)), score_mods.softcap(30.0)]
+    for name, options in {"full": {}, "causal": {"causal": True}, "listed": {"mask": sparse}, "rich": dict(
+            mask=masks.causal() | masks.prefix(torch.zeros(2, dtype=torch.int32)), score_mod=score, sinks=torch.zeros(2))}.items():
+        yield name, *make(q, q, q, **options)
+    yield "packed", *make_unequal(Layout(sequences, sequences, max_seqlen_q=N, max_seqlen_k=N), *3 * [q.transpose(1, 2)],
+                                  causal=True)
+
+
+def shipped(dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> Iterator[Case]:
+    """The cases of each row of the table; fp16 compiles to the same counts as bf16."""
+    for dtype in dtypes:
+        for head_dim in configs.HEAD_DIMS:
+            for name, problem, x in problems(dtype, head_dim):
+                yield from cases(name, problem, x)
+
+
+def cases(name: str, problem: Problem, x: Operands) -> Iterator[Case]:
+    """The kernels of a problem, as `launch` calls them."""
+    recorded: list[Case] = []
+
+    def record(kernel, problem, programs, values, warps):
+        recorded.append(case(name, kernel, problem, values, warps))
+
+    out, lse = launch.forward(problem, x, start=record)
+    launch.backward(problem, x, out, lse, out, lse, Needs(False, x.sinks is not None), start=record)
+    return iter(recorded)
+
+
+def case(name: str, kernel: Any, problem: Problem, values: Mapping[str, Any], warps: int) -> Case:
+    flat = flatten(kernel, problem.program, values) | {"ALIGN": 16}
+    point, called = entry(kernel, problem.program), kernel.fn.__name__
+    annotations, constants, signature = point.fn.__annotations__, {}, {}
+    for argument, value in flat.items():
+        if isinstance(value, TensorDescriptor):
+            signature[argument] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape},{value.layout!r}>"
+        elif isinstance(value, torch.Tensor):
+            signature[argument] = "*" + TYPES[value.dtype]
+        elif isinstance(annotations.get(argument), str):
+            signature[argument] = annotations[argument]
+        else:
+            constants[argument] = value
+    text = repr((sources_hash(), source_of(kernel, problem.program), sorted(signature.items()),
+                 sorted(constants.items(), key=str), warps))
+    return Case(f"hopper {called} d{problem.head_dim} {name}", "backward" if called != "forward" else "forward", point, signature,
+                constants, warps, called != "preprocess", hashlib.sha256(text.encode()).hexdigest()[:16])
+
+
+@functools.cache
+def sources_hash() -> str:
+    """Of every kernel source and of Triton's version."""
+    import triton
+    text = triton.__version__ + "".join(inspect.getsource(module) for module in SOURCES)
+    return hashlib.sha256(text.encode()).hexdigest()

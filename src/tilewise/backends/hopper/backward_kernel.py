@@ -1,0 +1,233 @@
+"""FlashAttention-3, backward (Shah et al. 2024, section 3.3 and appendix B.1), for Hopper, in Gluon.
+
+A program has a block of keys and walks the blocks of queries of all heads of its group. One warp, the producer, copies tiles by
+TMA; eight warps multiply. Scores are transposed, S^T = K Q^T, so that P^T and dS^T feed dV and dK from registers. dS goes through
+shared memory once, for dQ, which TMA adds to global memory in fp32, in any order.
+
+    EARLY_Q_WAIT  waits for the next tile of Q between the exponentials and the wait for dP = V dO^T, as in `forward_kernel.py`.
+
+Barriers, of which each stage has its own; phase of tile i, counted over all heads of the group: i // STAGES % 2
+    kv_full           the producer's TMA -> the consumer, once
+    q_full, do_full   the producer's TMA -> the consumer, each tile
+    q_empty           the consumer, after dK is there -> the producer, before it loads tile i + STAGES
+    do_empty          the consumer, after dV is there -> the producer, likewise
+
+Before it: `preprocess`, dQ set to 0. After it: dQ lacks the factor `scale`. Q, dO, dQ have blocks of BLOCK_M rows, K, V, dK, dV of
+BLOCK_N. Other names as in `forward_kernel.py`.
+"""
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from tilewise.backends.gpu_math import gradients, masking, softmax
+from tilewise.backends.gpu_math.places import place, sequence
+from tilewise.backends.hopper.gluon_names import thread_barrier, tma_add, tma_store, tma_store_wait
+from tilewise.backends.hopper.tiles import as_block, first_of, hide_rows, load, reaches_out, store_rows
+
+WARPS = gl.constexpr(8)
+
+
+@gluon.jit
+def visits(QUERIES: gl.constexpr, VISIT: gl.constexpr, LIST, where, h, heads, cols, block, blocks, program,
+           BLOCK_M: gl.constexpr):
+    """(visits, how many tiles are partial, how many there are) of the block of keys by the queries of head h."""
+    b, _h_kv, _q_slot, _q_row, _k_slot, _k_row, nq, nk = where
+    r = masking.visits(QUERIES, VISIT, LIST, b, h, heads, cols, block, blocks, nk, nq, nk, nq, program, BLOCK_M)
+    masked = masking.count(r, True, 0)
+    return r, masked, masked + masking.count(r, False, 0)
+
+
+@gluon.jit
+def producer(descs, tiles, barriers, where, heads, group, first_col, blocks, LIST, program, QUERIES: gl.constexpr,
+             VISIT: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    q_desc, k_desc, v_desc, do_desc, _dq_desc, _dk_desc, _dv_desc = descs
+    q_tiles, do_tiles, k_tile, v_tile, _ds_tile, _dq_tile = tiles
+    kv_full, q_full, q_empty, do_full, do_empty = barriers
+    _b, h_kv, q_slot, q_row, k_slot, k_row, _nq, _nk = where
+    mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
+    load(k_desc, k_slot, h_kv, k_row + first_col, kv_full, k_tile, False)
+    load(v_desc, k_slot, h_kv, k_row + first_col, kv_full, v_tile, False)
+    cols = first_col + gl.arange(0, BLOCK_N, gl.BlockedLayout([1], [32], [1], [0]))
+    i = 0
+    for member in range(group):
+        h = h_kv * group + member
+        r, masked, total = visits(QUERIES, VISIT, LIST, where, h, heads, cols, first_col // BLOCK_N, blocks, program, BLOCK_M)
+        for t in range(total):
+            slot, phase = i % STAGES, (i // STAGES & 1) ^ 1
+            row = q_row + first_of(r, t, masked, LIST, VISIT, BLOCK_M)
+            mbarrier.wait(q_empty.index(slot), phase)
+            load(q_desc, q_slot, h, row, q_full.index(slot), q_tiles.index(slot), True)
+            mbarrier.wait(do_empty.index(slot), phase)
+            load(do_desc, q_slot, h, row, do_full.index(slot), do_tiles.index(slot), True)
+            i += 1
+
+
+@gluon.jit
+def hide(tile, first, r):
+    """Hides the queries that see none of the keys."""
+    if reaches_out(tile, first, r):
+        hide_rows(tile, first, r[8], r[9], 0, 1)
+        fence_async_shared()
+        thread_barrier()
+
+
+@gluon.jit
+def step(descs, tiles, barriers, sums, i, first, more, r, h, cols, where, statistics, LSE, DELTA, scale, program,
+         SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr, MASKED: gl.constexpr,
+         STAGES: gl.constexpr, EARLY_Q_WAIT: gl.constexpr):
+    """One tile of queries, from row `first` of head h on. more: whether this head has another one."""
+    q_tiles, do_tiles, k_tile, v_tile, ds_tile, dq_tile = tiles
+    _kv_full, q_full, q_empty, do_full, do_empty = barriers
+    b, _h_kv, q_slot, q_row, _k_slot, _k_row, nq, nk = where
+    dk, dv = sums
+    BLOCK_M: gl.constexpr = q_tiles.shape[1]
+    BLOCK_N: gl.constexpr = k_tile.shape[0]
+    BLOCK_D: gl.constexpr = k_tile.shape[1]
+    TYPE: gl.constexpr = k_tile.dtype
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
+    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BLOCK_D // 2, 16])
+    zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, S_LAYOUT)
+    rows = first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, S_LAYOUT))
+    slot, after = i % STAGES, (i + 1) % STAGES
+    q, do = q_tiles.index(slot), do_tiles.index(slot)
+    if MASKED:
+        hide(q, first, r)
+    s = warpgroup_mma(k_tile, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+    lse = softmax.subtrahend(gl.load(LSE + statistics + rows, mask=rows < nq, other=float("inf")), False)
+    mbarrier.wait(do_full.index(slot), i // STAGES & 1)
+    if MASKED:
+        hide(do, first, r)
+    dp = warpgroup_mma(v_tile, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
+    p = gradients.probabilities(s, lse[None, :], scale, b, h, rows[None, :], cols[:, None], nq, nk, None, None, program, SCORE, MASK,
+                                None, RAW, False, MASKED)
+    if EARLY_Q_WAIT:
+        mbarrier.wait(q_full.index(after), (i + 1) // STAGES & 1, pred=more)
+    delta = gl.load(DELTA + statistics + rows, mask=rows < nq, other=0.0)   # before the wait for Q it would spill
+    p_operand = gl.convert_layout(p.to(TYPE), gl.DotOperandLayout(0, dv.type.layout, 2), assert_trivial=True)
+    dp = warpgroup_mma_wait(0, deps=[dp])
+    _, ds = gradients.of_scores(p, s, dp, delta[None, :], scale, b, h, rows[None, :], cols[:, None], nq, nk, program,
+                                SCORE_GRADIENT, MASKED)
+    ds = ds.to(TYPE)
+    dv = warpgroup_mma(p_operand, do, dv, is_async=True)
+    ds_tile.store(ds)
+    fence_async_shared()
+    zero_dq = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, DQ_LAYOUT)
+    dq = warpgroup_mma(ds_tile.permute((1, 0)), k_tile, zero_dq, use_acc=False, is_async=True)
+    dv = warpgroup_mma_wait(1, deps=[dv])
+    mbarrier.arrive(do_empty.index(slot), count=1)
+    ds_operand = gl.convert_layout(ds, gl.DotOperandLayout(0, dk.type.layout, 2), assert_trivial=True)
+    dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
+    dq = warpgroup_mma_wait(1, deps=[dq])
+    tma_store_wait(0)                   # the tile before has left shared memory
+    dq_tile.store(dq)
+    fence_async_shared()
+    tma_add(descs[4], [q_slot, h, q_row + first, 0], as_block(dq_tile, descs[4]))
+    if not EARLY_Q_WAIT:
+        mbarrier.wait(q_full.index(after), (i + 1) // STAGES & 1, pred=more)
+    dk = warpgroup_mma_wait(0, deps=[dk])
+    mbarrier.arrive(q_empty.index(slot), count=1)
+    return dk, dv
+
+
+@gluon.jit
+def consumer(descs, tiles, barriers, where, heads, group, first_col, blocks, LIST, LSE, DELTA, DK, DV_, dk_stride, dv_stride,
+             scale, lse_rows, program, SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr,
+             QUERIES: gl.constexpr, VISIT: gl.constexpr, RAW: gl.constexpr, PACKED: gl.constexpr, D: gl.constexpr,
+             DV: gl.constexpr, STAGES: gl.constexpr, EARLY_Q_WAIT: gl.constexpr):
+    q_tiles, do_tiles, k_tile, v_tile, ds_tile, dq_tile = tiles
+    kv_full, q_full, q_empty, do_full, do_empty = barriers
+    b, h_kv, q_slot, q_row, k_slot, k_row, nq, nk = where
+    BLOCK_M: gl.constexpr = q_tiles.shape[1]
+    BLOCK_N: gl.constexpr = k_tile.shape[0]
+    BLOCK_D: gl.constexpr = k_tile.shape[1]
+    BLOCK_DV: gl.constexpr = v_tile.shape[1]
+    TYPE: gl.constexpr = k_tile.dtype
+    DK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_D, 16])
+    DV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_DV, 16])
+    COLS: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16]))
+    gl.static_assert(STAGES >= 2, "it waits for the next tile of Q before it frees this one")
+    dk = gl.zeros([BLOCK_N, BLOCK_D], gl.float32, DK_LAYOUT)
+    dv = gl.zeros([BLOCK_N, BLOCK_DV], gl.float32, DV_LAYOUT)
+    cols = first_col + gl.arange(0, BLOCK_N, COLS)
+    mbarrier.wait(kv_full, 0)
+    if first_col + BLOCK_N > nk:        # keys behind the sequence
+        hide_rows(k_tile, first_col, 0, nk, 0, 1)
+        fence_async_shared()
+        thread_barrier()
+    i = 0
+    for member in range(group):
+        h = h_kv * group + member
+        r, masked, total = visits(QUERIES, VISIT, LIST, where, h, heads, cols, first_col // BLOCK_N, blocks, program, BLOCK_M)
+        statistics = (q_slot * heads + h).to(gl.int64) * lse_rows + q_row
+        mbarrier.wait(q_full.index(i % STAGES), i // STAGES & 1, pred=total > 0)
+        for t in range(masked):
+            first = masking.tile(r, t, LIST, VISIT, True, 0) * BLOCK_M
+            dk, dv = step(descs, tiles, barriers, (dk, dv), i, first, t + 1 < total, r, h, cols, where, statistics, LSE, DELTA, scale,
+                          program, SCORE, SCORE_GRADIENT, MASK, RAW, True, STAGES, EARLY_Q_WAIT)
+            i += 1
+        for t in range(masked, total):
+            first = masking.tile(r, t - masked, LIST, VISIT, False, 0) * BLOCK_M
+            dk, dv = step(descs, tiles, barriers, (dk, dv), i, first, t + 1 < total, r, h, cols, where, statistics, LSE, DELTA, scale,
+                          program, SCORE, SCORE_GRADIENT, MASK, RAW, False, STAGES, EARLY_Q_WAIT)
+            i += 1
+    k_tile.store((dk * scale).to(TYPE))                 # nothing reads K and V any more
+    v_tile.store(dv.to(TYPE))
+    if PACKED:
+        store_rows(k_tile, DK, dk_stride, k_row + first_col, nk - first_col, D)
+        store_rows(v_tile, DV_, dv_stride, k_row + first_col, nk - first_col, DV)
+    else:
+        fence_async_shared()
+        tma_store(descs[5], [k_slot, h_kv, k_row + first_col, 0], as_block(k_tile, descs[5]))
+        tma_store(descs[6], [k_slot, h_kv, k_row + first_col, 0], as_block(v_tile, descs[6]))
+    tma_store_wait(0)
+
+
+@gluon.jit
+def backward(q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc, LSE, DELTA, DK, DV_, LIST, Q_ROWS, K_ROWS, WORK,
+             dk_strides, dv_strides, scale, heads, group, nq, nk, lse_rows, captured, ints, floats, SCORE: gl.constexpr,
+             SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, QUERIES: gl.constexpr, VISIT: gl.constexpr, RAW: gl.constexpr,
+             D: gl.constexpr, DV: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+             BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, EARLY_Q_WAIT: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):
+    """One program for BLOCK_N keys of a key head; launched with 8 warps."""
+    PACKED: gl.constexpr = WORK is not None
+    TYPE: gl.constexpr = q_desc.dtype
+    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    b, _, h_kv, first_col = place(gl.program_id(0), WORK, gl.cdiv(nk, BLOCK_N), heads // group, 1, BLOCK_N, False)
+    blocks = gl.cdiv(nk, BLOCK_N)
+    q_slot, q_start, nq = sequence(Q_ROWS, b, nq)
+    k_slot, k_start, nk = sequence(K_ROWS, b, nk)
+    b = gl.maximum(b, 0)
+    program = (captured, ints, floats)
+    q_tiles = gl.allocate_shared_memory(TYPE, [STAGES, BLOCK_M, BLOCK_D], TILE)
+    do_tiles = gl.allocate_shared_memory(TYPE, [STAGES, BLOCK_M, BLOCK_DV], TILE)
+    k_tile = gl.allocate_shared_memory(TYPE, [BLOCK_N, BLOCK_D], TILE)
+    v_tile = gl.allocate_shared_memory(TYPE, [BLOCK_N, BLOCK_DV], TILE)
+    ds_tile = gl.allocate_shared_memory(TYPE, [BLOCK_N, BLOCK_M], gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], TYPE))
+    dq_tile = gl.allocate_shared_memory(gl.float32, [BLOCK_M, BLOCK_D], gl.NVMMASharedLayout(128, 32))
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
+    q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    q_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    do_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    mbarrier.init(kv_full, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
+        mbarrier.init(do_full.index(i), count=1)
+        mbarrier.init(do_empty.index(i), count=1)
+    fence_async_shared()
+    descs = (q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc)
+    tiles = (q_tiles, do_tiles, k_tile, v_tile, ds_tile, dq_tile)
+    barriers = (kv_full, q_full, q_empty, do_full, do_empty)
+    where = (b, h_kv, q_slot, q_start, k_slot, k_start, nq, nk)
+    DK += k_slot.to(gl.int64) * dk_strides[0] + h_kv.to(gl.int64) * dk_strides[1]
+    DV_ += k_slot.to(gl.int64) * dv_strides[0] + h_kv.to(gl.int64) * dv_strides[1]
+    gl.warp_specialize([
+        (consumer, (descs, tiles, barriers, where, heads, group, first_col, blocks, LIST, LSE, DELTA, DK, DV_, dk_strides[2],
+                    dv_strides[2], scale, lse_rows, program, SCORE, SCORE_GRADIENT, MASK, QUERIES, VISIT, RAW, PACKED, D, DV,
+                    STAGES, EARLY_Q_WAIT)),
+        (producer, (descs, tiles, barriers, where, heads, group, first_col, blocks, LIST, program, QUERIES, VISIT, STAGES, BLOCK_M,
+                    BLOCK_N)),
+    ], [1], [PRODUCER_REGISTERS])

@@ -1,0 +1,42 @@
+"""Variants of the kernels: data, in `configs.tsv` beside this file.
+
+A row says: this kernel, for head dims up to `head_dim` (the larger of D and D_v) and these features ("plain", or "rich": with a
+score function), works on BLOCK_M queries x BLOCK_N keys per tile, with so many stages and registers of a thread.
+Every row compiles without register spills (`results/gates.json`); none has been chosen by measured speed yet.
+"""
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import NamedTuple
+
+from tilewise.problem import Problem
+
+TABLE = Path(__file__).with_name("configs.tsv")
+HEAD_DIMS = (64, 128)
+
+
+class Config(NamedTuple):
+    BLOCK_M: int
+    BLOCK_N: int
+    STAGES: int
+    PINGPONG: int
+    EARLY_WAIT: int
+    CONSUMER_REGISTERS: int
+    PRODUCER_REGISTERS: int
+
+
+@functools.cache
+def table() -> dict[tuple[str, int, str], Config]:
+    rows = {}
+    for line in TABLE.read_text().splitlines()[1:]:
+        kernel, head_dim, features, *numbers = line.split("\t")
+        rows[kernel, int(head_dim), features] = Config(*map(int, numbers))
+    return rows
+
+
+def choose(kernel: str, problem: Problem) -> Config:
+    """The configuration of a kernel for a problem."""
+    dim = max(problem.head_dim, problem.head_dim_v)
+    features = "plain" if problem.graphs.score is None else "rich"
+    return table()[kernel, min(d for d in HEAD_DIMS if d >= dim), features]
