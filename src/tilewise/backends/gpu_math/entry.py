@@ -1,6 +1,6 @@
 """Kernel entry points: generated for one program, they unpack flat arguments and call the written kernels.
 
-The kernels (`forward_kernel.py`, `backward_kernels.py`) take strides and program slots as tuples. Triton compiles again
+The kernels take strides and program slots as tuples. Triton compiles again
 whenever an integer in a tuple argument becomes 1 or a multiple of 16; flat arguments can be told not to. So an entry point
 has flat arguments of fixed types and hands tuples on. Strides come divided by their greatest common power of two, ALIGN,
 and are multiplied by it inside, which tells the compiler what it needs for 16-byte loads. Nothing recompiles because a
@@ -131,9 +131,10 @@ def source_of(kernel: Any, program: str, lookup: int | None = None) -> str:
             scaled += [flat for flat, _ in parameter.flat] if parameter.kind == "strides" else []
         else:
             passed.append(f"{parameter.name}={parameter.name}")
-    language = "gluon" if kernel.is_gluon() else "triton"
-    lines = [f"@{language}.jit(do_not_specialize={fixed})", f"def {name}_entry({', '.join([*arguments, 'ALIGN: tl.constexpr'])}):",
+    is_gluon = getattr(kernel, "is_gluon", bool)()      # what Triton's interpreter runs lacks it
+    lines = [f"@{'gluon' if is_gluon else 'triton'}.jit(do_not_specialize={fixed})",
+             f"def {name}_entry({', '.join([*arguments, 'ALIGN: tl.constexpr'])}):",
              *[f"    {flat} = {flat} * ALIGN" for flat in scaled], f"    {name}({', '.join(passed)})"]
-    gluon = "from triton.experimental import gluon\n" if kernel.is_gluon() else ""
+    gluon = "from triton.experimental import gluon\n" if is_gluon else ""
     header = HEADER.format(gluon=gluon, module=kernel.fn.__module__, kernel=name)
     return header + "".join(f"{text}\n\n" for text in functions) + "\n".join(lines) + "\n"
