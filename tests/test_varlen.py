@@ -13,8 +13,8 @@ from torch.overrides import TorchFunctionMode
 import tilewise as tw
 import tilewise.ops  # registers the custom op
 from tilewise.backends import Needs
-from tilewise.backends.triton.configs import Config
 from tilewise.backends.gpu_math.schedule import schedule
+from tilewise.backends.triton.configs import Config
 from tilewise.bench.cases import CASES, draw
 from tilewise.packing import cu_seqlens
 from tilewise.sequences import packed_rows

@@ -25,9 +25,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-MODULES = {"triton": "tilewise.backends.triton", "cpu": "tilewise.backends.cpu", "tiled": "tilewise.backends.tiled",
-           "reference": "tilewise.reference"}
-AUTO = ("triton", "cpu", "tiled")       # the order in which backend="auto" asks
+MODULES = {"hopper": "tilewise.backends.hopper", "triton": "tilewise.backends.triton", "cpu": "tilewise.backends.cpu",
+           "tiled": "tilewise.backends.tiled", "reference": "tilewise.reference"}
+AUTO = ("hopper", "triton", "cpu", "tiled")       # the order in which backend="auto" asks
 PROCESS = os.getpid()                   # that imported this first; another one is a fork of it
 
 

@@ -4,7 +4,8 @@
     configs.py   their variants              launch.py            how they are called
     gluon_names.py                           one set of names for Triton 3.6 to 3.9
 
-It has run in a simulator of Hopper's asynchrony (`tests/support/hopper/`), but on no GPU yet: "auto" passes it over until it has.
+It has run in a simulator of Hopper's asynchrony (`tests/support/hopper/`), but on no GPU yet: until it has, "auto" passes it
+over.
 """
 from __future__ import annotations
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from tilewise.backends import Gradients, Needs
 from tilewise.problem import Operands, Problem
 
+DTYPES = (torch.float16, torch.bfloat16)
 VERSIONS = (3, 6), (3, 9)               # of Triton whose Gluon `gluon_names.py` bridges
 MAX_HEAD_DIM = 128                      # beyond it dK and dV do not fit into registers together
 
@@ -48,7 +50,7 @@ def supports(problem: Problem) -> str | None:
 def unsupported(problem: Problem) -> str | None:
     """What these kernels lack for a problem, on any device."""
     absent = {
-        f"{str(problem.dtype)[6:]} inputs (its kernels take fp16 and bf16)": problem.dtype not in (torch.float16, torch.bfloat16),
+        f"{str(problem.dtype)[6:]} inputs (its kernels take fp16 and bf16)": problem.dtype not in DTYPES,
         f"head dims over {MAX_HEAD_DIM}": max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM,
         "a bias": problem.bias_shape is not None,
         "dropout": problem.dropout > 0,

@@ -21,8 +21,8 @@ from tilewise.block_sparse import block_mask
 from tilewise.problem import Layout, Operands, Problem, make, make_unequal
 
 ARCH = "sm_90"
-SOURCES = (elementary, gradients, masking, places, preprocess, rows, scoring, softmax, backward_kernel, forward_kernel, gluon_names,
-           tiles)
+SOURCES = (elementary, gradients, masking, places, preprocess, rows, scoring, softmax, backward_kernel, forward_kernel,
+           gluon_names, tiles)
 N = 256
 
 
@@ -48,10 +48,14 @@ def problems(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, Problem, 
     sequences = torch.zeros(2, 3, dtype=torch.int32)
     sparse = block_mask(torch.ones(2, 4, 4, dtype=torch.bool), block_size=64)
     score = [score_mods.alibi(torch.zeros(2)), score_mods.softcap(30.0)]
-    for name, options in {"full": {}, "causal": {"causal": True}, "listed": {"mask": sparse}, "rich": dict(
-            mask=masks.causal() | masks.prefix(torch.zeros(2, dtype=torch.int32)), score_mod=score, sinks=torch.zeros(2))}.items():
+    two_intervals = masks.causal() | masks.prefix(torch.zeros(2, dtype=torch.int32))
+    programs: dict[str, dict[str, Any]] = {
+        "full": {}, "causal": dict(causal=True), "listed": dict(mask=sparse),
+        "rich": dict(mask=two_intervals, score_mod=score, sinks=torch.zeros(2))}
+    for name, options in programs.items():
         yield name, *make(q, q, q, **options)
-    yield "packed", *make_unequal(Layout(sequences, sequences, max_seqlen_q=N, max_seqlen_k=N), *3 * [q.transpose(1, 2)],
+    packed = q.flatten(0, 1)[None].transpose(1, 2)
+    yield "packed", *make_unequal(Layout(sequences, sequences, max_seqlen_q=N, max_seqlen_k=N), packed, packed, packed,
                                   causal=True)
 
 
@@ -72,7 +76,7 @@ def cases(name: str, problem: Problem, x: Operands) -> Iterator[Case]:
 
     out, lse = launch.forward(problem, x, start=record)
     launch.backward(problem, x, out, lse, out, lse, Needs(False, x.sinks is not None), start=record)
-    return iter(recorded)
+    return (case for case in recorded if case.kernel.fn.__name__ != "preprocess_entry" or name == "packed")
 
 
 def case(name: str, kernel: Any, problem: Problem, values: Mapping[str, Any], warps: int) -> Case:
@@ -90,8 +94,9 @@ def case(name: str, kernel: Any, problem: Problem, values: Mapping[str, Any], wa
             constants[argument] = value
     text = repr((sources_hash(), source_of(kernel, problem.program), sorted(signature.items()),
                  sorted(constants.items(), key=str), warps))
-    return Case(f"hopper {called} d{problem.head_dim} {name}", "backward" if called != "forward" else "forward", point, signature,
-                constants, warps, called != "preprocess", hashlib.sha256(text.encode()).hexdigest()[:16])
+    return Case(f"hopper {called}{values.get('PART', '')} d{problem.head_dim} {name}",
+                "forward" if called == "forward" else "backward", point, signature, constants, warps, called != "preprocess",
+                hashlib.sha256(text.encode()).hexdigest()[:16])
 
 
 @functools.cache

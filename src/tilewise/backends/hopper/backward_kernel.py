@@ -1,9 +1,10 @@
 """FlashAttention-3, backward (Shah et al. 2024, section 3.3 and appendix B.1), for Hopper, in Gluon.
 
-A program has a block of keys and walks the blocks of queries of all heads of its group. One warp, the producer, copies tiles by
-TMA; eight warps multiply. Scores are transposed, S^T = K Q^T, so that P^T and dS^T feed dV and dK from registers. dS goes through
-shared memory once, for dQ, which TMA adds to global memory in fp32, in any order.
+A program has a block of keys and walks the blocks of queries of all heads of its group. One warp, the producer, copies tiles
+by TMA; eight warps multiply. Scores are transposed, S^T = K Q^T, so that P^T and dS^T feed dV and dK from registers. dS goes
+through shared memory once, for dQ, which TMA adds to global memory in fp32, in any order.
 
+    PART          "": all gradients; " dk": dQ and dK, " dv": dV, where registers do not hold both accumulators
     EARLY_Q_WAIT  waits for the next tile of Q between the exponentials and the wait for dP = V dO^T, as in `forward_kernel.py`.
 
 Barriers, of which each stage has its own; phase of tile i, counted over all heads of the group: i // STAGES % 2
@@ -12,8 +13,8 @@ Barriers, of which each stage has its own; phase of tile i, counted over all hea
     q_empty           the consumer, after dK is there -> the producer, before it loads tile i + STAGES
     do_empty          the consumer, after dV is there -> the producer, likewise
 
-Before it: `preprocess`, dQ set to 0. After it: dQ lacks the factor `scale`. Q, dO, dQ have blocks of BLOCK_M rows, K, V, dK, dV of
-BLOCK_N. Other names as in `forward_kernel.py`.
+Before it: `preprocess`, dQ set to 0. After it: dQ lacks the factor `scale`. Q, dO, dQ have blocks of BLOCK_M rows, K, V, dK,
+dV of BLOCK_N. Other names as in `forward_kernel.py`.
 """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -22,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from tilewise.backends.gpu_math import gradients, masking, softmax
 from tilewise.backends.gpu_math.places import place, sequence
 from tilewise.backends.hopper.gluon_names import thread_barrier, tma_add, tma_store, tma_store_wait
-from tilewise.backends.hopper.tiles import as_block, first_of, hide_rows, load, reaches_out, store_rows
+from tilewise.backends.hopper.tiles import as_block, first_of, hide_rows, load, store_rows
 
 WARPS = gl.constexpr(8)
 
@@ -63,19 +64,47 @@ def producer(descs, tiles, barriers, where, heads, group, first_col, blocks, LIS
 
 
 @gluon.jit
-def hide(tile, first, r):
-    """Hides the queries that see none of the keys."""
-    if reaches_out(tile, first, r):
-        hide_rows(tile, first, r[8], r[9], 0, 1)
+def hide(tile, first, n):
+    """Hides rows behind the sequence's own, which may be another's; where there are none TMA fills with 0."""
+    if first + tile.shape[0] > n:
+        hide_rows(tile, first, 0, n, 0, 1)
         fence_async_shared()
         thread_barrier()
 
 
 @gluon.jit
-def step(descs, tiles, barriers, sums, i, first, more, r, h, cols, where, statistics, LSE, DELTA, scale, program,
-         SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr, MASKED: gl.constexpr,
-         STAGES: gl.constexpr, EARLY_Q_WAIT: gl.constexpr):
-    """One tile of queries, from row `first` of head h on. more: whether this head has another one."""
+def hide_unseen(tile, first, where, heads, group, program, QUERIES: gl.constexpr, VISIT: gl.constexpr, PACKED: gl.constexpr):
+    """Hides the keys that no query of any head sees, such as padding; where tiles are listed, only those behind
+    the sequence."""
+    b, h_kv, _q_slot, _q_row, _k_slot, _k_row, nq, nk = where
+    WARPS: gl.constexpr = gl.num_warps()
+    PIECE: gl.constexpr = 4 * WARPS
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    if VISIT == 1 or VISIT == 2:
+        for piece in gl.static_range(tile.shape[0] // PIECE):
+            some = tile.slice(piece * PIECE, PIECE)
+            col = first + piece * PIECE + gl.arange(0, PIECE, gl.SliceLayout(1, LAYOUT))
+            inside = gl.maximum(gl.minimum(col, nk - 1), 0)
+            seen = col < 0
+            for member in range(group):
+                bands = QUERIES(b, h_kv * group + member, inside, nq, nk, program[0], program[1], program[2])
+                seen = seen | ((col < nk) & (bands[0] <= bands[1]))
+                if VISIT == 2:
+                    seen = seen | ((col < nk) & (bands[4] <= bands[5]))
+            x = some.load(LAYOUT)
+            some.store(gl.where(seen[:, None], x, gl.zeros_like(x)))
+        fence_async_shared()
+        thread_barrier()
+    elif PACKED:
+        hide(tile, first, nk)
+
+
+@gluon.jit
+def step(descs, tiles, barriers, sums, i, first, more, h, cols, where, of_lse, of_delta, scale, program, SCORE: gl.constexpr,
+         SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr, PACKED: gl.constexpr, MASKED: gl.constexpr,
+         PART: gl.constexpr, STAGES: gl.constexpr, EARLY_Q_WAIT: gl.constexpr):
+    """One tile of queries, from row `first` of head h on, whose statistics are at of_lse, of_delta. more: whether this head has
+    another one."""
     q_tiles, do_tiles, k_tile, v_tile, ds_tile, dq_tile = tiles
     _kv_full, q_full, q_empty, do_full, do_empty = barriers
     b, _h_kv, q_slot, q_row, _k_slot, _k_row, nq, nk = where
@@ -86,63 +115,82 @@ def step(descs, tiles, barriers, sums, i, first, more, r, h, cols, where, statis
     TYPE: gl.constexpr = k_tile.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16])
     DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BLOCK_D // 2, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, S_LAYOUT, 2)
     zero = gl.zeros([BLOCK_N, BLOCK_M], gl.float32, S_LAYOUT)
     rows = first + gl.arange(0, BLOCK_M, gl.SliceLayout(0, S_LAYOUT))
     slot, after = i % STAGES, (i + 1) % STAGES
     q, do = q_tiles.index(slot), do_tiles.index(slot)
-    if MASKED:
-        hide(q, first, r)
+    if MASKED and PACKED:
+        hide(q, first, nq)
     s = warpgroup_mma(k_tile, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-    lse = softmax.subtrahend(gl.load(LSE + statistics + rows, mask=rows < nq, other=float("inf")), False)
+    lse = softmax.subtrahend(statistic(of_lse, rows, nq, MASKED), False)
     mbarrier.wait(do_full.index(slot), i // STAGES & 1)
-    if MASKED:
-        hide(do, first, r)
-    dp = warpgroup_mma(v_tile, do.permute((1, 0)), zero, use_acc=False, is_async=True)
-    s = warpgroup_mma_wait(1, deps=[s])
-    p = gradients.probabilities(s, lse[None, :], scale, b, h, rows[None, :], cols[:, None], nq, nk, None, None, program, SCORE, MASK,
-                                None, RAW, False, MASKED)
+    if MASKED and PACKED:
+        hide(do, first, nq)
+    if PART == " dv":
+        s = warpgroup_mma_wait(0, deps=[s])
+    else:
+        dp = warpgroup_mma(v_tile, do.permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(1, deps=[s])
+    p = gradients.probabilities(s, lse[None, :], scale, b, h, rows[None, :], cols[:, None], nq, nk, None, None, program, SCORE,
+                                MASK, None, RAW, False, MASKED)
     if EARLY_Q_WAIT:
         mbarrier.wait(q_full.index(after), (i + 1) // STAGES & 1, pred=more)
-    delta = gl.load(DELTA + statistics + rows, mask=rows < nq, other=0.0)   # before the wait for Q it would spill
-    p_operand = gl.convert_layout(p.to(TYPE), gl.DotOperandLayout(0, dv.type.layout, 2), assert_trivial=True)
-    dp = warpgroup_mma_wait(0, deps=[dp])
-    _, ds = gradients.of_scores(p, s, dp, delta[None, :], scale, b, h, rows[None, :], cols[:, None], nq, nk, program,
-                                SCORE_GRADIENT, MASKED)
-    ds = ds.to(TYPE)
-    dv = warpgroup_mma(p_operand, do, dv, is_async=True)
-    ds_tile.store(ds)
-    fence_async_shared()
-    zero_dq = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, DQ_LAYOUT)
-    dq = warpgroup_mma(ds_tile.permute((1, 0)), k_tile, zero_dq, use_acc=False, is_async=True)
-    dv = warpgroup_mma_wait(1, deps=[dv])
-    mbarrier.arrive(do_empty.index(slot), count=1)
-    ds_operand = gl.convert_layout(ds, gl.DotOperandLayout(0, dk.type.layout, 2), assert_trivial=True)
-    dk = warpgroup_mma(ds_operand, q, dk, is_async=True)
-    dq = warpgroup_mma_wait(1, deps=[dq])
-    tma_store_wait(0)                   # the tile before has left shared memory
-    dq_tile.store(dq)
-    fence_async_shared()
-    tma_add(descs[4], [q_slot, h, q_row + first, 0], as_block(dq_tile, descs[4]))
+    if PART == " dv":
+        dv = warpgroup_mma(gl.convert_layout(p.to(TYPE), OPERAND, assert_trivial=True), do, dv, is_async=True)
+        dv = warpgroup_mma_wait(0, deps=[dv])
+        mbarrier.arrive(do_empty.index(slot), count=1)
+    else:
+        delta = statistic(of_delta, rows, nq, MASKED)      # before the wait for Q it would spill
+        if PART == "":
+            p_operand = gl.convert_layout(p.to(TYPE), OPERAND, assert_trivial=True)
+        dp = warpgroup_mma_wait(0, deps=[dp])
+        _, ds = gradients.of_scores(p, s, dp, delta[None, :], scale, b, h, rows[None, :], cols[:, None], nq, nk, program,
+                                    SCORE_GRADIENT, MASKED)
+        ds = ds.to(TYPE)
+        if PART == "":
+            dv = warpgroup_mma(p_operand, do, dv, is_async=True)
+        ds_tile.store(ds)
+        fence_async_shared()
+        zero_dq = gl.zeros([BLOCK_M, BLOCK_D], gl.float32, DQ_LAYOUT)
+        dq = warpgroup_mma(ds_tile.permute((1, 0)), k_tile, zero_dq, use_acc=False, is_async=True)
+        if PART == "":
+            dv = warpgroup_mma_wait(1, deps=[dv])
+        mbarrier.arrive(do_empty.index(slot), count=1)
+        dk = warpgroup_mma(gl.convert_layout(ds, OPERAND, assert_trivial=True), q, dk, is_async=True)
+        dq = warpgroup_mma_wait(1, deps=[dq])
+        tma_store_wait(0)               # the tile before has left shared memory
+        dq_tile.store(dq)
+        fence_async_shared()
+        tma_add(descs[4], [q_slot, h, q_row + first, 0], as_block(dq_tile, descs[4]))
+        dk = warpgroup_mma_wait(0, deps=[dk])
     if not EARLY_Q_WAIT:
         mbarrier.wait(q_full.index(after), (i + 1) // STAGES & 1, pred=more)
-    dk = warpgroup_mma_wait(0, deps=[dk])
     mbarrier.arrive(q_empty.index(slot), count=1)
     return dk, dv
+
+
+@gluon.jit
+def statistic(X, rows, nq, MASKED: gl.constexpr):
+    """Of a tile's queries, behind the sequence of its last. rows come last in the sum: a tensor of pointers would be kept in
+    registers and spill."""
+    if MASKED:
+        return gl.load(X + gl.minimum(rows, nq - 1))
+    return gl.load(X + rows)
 
 
 @gluon.jit
 def consumer(descs, tiles, barriers, where, heads, group, first_col, blocks, LIST, LSE, DELTA, DK, DV_, dk_stride, dv_stride,
              scale, lse_rows, program, SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr,
              QUERIES: gl.constexpr, VISIT: gl.constexpr, RAW: gl.constexpr, PACKED: gl.constexpr, D: gl.constexpr,
-             DV: gl.constexpr, STAGES: gl.constexpr, EARLY_Q_WAIT: gl.constexpr):
-    q_tiles, do_tiles, k_tile, v_tile, ds_tile, dq_tile = tiles
-    kv_full, q_full, q_empty, do_full, do_empty = barriers
-    b, h_kv, q_slot, q_row, k_slot, k_row, nq, nk = where
+             DV: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, EARLY_Q_WAIT: gl.constexpr):
+    q_tiles, _do_tiles, k_tile, v_tile, _ds_tile, _dq_tile = tiles
+    kv_full, q_full, _q_empty, _do_full, _do_empty = barriers
+    _b, h_kv, q_slot, q_row, k_slot, k_row, _nq, nk = where
     BLOCK_M: gl.constexpr = q_tiles.shape[1]
     BLOCK_N: gl.constexpr = k_tile.shape[0]
     BLOCK_D: gl.constexpr = k_tile.shape[1]
     BLOCK_DV: gl.constexpr = v_tile.shape[1]
-    TYPE: gl.constexpr = k_tile.dtype
     DK_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_D, 16])
     DV_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_DV, 16])
     COLS: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [8, 1], [16, BLOCK_M, 16]))
@@ -151,10 +199,7 @@ def consumer(descs, tiles, barriers, where, heads, group, first_col, blocks, LIS
     dv = gl.zeros([BLOCK_N, BLOCK_DV], gl.float32, DV_LAYOUT)
     cols = first_col + gl.arange(0, BLOCK_N, COLS)
     mbarrier.wait(kv_full, 0)
-    if first_col + BLOCK_N > nk:        # keys behind the sequence
-        hide_rows(k_tile, first_col, 0, nk, 0, 1)
-        fence_async_shared()
-        thread_barrier()
+    hide_unseen(k_tile, first_col, where, heads, group, program, QUERIES, VISIT, PACKED)
     i = 0
     for member in range(group):
         h = h_kv * group + member
@@ -163,32 +208,41 @@ def consumer(descs, tiles, barriers, where, heads, group, first_col, blocks, LIS
         mbarrier.wait(q_full.index(i % STAGES), i // STAGES & 1, pred=total > 0)
         for t in range(masked):
             first = masking.tile(r, t, LIST, VISIT, True, 0) * BLOCK_M
-            dk, dv = step(descs, tiles, barriers, (dk, dv), i, first, t + 1 < total, r, h, cols, where, statistics, LSE, DELTA, scale,
-                          program, SCORE, SCORE_GRADIENT, MASK, RAW, True, STAGES, EARLY_Q_WAIT)
+            dk, dv = step(descs, tiles, barriers, (dk, dv), i, first, t + 1 < total, h, cols, where, LSE + statistics,
+                          DELTA + statistics, scale, program, SCORE, SCORE_GRADIENT, MASK, RAW, PACKED, True, PART, STAGES,
+                          EARLY_Q_WAIT)
             i += 1
         for t in range(masked, total):
             first = masking.tile(r, t - masked, LIST, VISIT, False, 0) * BLOCK_M
-            dk, dv = step(descs, tiles, barriers, (dk, dv), i, first, t + 1 < total, r, h, cols, where, statistics, LSE, DELTA, scale,
-                          program, SCORE, SCORE_GRADIENT, MASK, RAW, False, STAGES, EARLY_Q_WAIT)
+            dk, dv = step(descs, tiles, barriers, (dk, dv), i, first, t + 1 < total, h, cols, where, LSE + statistics,
+                          DELTA + statistics, scale, program, SCORE, SCORE_GRADIENT, MASK, RAW, PACKED, False, PART, STAGES,
+                          EARLY_Q_WAIT)
             i += 1
-    k_tile.store((dk * scale).to(TYPE))                 # nothing reads K and V any more
-    v_tile.store(dv.to(TYPE))
+    if PART != " dv":                   # nothing reads K and V any more
+        store(descs[5], k_tile, dk * scale, k_slot, h_kv, k_row + first_col, nk - first_col, DK, dk_stride, PACKED, D)
+    if PART != " dk":
+        store(descs[6], v_tile, dv, k_slot, h_kv, k_row + first_col, nk - first_col, DV_, dv_stride, PACKED, DV)
+    tma_store_wait(0)
+
+
+@gluon.jit
+def store(desc, tile, x, slot, head, row, left, X, stride, PACKED: gl.constexpr, DIM: gl.constexpr):
+    """dK or dV to memory; X is at row 0 of a head. PACKED: the rows behind the `left` ones are another sequence's."""
+    tile.store(x.to(tile.dtype))
     if PACKED:
-        store_rows(k_tile, DK, dk_stride, k_row + first_col, nk - first_col, D)
-        store_rows(v_tile, DV_, dv_stride, k_row + first_col, nk - first_col, DV)
+        store_rows(tile, X, stride, row, left, DIM)
     else:
         fence_async_shared()
-        tma_store(descs[5], [k_slot, h_kv, k_row + first_col, 0], as_block(k_tile, descs[5]))
-        tma_store(descs[6], [k_slot, h_kv, k_row + first_col, 0], as_block(v_tile, descs[6]))
-    tma_store_wait(0)
+        tma_store(desc, [slot, head, row, 0], as_block(tile, desc))
 
 
 @gluon.jit
 def backward(q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc, LSE, DELTA, DK, DV_, LIST, Q_ROWS, K_ROWS, WORK,
              dk_strides, dv_strides, scale, heads, group, nq, nk, lse_rows, captured, ints, floats, SCORE: gl.constexpr,
              SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, QUERIES: gl.constexpr, VISIT: gl.constexpr, RAW: gl.constexpr,
-             D: gl.constexpr, DV: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-             BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, EARLY_Q_WAIT: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):
+             D: gl.constexpr, DV: gl.constexpr, PART: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+             BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, EARLY_Q_WAIT: gl.constexpr,
+             PRODUCER_REGISTERS: gl.constexpr):
     """One program for BLOCK_N keys of a key head; launched with 8 warps."""
     PACKED: gl.constexpr = WORK is not None
     TYPE: gl.constexpr = q_desc.dtype
@@ -204,7 +258,7 @@ def backward(q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc, LSE, DE
     do_tiles = gl.allocate_shared_memory(TYPE, [STAGES, BLOCK_M, BLOCK_DV], TILE)
     k_tile = gl.allocate_shared_memory(TYPE, [BLOCK_N, BLOCK_D], TILE)
     v_tile = gl.allocate_shared_memory(TYPE, [BLOCK_N, BLOCK_DV], TILE)
-    ds_tile = gl.allocate_shared_memory(TYPE, [BLOCK_N, BLOCK_M], gl.NVMMASharedLayout.get_default_for([BLOCK_N, BLOCK_M], TYPE))
+    ds_tile = gl.allocate_shared_memory(TYPE, [BLOCK_N, BLOCK_M], TILE)
     dq_tile = gl.allocate_shared_memory(gl.float32, [BLOCK_M, BLOCK_D], gl.NVMMASharedLayout(128, 32))
     kv_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -227,7 +281,7 @@ def backward(q_desc, k_desc, v_desc, do_desc, dq_desc, dk_desc, dv_desc, LSE, DE
     gl.warp_specialize([
         (consumer, (descs, tiles, barriers, where, heads, group, first_col, blocks, LIST, LSE, DELTA, DK, DV_, dk_strides[2],
                     dv_strides[2], scale, lse_rows, program, SCORE, SCORE_GRADIENT, MASK, QUERIES, VISIT, RAW, PACKED, D, DV,
-                    STAGES, EARLY_Q_WAIT)),
-        (producer, (descs, tiles, barriers, where, heads, group, first_col, blocks, LIST, program, QUERIES, VISIT, STAGES, BLOCK_M,
-                    BLOCK_N)),
+                    PART, STAGES, EARLY_Q_WAIT)),
+        (producer, (descs, tiles, barriers, where, heads, group, first_col, blocks, LIST, program, QUERIES, VISIT, STAGES,
+                    BLOCK_M, BLOCK_N)),
     ], [1], [PRODUCER_REGISTERS])

@@ -1,7 +1,8 @@
 """Variants of the kernels: data, in `configs.tsv` beside this file.
 
-A row says: this kernel, for head dims up to `head_dim` (the larger of D and D_v) and these features ("plain", or "rich": with a
-score function), works on BLOCK_M queries x BLOCK_N keys per tile, with so many stages and registers of a thread.
+A row says: this kernel, for head dims up to `head_dim` (the larger of D and D_v) and these features ("plain"; "listed": with a
+list of tiles; "rich": with a score function), works on BLOCK_M queries x BLOCK_N keys per tile, with so many stages and
+registers of a thread; PARTS: passes of the backward kernel.
 Every row compiles without register spills (`results/gates.json`); none has been chosen by measured speed yet.
 """
 from __future__ import annotations
@@ -20,6 +21,7 @@ class Config(NamedTuple):
     BLOCK_M: int
     BLOCK_N: int
     STAGES: int
+    PARTS: int
     PINGPONG: int
     EARLY_WAIT: int
     CONSUMER_REGISTERS: int
@@ -38,5 +40,5 @@ def table() -> dict[tuple[str, int, str], Config]:
 def choose(kernel: str, problem: Problem) -> Config:
     """The configuration of a kernel for a problem."""
     dim = max(problem.head_dim, problem.head_dim_v)
-    features = "plain" if problem.graphs.score is None else "rich"
+    features = "rich" if problem.graphs.score is not None else "listed" if problem.graphs.listed else "plain"
     return table()[kernel, min(d for d in HEAD_DIMS if d >= dim), features]

@@ -1,11 +1,12 @@
 """FlashAttention-3, forward (Shah et al. 2024, sections 3.1 and 3.2), for Hopper: warp-specialised, in Gluon.
 
-One warp, the producer, copies tiles by TMA; two or three warpgroups, the consumers, have 64 queries each. A consumer issues the
-scores of tile t and P V of tile t - 1 together, and computes the softmax of tile t while the tensor cores work on P V.
+One warp, the producer, copies tiles by TMA; two or three warpgroups, the consumers, have 64 queries each. A consumer issues
+the scores of tile t and P V of tile t - 1 together, and computes the softmax of tile t while the tensor cores work on P V.
 
     PINGPONG      named barriers let one warpgroup issue its products while another one computes its softmax.
-    EARLY_K_WAIT  waits for the next tile of K between softmax and the wait for P V. Written plainly, ptxas moves the exponentials
-                  behind that wait and nothing overlaps; the spin loop of an mbarrier is a border that they do not cross.
+    EARLY_K_WAIT  waits for the next tile of K between softmax and the wait for P V. Written plainly, ptxas moves the
+                  exponentials behind that wait and nothing overlaps; the spin loop of an mbarrier is a border that they do
+                  not cross.
 
 Barriers, of which each stage has its own; phase of tile t: t // STAGES % 2
     q_full          the producer's TMA -> the warpgroup whose queries they are, once
@@ -15,8 +16,8 @@ Barriers, of which each stage has its own; phase of tile t: t // STAGES % 2
     named 8, 9, 10  PINGPONG: warpgroup w waits at 8 + w for its turn, which the one before it gives away
     named 12        `hide`: all consumers, of each other
 
-Q [slots, H, rows, D]  K [slots, H_kv, rows, D]  V [.., DV]  O like Q with DV columns: TMA descriptors, whose blocks have 64 rows,
-BLOCK_N rows for K and V. Other names as in `triton/forward_kernel.py`. Partial tiles come first.
+Q [slots, H, rows, D]  K [slots, H_kv, rows, D]  V [.., DV]  O like Q with DV columns: TMA descriptors, whose blocks have 64
+rows, BLOCK_N rows for K and V. Other names as in `triton/forward_kernel.py`. Partial tiles come first.
 """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -122,20 +123,20 @@ def softmax_of(s, m_i, l_i, first, rows, where, scale, program, SCORE: gl.conste
 
 
 @gluon.jit
-def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, OUT, LSE, SINKS, out_stride, scale, heads, lse_rows,
-             program, SCORE: gl.constexpr, MASK: gl.constexpr, VISIT: gl.constexpr, HAS_SINKS: gl.constexpr, RAW: gl.constexpr,
+def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, OUT, LSE, SINKS, out_stride, scale, heads,
+             lse_rows, program, SCORE: gl.constexpr, MASK: gl.constexpr, VISIT: gl.constexpr, HAS_SINKS: gl.constexpr, RAW: gl.constexpr,
              PACKED: gl.constexpr, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
              BLOCK_N: gl.constexpr, BLOCK_DV: gl.constexpr, DV: gl.constexpr, PINGPONG: gl.constexpr,
              EARLY_K_WAIT: gl.constexpr):
     q_tiles, k_tiles, v_tiles, o_tiles = tiles
-    q_full, k_full, k_empty, v_full, v_empty = barriers
+    q_full, k_full, k_empty, v_full, _v_empty = barriers
     _b, h, _h_kv, q_slot, q_row, _k_slot, _k_row, nq, _nk = where
     TYPE: gl.constexpr = k_tiles.dtype
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
-    gl.static_assert(STAGES >= 2, "with one stage the consumer waits for a tile that the producer loads after one it still holds")
+    gl.static_assert(STAGES >= 2, "with one stage it waits for a tile that is loaded after one that it still holds")
     rows = block_row + WARPGROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
     m_i = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
     l_i = gl.full([ROWS], 0.0, gl.float32, gl.SliceLayout(1, S_LAYOUT))
@@ -158,14 +159,14 @@ def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, O
         for t in range(1, middle):
             after = first_of(r, t, masked, LIST, VISIT, BLOCK_N)
             m_i, l_i, acc, p, turn = attend(
-                q, tiles, barriers, (m_i, l_i, acc, p, turn), t, total, after, first, rows, where, r, scale, program, SCORE, MASK,
-                RAW, True, WARPGROUP, WARPGROUPS, STAGES, PINGPONG, EARLY_K_WAIT)
+                q, tiles, barriers, (m_i, l_i, acc, p, turn), t, total, after, first, rows, where, r, scale, program, SCORE,
+                MASK, RAW, True, WARPGROUP, WARPGROUPS, STAGES, PINGPONG, EARLY_K_WAIT)
             first = after
         for t in range(middle, total):
             after = masking.tile(r, t - masked, LIST, VISIT, False, 0) * BLOCK_N
             m_i, l_i, acc, p, turn = attend(
-                q, tiles, barriers, (m_i, l_i, acc, p, turn), t, total, after, first, rows, where, r, scale, program, SCORE, MASK,
-                RAW, False, WARPGROUP, WARPGROUPS, STAGES, PINGPONG, EARLY_K_WAIT)
+                q, tiles, barriers, (m_i, l_i, acc, p, turn), t, total, after, first, rows, where, r, scale, program, SCORE,
+                MASK, RAW, False, WARPGROUP, WARPGROUPS, STAGES, PINGPONG, EARLY_K_WAIT)
             first = after
         last = (total - 1) % STAGES
         mbarrier.wait(v_full.index(last), (total - 1) // STAGES & 1)
@@ -193,8 +194,8 @@ def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, O
 
 
 @gluon.jit
-def forward(q_desc, k_desc, v_desc, o_desc, OUT, LSE, SINKS, LIST, Q_ROWS, K_ROWS, WORK, out_strides, scale, heads, group, together,
-            nq, nk, lse_rows, captured, ints, floats, SCORE: gl.constexpr, MASK: gl.constexpr, KEYS: gl.constexpr,
+def forward(q_desc, k_desc, v_desc, o_desc, OUT, LSE, SINKS, LIST, Q_ROWS, K_ROWS, WORK, out_strides, scale, heads, group,
+            together, nq, nk, lse_rows, captured, ints, floats, SCORE: gl.constexpr, MASK: gl.constexpr, KEYS: gl.constexpr,
             VISIT: gl.constexpr, HAS_SINKS: gl.constexpr, RAW: gl.constexpr, DV: gl.constexpr, BLOCK_M: gl.constexpr,
             BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr,
             EARLY_K_WAIT: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):
@@ -212,8 +213,8 @@ def forward(q_desc, k_desc, v_desc, o_desc, OUT, LSE, SINKS, LIST, Q_ROWS, K_ROW
     b = gl.maximum(b, 0)
     program = (captured, ints, floats)
     rows = first + gl.arange(0, BLOCK_M if WARPGROUPS < 3 else 256, gl.BlockedLayout([1], [32], [4], [0]))
-    r = masking.visits(KEYS, VISIT, LIST, b, h, heads, rows, first // BLOCK_M, blocks, gl.minimum(nq, first + BLOCK_M), nq, nk, nk,
-                       program, BLOCK_N)
+    r = masking.visits(KEYS, VISIT, LIST, b, h, heads, rows, first // BLOCK_M, blocks, gl.minimum(nq, first + BLOCK_M), nq, nk,
+                       nk, program, BLOCK_N)
     masked = masking.count(r, True, 0)
     total = masked + masking.count(r, False, 0)
 

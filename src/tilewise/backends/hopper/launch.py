@@ -62,19 +62,22 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
     sums = torch.zeros(x.q.shape, dtype=torch.float32, device=problem.device)
     wide, wide_v = width(problem.head_dim), width(problem.head_dim_v)
     key_blocks = in_all(problem.packed_k, problem.seqlen_k, problem.batch, 1, c.BLOCK_N) * problem.kv_heads
-    start(backward_kernel, problem, key_blocks, dict(
+    values = dict(
         q_desc=descriptor(x.q, c.BLOCK_M, wide), k_desc=descriptor(x.k, c.BLOCK_N, wide),
         v_desc=descriptor(x.v, c.BLOCK_N, wide_v), do_desc=descriptor(dout, c.BLOCK_M, wide_v),
         dq_desc=descriptor(sums, c.BLOCK_M, wide), dk_desc=descriptor(dk, c.BLOCK_N, wide),
         dv_desc=descriptor(dv, c.BLOCK_N, wide_v), LSE=lse, DELTA=delta, DK=dk, DV_=dv, dk_strides=strides(dk),
         dv_strides=strides(dv), D=problem.head_dim, DV=problem.head_dim_v, BLOCK_D=wide, BLOCK_DV=wide_v,
         EARLY_Q_WAIT=bool(c.EARLY_WAIT), **common(told, c), **work(problem, x, "BLOCK_N", keys=True)(c),
-        **visits(problem, x, transposed=True)(c), **{name: told[name] for name in ("Q_ROWS", "K_ROWS", "RAW")}), 8)
+        **visits(problem, x, transposed=True)(c), **{name: told[name] for name in ("Q_ROWS", "K_ROWS", "RAW")})
+    for part in PARTS[c.PARTS]:
+        start(backward_kernel, problem, key_blocks, values | dict(PART=part), 8)
     torch.mul(sums, problem.scale, out=dq)
     dsinks = sink_gradient(x.sinks, lse, delta) if needs.sinks and x.sinks is not None else None
     return Gradients(dq, dk, dv, None, dsinks, [None] * len(x.captured))
 
 
+PARTS = {1: ("",), 2: (" dk", " dv")}
 NAMES = "scale", "heads", "group", "nq", "nk", "lse_rows", "captured", "ints", "floats"
 
 
