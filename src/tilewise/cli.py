@@ -313,11 +313,17 @@ def inspect(
     update: Annotated[bool, typer.Option("--update", help="Compile what is new or changed first; takes long.")] = False,
     store: Annotated[Path, typer.Option(help="Where results are kept.")] = Path("results/gates.json"),
     jobs: Annotated[int, typer.Option(min=1, help="Compilers at the same time.")] = 2,
+    model: Annotated[bool, typer.Option("--model", help="Instead, busy cycles of each hardware unit in the Hopper kernels and "
+                                                        "the ceiling on speed: a model, not a measurement.")] = False,
 ) -> None:
     """Compile GPU kernels without a GPU and judge them: registers, spills, shared memory, tensor cores."""
     from tilewise.backends.triton.aot import shipped
     from tilewise.inspect import matrix
 
+    if model:
+        with plain_errors(ValueError, RuntimeError):
+            model_hopper(arch, only)
+        return
     if update:
         matrix.run(shipped, store, jobs=jobs)
     if not store.exists():
@@ -326,6 +332,23 @@ def inspect(
     kept = {name: row for name, row in matrix.load(store).items()
             if only in name and arch in (None, row["arch"])}
     console.print(matrix.table(kept))
+
+
+def model_hopper(arch: str | None, only: str) -> None:
+    """The cost model of the Hopper kernels whose name contains `only`, compiled now."""
+    from tilewise.backends.hopper.aot import ARCH, shipped
+    from tilewise.inspect import build
+    from tilewise.inspect import model as of_units
+
+    if arch not in (None, ARCH):
+        raise ValueError(f"--model: expected --arch {ARCH}, got {arch}")
+    modelled = []
+    with console.status("") as status:
+        for case in shipped():
+            if only in case.name:
+                status.update(f"compiling {case.name}")
+                modelled += [(case, trip) for trip in of_units.trips(build(case), case)]
+    console.print(of_units.table(modelled))
 
 
 @app.command()

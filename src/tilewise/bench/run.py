@@ -81,10 +81,10 @@ def shapes(device: torch.device, quick: bool = False, head_dims: Sequence[int] |
 
 
 def contenders(shape: Shape, device: torch.device) -> list[Contender]:
-    """Our backends in the order of backend="auto", `tiled` only where it is all there is; then the peers."""
+    """Our backends that can, in the order of backend="auto", `tiled` only where it is all there is; then the peers."""
     q, k, v, _ = Shape(1, 16, shape.heads, shape.kv_heads, shape.head_dim, shape.causal, shape.dtype).draw(device, 0)
     problem, _ = make(q, k, v, causal=shape.causal)
-    serving = [name for name in backends.AUTO if backends.load(name).volunteers(problem) is None]
+    serving = [name for name in backends.AUTO if backends.load(name).supports(problem) is None]
     return [ours(name) for name in serving if name != "tiled" or serving[0] == name] + discover(device)
 
 

@@ -90,14 +90,15 @@ def save(store: Path, rows: Mapping[str, Row]) -> None:
 
 
 def table(rows: Mapping[str, Row]) -> Table:
-    """The rows for reading. hot loop: instructions in the longest hot loop."""
-    result = Table("kernel", "warps", "registers", "spills", "shared", "tensor instructions", "hot loop", "failures")
+    """The rows for reading. hot loop: instructions in the longest hot loop. overlap: see `Loop.overlap`."""
+    result = Table("kernel", "warps", "registers", "spills", "shared", "tensor instructions", "hot loop", "overlap", "failures")
     for column in result.columns[1:5]:
         column.justify = "right"
     for name, row in sorted(rows.items()):
         tensor = ", ".join(f"{count} {kind}" for kind, count in row.get("tensor", {}).items())
         numbers = [str(row.get(field, "")) for field in ("warps", "registers", "spills", "shared")]
-        result.add_row(name, *numbers, tensor, str(row.get("hot_loop", "")), "; ".join(row["failures"]),
+        overlap = " of ".join(map(str, row.get("overlap", [])))
+        result.add_row(name, *numbers, tensor, str(row.get("hot_loop", "")), overlap, "; ".join(row["failures"]),
                        style="red" if row["failures"] else "")
     return result
 
@@ -122,6 +123,10 @@ def _numbers(report: Report) -> Row:
     }
     if loop := report.hot_loop:
         numbers |= {"hot_loop": len(loop.body), "hot_units": dict(sorted(loop.units.items()))}
+    if report.overlap:
+        numbers["overlap"] = list(report.overlap)
+    if report.setmaxnreg:
+        numbers["setmaxnreg"] = True
     return numbers
 
 

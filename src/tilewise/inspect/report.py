@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from triton.compiler import CompiledKernel
 
 from .build import KernelCase
-from .sass import Loop, disassemble, hot_loops, ptxas_log
+from .sass import Loop, disassemble, hot_loops, least_overlap, ptxas_log
 
 # Shared memory one block may use, in bytes. Compilation does not check it; a launch would fail.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}
@@ -31,6 +31,7 @@ class Report:
     tensor_instructions: dict[str, int]  # static counts in the assembly: {"wgmma": 16}
     warnings: tuple[str, ...] = ()  # ptxas's
     loops: tuple[Loop, ...] = field(default=(), repr=False)  # hot loops, NVIDIA only
+    setmaxnreg: bool = False  # partitions share out the registers among themselves
 
     @property
     def shared_memory_limit(self) -> int:
@@ -40,6 +41,11 @@ class Report:
     def hot_loop(self) -> Loop | None:
         """The longest hot loop."""
         return max(self.loops, key=lambda loop: len(loop.body), default=None)
+
+    @property
+    def overlap(self) -> tuple[int, int] | None:
+        """(early, all) exponentials of the hot loop that overlaps least; see `Loop.overlap`."""
+        return least_overlap(self.loops)
 
 
 def examine(compiled: CompiledKernel, case: KernelCase) -> Report:
@@ -53,15 +59,17 @@ def examine(compiled: CompiledKernel, case: KernelCase) -> Report:
         registers, spills = (_amd_field(assembly, name) for name in ("vgpr_count", "vgpr_spill_count"))
         return Report(case.arch, metadata.num_warps, registers, spills, metadata.shared, tensor)
     log = ptxas_log(assembly, metadata.target.arch, metadata)
-    loops = hot_loops(disassemble(compiled.asm["cubin"]))
+    code = disassemble(compiled.asm["cubin"])
     return Report(case.arch, metadata.num_warps, log.registers, log.spilled_bytes, metadata.shared, tensor,
-                  log.warnings, loops)
+                  log.warnings, hot_loops(code), any(i.opcode.startswith("USETMAXREG") for i in code))
 
 
 def failures(report: Report, case: KernelCase) -> list[str]:
     """Why the kernel must not ship; empty when it may.
 
     On sm_90 a forward of at least 64 rows must use wgmma; where tiles have fewer, as in a backward, mma.sync will do.
+    A kernel with more warps than its first partition is warp-specialised: it must share out registers, and compute at least
+    half of the exponentials of each loop under matrix products.
     """
     found = []
     if report.spills:
@@ -75,6 +83,11 @@ def failures(report: Report, case: KernelCase) -> list[str]:
         found.append("mma.sync instead of wgmma")
     if any("serialized" in warning for warning in report.warnings):
         found.append("wgmma serialized by ptxas")
+    if report.warps > case.num_warps:
+        if not report.setmaxnreg:
+            found.append("partitions without setmaxnreg")
+        if report.overlap and report.overlap[0] < report.overlap[1] / 2:
+            found.append("only {} of {} exponentials overlap with wgmma".format(*report.overlap))
     return found
 
 

@@ -9,6 +9,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +60,12 @@ class Instruction:
         match = re.search(r"0x([0-9a-f]+)\s*$", self.text) if self.opcode.split(".")[0] == "BRA" else None
         return int(match[1], 16) if match and int(match[1], 16) < self.address else None
 
+    @cached_property
+    def outstanding(self) -> int | None:
+        """How many groups of asynchronous wgmma a wait for them leaves running; None: no such wait."""
+        match = re.search(r"0x([0-9a-f]+)$", self.text) if self.opcode.startswith("WARPGROUP.DEPBAR") else None
+        return int(match[1], 16) if match else None
+
 
 @dataclass(frozen=True)
 class Loop:
@@ -72,6 +79,26 @@ class Loop:
     @cached_property
     def opcodes(self) -> Counter[str]:
         return Counter(i.opcode for i in self.body)
+
+    @cached_property
+    def overlap(self) -> tuple[int, int] | None:
+        """(early, all) exponentials, the early ones issued while the tensor cores still work: after a wait that leaves a
+        group of wgmma running, before the next wait for all.
+
+        That is how softmax overlaps with matrix products inside a warpgroup (Shah et al. 2024, section 3.2). None: the loop
+        has no exponentials, or does not wait in these two ways.
+        """
+        total = self.opcodes["MUFU.EX2"]
+        waits = [i.outstanding for i in self.body if i.outstanding is not None]
+        if not total or not {0, 1} <= set(waits):
+            return None
+        early, running = 0, waits[-1] > 0
+        for i in self.body:
+            if i.outstanding is not None:
+                running = i.outstanding > 0
+            elif i.opcode == "MUFU.EX2":
+                early += running
+        return early, total
 
     def encloses(self, other: Loop) -> bool:
         return self is not other and self.body[0].address <= other.body[0].address and (
@@ -113,6 +140,12 @@ def hot_loops(code: tuple[Instruction, ...]) -> tuple[Loop, ...]:
     if not hot:
         hot = sorted((loop for loop in loops if loop.units["FMA"]), key=lambda loop: -loop.units["FMA"])[:1]
     return tuple(loop for loop in hot if not any(loop.encloses(other) for other in hot))
+
+
+def least_overlap(loops: Iterable[Loop]) -> tuple[int, int] | None:
+    """The `Loop.overlap` with the smallest share of early exponentials."""
+    overlaps = [loop.overlap for loop in loops if loop.overlap]
+    return min(overlaps, key=lambda overlap: overlap[0] / overlap[1], default=None)
 
 
 def ptxas_log(ptx: str, capability: int, options: Any = None) -> PtxasLog:

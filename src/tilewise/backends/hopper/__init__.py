@@ -59,7 +59,7 @@ def unsupported(problem: Problem) -> str | None:
         "num_splits": problem.splits > 1,
         "tensors without rows or heads": 0 in (*problem.rows_q, *problem.rows_k, problem.heads, problem.batch),
         "rows that do not begin at multiples of 16 bytes, as TMA needs": not problem.aligned,
-        "gradients of captured tensors": bool(problem.graphs.learned),
+        "gradients of captured tensors": problem.learning,
         "deterministic gradients": problem.deterministic,
     }
     return next((reason for reason, applies in absent.items() if applies), None)

@@ -23,7 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from tilewise.backends.gpu_math import gradients, masking, softmax
 from tilewise.backends.gpu_math.places import place, sequence
 from tilewise.backends.hopper.gluon_names import thread_barrier, tma_add, tma_store, tma_store_wait
-from tilewise.backends.hopper.tiles import as_block, first_of, hide_rows, load, store_rows
+from tilewise.backends.hopper.tiles import as_block, first_of, first_of_full, first_of_partial, hide_rows, load, store_rows
 
 WARPS = gl.constexpr(8)
 
@@ -175,7 +175,7 @@ def statistic(X, rows, nq, MASKED: gl.constexpr):
     """Of a tile's queries, behind the sequence of its last. rows come last in the sum: a tensor of pointers would be kept in
     registers and spill."""
     if MASKED:
-        return gl.load(X + gl.minimum(rows, nq - 1))
+        return gl.load(X + gl.maximum(gl.minimum(rows, nq - 1), 0))
     return gl.load(X + rows)
 
 
@@ -207,13 +207,13 @@ def consumer(descs, tiles, barriers, where, heads, group, first_col, blocks, LIS
         statistics = (q_slot * heads + h).to(gl.int64) * lse_rows + q_row
         mbarrier.wait(q_full.index(i % STAGES), i // STAGES & 1, pred=total > 0)
         for t in range(masked):
-            first = masking.tile(r, t, LIST, VISIT, True, 0) * BLOCK_M
+            first = first_of_partial(r, t, LIST, VISIT, BLOCK_M)
             dk, dv = step(descs, tiles, barriers, (dk, dv), i, first, t + 1 < total, h, cols, where, LSE + statistics,
                           DELTA + statistics, scale, program, SCORE, SCORE_GRADIENT, MASK, RAW, PACKED, True, PART, STAGES,
                           EARLY_Q_WAIT)
             i += 1
         for t in range(masked, total):
-            first = masking.tile(r, t - masked, LIST, VISIT, False, 0) * BLOCK_M
+            first = first_of_full(r, t - masked, LIST, VISIT, BLOCK_M)
             dk, dv = step(descs, tiles, barriers, (dk, dv), i, first, t + 1 < total, h, cols, where, LSE + statistics,
                           DELTA + statistics, scale, program, SCORE, SCORE_GRADIENT, MASK, RAW, PACKED, False, PART, STAGES,
                           EARLY_Q_WAIT)

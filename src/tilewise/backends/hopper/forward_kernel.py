@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from tilewise.backends.gpu_math import masking, scoring, softmax
 from tilewise.backends.gpu_math.places import place_together, sequence
 from tilewise.backends.hopper.gluon_names import FIRST_BARRIER, named_barrier, tma_store, tma_store_wait
-from tilewise.backends.hopper.tiles import as_block, first_of, hide_rows, load, reaches_out, store_rows
+from tilewise.backends.hopper.tiles import as_block, first_of, first_of_full, hide_rows, load, reaches_out, store_rows
 
 ROWS = gl.constexpr(64)                 # queries of a warpgroup
 HIDING = gl.constexpr(FIRST_BARRIER.value + 4)      # the named barrier of `hide`
@@ -124,8 +124,8 @@ def softmax_of(s, m_i, l_i, first, rows, where, scale, program, SCORE: gl.conste
 
 @gluon.jit
 def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, OUT, LSE, SINKS, out_stride, scale, heads,
-             lse_rows, program, SCORE: gl.constexpr, MASK: gl.constexpr, VISIT: gl.constexpr, HAS_SINKS: gl.constexpr, RAW: gl.constexpr,
-             PACKED: gl.constexpr, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
+             lse_rows, program, SCORE: gl.constexpr, MASK: gl.constexpr, VISIT: gl.constexpr, HAS_SINKS: gl.constexpr,
+             RAW: gl.constexpr, PACKED: gl.constexpr, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
              BLOCK_N: gl.constexpr, BLOCK_DV: gl.constexpr, DV: gl.constexpr, PINGPONG: gl.constexpr,
              EARLY_K_WAIT: gl.constexpr):
     q_tiles, k_tiles, v_tiles, o_tiles = tiles
@@ -163,7 +163,7 @@ def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, O
                 MASK, RAW, True, WARPGROUP, WARPGROUPS, STAGES, PINGPONG, EARLY_K_WAIT)
             first = after
         for t in range(middle, total):
-            after = masking.tile(r, t - masked, LIST, VISIT, False, 0) * BLOCK_N
+            after = first_of_full(r, t - masked, LIST, VISIT, BLOCK_N)
             m_i, l_i, acc, p, turn = attend(
                 q, tiles, barriers, (m_i, l_i, acc, p, turn), t, total, after, first, rows, where, r, scale, program, SCORE,
                 MASK, RAW, False, WARPGROUP, WARPGROUPS, STAGES, PINGPONG, EARLY_K_WAIT)

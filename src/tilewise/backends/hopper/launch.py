@@ -35,7 +35,8 @@ def forward(problem: Problem, x: Operands, start: Start = start) -> tuple[Tensor
     c = choose("forward", problem)
     told = arguments(problem, x)
     wide, wide_v = width(problem.head_dim), width(problem.head_dim_v)
-    start(forward_kernel, problem, in_all(problem.packed_q, problem.seqlen_q, problem.batch, 1, c.BLOCK_M) * problem.heads, dict(
+    query_blocks = in_all(problem.packed_q, problem.seqlen_q, problem.batch, 1, c.BLOCK_M) * problem.heads
+    start(forward_kernel, problem, query_blocks, dict(
         q_desc=descriptor(x.q, ROWS.value, wide), k_desc=descriptor(x.k, c.BLOCK_N, wide),
         v_desc=descriptor(x.v, c.BLOCK_N, wide_v), o_desc=descriptor(out, ROWS.value, wide_v), OUT=out, LSE=lse, SINKS=x.sinks,
         out_strides=strides(out), together=heads_together(problem), HAS_SINKS=problem.has_sinks, DV=problem.head_dim_v,
@@ -51,13 +52,12 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
         dout = dout.contiguous()
     c = choose("backward", problem)
     told, delta = arguments(problem, x), torch.empty_like(lse)
-    block = choose("forward", problem).BLOCK_M
-    query_blocks = in_all(problem.packed_q, problem.seqlen_q, problem.batch, 1, block) * problem.heads
+    query_blocks = in_all(problem.packed_q, problem.seqlen_q, problem.batch, 1, c.BLOCK_M) * problem.heads
     start(preprocess, problem, query_blocks, dict(
         OUT=out, DO=dout, DLSE=None if dlse is None else dlse.contiguous(), DELTA=delta, Q_ROWS=x.q_rows,
         out_strides=strides(out), do_strides=strides(dout), heads=problem.heads, nq=problem.seqlen_q,
-        lse_rows=problem.rows_q[1], HAS_DLSE=dlse is not None, DV=problem.head_dim_v, BLOCK_M=block,
-        BLOCK_DV=padded(problem.head_dim_v), **work(problem, x, "BLOCK_M")(choose("forward", problem))), 4)
+        lse_rows=problem.rows_q[1], HAS_DLSE=dlse is not None, DV=problem.head_dim_v, BLOCK_M=c.BLOCK_M,
+        BLOCK_DV=padded(problem.head_dim_v), **work(problem, x, "BLOCK_M")(c)), 4)
     dq, dk, dv = problem.new_q(problem.head_dim), problem.new_k(problem.head_dim), problem.new_k(problem.head_dim_v)
     sums = torch.zeros(x.q.shape, dtype=torch.float32, device=problem.device)
     wide, wide_v = width(problem.head_dim), width(problem.head_dim_v)
@@ -95,8 +95,8 @@ def width(dim: int) -> int:
 def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     """Blocks of rows of one head of x [slots, heads, rows, dim]. Raises ValueError where TMA cannot read from its address."""
     if x.data_ptr() % 16:
-        raise ValueError(f"q, k, v: expected memory that begins at a multiple of 16 bytes, as TMA needs, got {x.data_ptr():#x}: "
-                         'pass .clone(), or backend="triton"')
+        raise ValueError(f"q, k, v: expected memory that begins at a multiple of 16 bytes, as TMA needs, got "
+                         f'{x.data_ptr():#x}: pass .clone(), or backend="triton"')
     bits = 8 * x.itemsize
     least = 128 // bits                 # any that TMA accepts, where a dimension has one entry, whose stride means nothing
     steps = [least if size == 1 else step for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
@@ -111,5 +111,5 @@ def heads_together(problem: Problem) -> int:
     all of them."""
     heads = problem.batch * problem.heads
     each = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
-    most = max(1, L2 // each) * problem.group
+    most = max(1, L2 // max(1, each)) * problem.group
     return max(n for n in range(1, min(most, heads) + 1) if heads % n == 0)

@@ -25,13 +25,24 @@ def load(desc, slot, head, row, barrier, tile, ALONE: gl.constexpr):
 
 
 @gluon.jit
+def first_of_partial(r, t, LIST, VISIT: gl.constexpr, BLOCK: gl.constexpr):
+    """The first column of the t-th partial tile."""
+    return (masking.tile(r, t, LIST, VISIT, True, 0) * BLOCK).to(gl.int32)
+
+
+@gluon.jit
+def first_of_full(r, t, LIST, VISIT: gl.constexpr, BLOCK: gl.constexpr):
+    return (masking.tile(r, t, LIST, VISIT, False, 0) * BLOCK).to(gl.int32)
+
+
+@gluon.jit
 def first_of(r, t, masked, LIST, VISIT: gl.constexpr, BLOCK: gl.constexpr):
-    """The first column of the t-th visited tile: the `masked` partial ones come first, then the full ones."""
+    """Of the t-th of all visited tiles: the `masked` partial ones come first, then the full ones."""
     if t < masked:
-        j = masking.tile(r, t, LIST, VISIT, True, 0)
+        first = first_of_partial(r, t, LIST, VISIT, BLOCK)
     else:
-        j = masking.tile(r, t - masked, LIST, VISIT, False, 0)
-    return j * BLOCK
+        first = first_of_full(r, t - masked, LIST, VISIT, BLOCK)
+    return first
 
 
 @gluon.jit
@@ -42,7 +53,7 @@ def reaches_out(tile, first, r):
 
 @gluon.jit
 def hide_rows(tile, first, lo, hi, PART: gl.constexpr, PARTS: gl.constexpr):
-    """Sets the rows of a tile outside lo .. hi to 0, of each PARTS pieces the one numbered PART; first: number of the first row.
+    """Sets rows of a tile outside lo .. hi to 0, of each PARTS pieces the one numbered PART. first: number of the first row.
 
     Before wgmma reads them: `fence_async_shared`, and a barrier of all who took part.
     """

@@ -1,0 +1,162 @@
+"""Which variants of the Hopper kernels are fastest on this GPU, beside cuDNN, FlashAttention-2 and FlexAttention.
+
+    python -m tilewise.bench.hopper.tuning --head-dims 128 [--out FILE] [--seconds 120]
+
+A variant must give what the table's own gives. The last lines printed are rows for `backends/hopper/configs.tsv`.
+"""
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tilewise.backends import Needs
+from tilewise.backends.hopper import configs, launch
+from tilewise.backends.hopper.configs import Config
+from tilewise.bench import record
+from tilewise.bench.peers import discover
+from tilewise.bench.run import WORK, Shape
+from tilewise.bench.timing import Timing, alive, compare, finish
+from tilewise.bench.tuning import CHANNELS, LENGTHS, TOKENS, deviation, geometric_mean
+from tilewise.problem import make
+
+SECONDS = 1.5                           # for one kernel at one length, all variants and peers together
+PEERS = ("sdpa cudnn", "sdpa flash", "flex")
+CONSUMERS = {2: (240, 24), 3: (160, 32)}        # registers of a consumer's thread and of the producer's, by warpgroups
+
+
+def candidates(kernel: str, head_dim: int) -> list[Config]:
+    """The table's variant, then the others to try."""
+    shipped = configs.table()[kernel, head_dim, "plain"]
+    if kernel == "forward":
+        tiles = ((128, 128), (128, 64), (192, 128), (192, 64)) if head_dim == 64 else ((128, 128), (128, 64), (192, 64))
+        others = [Config(m, n, stages, 1, ping, early, *CONSUMERS[m // 64])
+                  for (m, n), stages, ping, early in itertools.product(tiles, (2, 3), (1, 0), (1, 0))]
+    else:
+        others = [shipped._replace(BLOCK_M=m, STAGES=stages, PARTS=parts, EARLY_WAIT=early)
+                  for m, stages, parts, early in itertools.product((64, 128), (2, 3), (1, 2), (1, 0))]
+    return [shipped, *(config for config in others if config != shipped)]
+
+
+@contextlib.contextmanager
+def configured(kernel: str, config: Config) -> Iterator[None]:
+    """Launches of `kernel` take this variant."""
+    table = launch.choose
+
+    def chosen(name: str, problem: Any) -> Config:
+        return config if name == kernel else table(name, problem)
+
+    launch.choose = chosen      # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        launch.choose = table
+
+
+def measure(shape: Shape, device: torch.device) -> Iterator[dict[str, Any]]:
+    """A row for the forward kernel, then one for the backward kernel: seconds by variant and peer, what came of the others."""
+    q, k, v, dout = shape.draw(device, 0)
+    problem, x = make(*(t.detach() for t in (q, k, v)), causal=shape.causal)
+    out, lse = launch.forward(problem, x)
+    peers = {c.name: c.attend for c in discover(device) if c.name in PEERS and c.attend is not None}
+    outs = {name: attend(q, k, v, shape.causal) for name, attend in peers.items()}
+    runs: dict[str, Callable[[], Sequence[torch.Tensor]]] = {
+        "forward": lambda: launch.forward(problem, x),
+        "backward": lambda: launch.backward(problem, x, out, lse, dout.transpose(1, 2), None, Needs(False, False))[:3]}
+    of_peers: dict[str, Callable[[str], object]] = {
+        "forward": lambda name: peers[name](q, k, v, shape.causal),
+        "backward": lambda name: torch.autograd.grad(outs[name], (q, k, v), dout, retain_graph=True)}
+    for kernel, run in runs.items():
+        right, failed = verified(kernel, shape.head_dim, run, device)
+        calls: dict[str, Callable[[int], object]] = {str(tuple(config)): in_variant(kernel, config, run) for config in right}
+        calls |= {name: in_turn(of_peers[kernel], name) for name in peers}
+        found: Mapping[str, Timing] = compare(calls, device, seconds=SECONDS) if right else {}
+        yield {"kernel": kernel, "head_dim": shape.head_dim, "causal": shape.causal, "seqlen": shape.seqlen, "failed": failed,
+               "shipped": str(tuple(configs.table()[kernel, shape.head_dim, "plain"])),
+               "seconds": {name: timing.median for name, timing in found.items()},
+               "tflops": {name: WORK[kernel] * shape.flops() / timing.median / 1e12 for name, timing in found.items()}}
+
+
+def verified(kernel: str, head_dim: int, run: Callable[[], Sequence[torch.Tensor]],
+             device: torch.device) -> tuple[list[Config], dict[str, str]]:
+    """The variants that give the first one's results, and what came of the others."""
+    right, failed, reference = [], {}, None
+    for config in candidates(kernel, head_dim):
+        try:
+            with configured(kernel, config):
+                found = [t.clone() for t in run()]
+            finish(device)
+        except Exception as error:  # a variant that does not compile or fit is a result
+            failed[str(tuple(config))] = record.words(error)
+            if not alive(device):
+                raise
+            continue
+        reference = reference or found
+        off = max(map(deviation, found, reference))
+        if off < 1:
+            right.append(config)
+        else:
+            failed[str(tuple(config))] = f"results differ: {off:.2g} times what is allowed"
+    return right, failed
+
+
+def in_variant(kernel: str, config: Config, run: Callable[[], object]) -> Callable[[int], object]:
+    def call(turn: int) -> None:
+        with configured(kernel, config):
+            run()
+
+    return call
+
+
+def in_turn(run: Callable[[str], object], name: str) -> Callable[[int], object]:
+    return lambda turn: run(name)
+
+
+def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """For each shape the best variant beside the peers; then the table's rows that are best on the whole."""
+    found, best = [], []
+    for r in rows:
+        ours = {name: rate for name, rate in r["tflops"].items() if name.startswith("(")}
+        if ours:
+            name = max(ours, key=lambda name: ours[name])
+            peers = ", ".join(f"{peer} {r['tflops'][peer]:.0f}" for peer in PEERS if peer in r["tflops"])
+            found.append(f"{r['kernel']} d{r['head_dim']} {r['seqlen'] // 1024}k {'causal' if r['causal'] else 'full'}: "
+                         f"{ours[name]:.0f} TFLOP/s by {name}, the table's {ours.get(r['shipped'], math.nan):.0f}; {peers}")
+    for kernel, head_dim in dict.fromkeys((r["kernel"], r["head_dim"]) for r in rows):
+        group = [r["seconds"] for r in rows if (r["kernel"], r["head_dim"]) == (kernel, head_dim)]
+        common = [name for name in group[0] if name.startswith("(") and all(name in seconds for seconds in group)]
+        if common:
+            name = min(common, key=lambda name: geometric_mean([seconds[name] for seconds in group]))
+            best.append("\t".join([kernel, str(head_dim), "plain", *name.strip("()").split(", ")]))
+    return found + best
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m tilewise.bench.hopper.tuning", description=__doc__.split("\n")[0])
+    parser.add_argument("--head-dims", type=lambda text: [int(d) for d in text.split(",")], default=list(configs.HEAD_DIMS))
+    parser.add_argument("--out", type=Path, help="write the result as JSON")
+    parser.add_argument("--seconds", type=float, default=300, help="begin no further shape after so long")
+    options = parser.parse_args(arguments)
+    device, deadline = torch.device("cuda"), time.monotonic() + options.seconds
+    result: dict[str, Any] = record.stamp() | {"rows": [], "lines": []}
+    for head_dim, seqlen, causal in itertools.product(options.head_dims, LENGTHS, (True, False)):
+        if time.monotonic() > deadline:
+            break
+        heads = CHANNELS // head_dim
+        shape = Shape(TOKENS // seqlen, seqlen, heads, heads, head_dim, causal, "bfloat16")
+        for row in measure(shape, device):
+            result["rows"].append(row)
+            result["lines"] = lines(result["rows"])
+            record.write(options.out, result)
+    print("\n".join(result["lines"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""The `hopper` backend in a simulator of Hopper's asynchrony: right, and free of races and deadlocks, under many schedules."""
+from functools import partial
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.backends import INTERPRETING
+
+pytest.importorskip("triton", reason="needs triton", exc_type=ImportError)
+if INTERPRETING:
+    pytest.skip("Triton's interpreter is on", allow_module_level=True)
+
+import support.hopper as sim
+
+import tilewise as tw
+from tilewise.backends import hopper
+from tilewise.backends.gpu_math.entry import entry, flatten
+from tilewise.backends.hopper import configs, gluon_names, launch
+from tilewise.bench import tolerance
+from tilewise.bench.cases import CASES, draw, rows_in_use
+from tilewise.bench.hopper import correctness, tuning
+from tilewise.bench.hopper.correctness import LONGER
+
+sim.simulate(gluon_names.named_barrier, sim.named_barrier)
+sim.simulate(gluon_names.tma_add, sim.tma_reduce_add)
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def simulated(monkeypatch):
+    """Kernels of the backend run in the simulator, under the schedule of `seed`; `launched` counts them."""
+    state = SimpleNamespace(seed=0, launched=0)
+
+    def start(kernel, problem, programs, values, warps):
+        point = entry(kernel, problem.program)
+        sim.launch(point, (programs,), num_warps=warps, seed=state.seed, **flatten(kernel, problem.program, values))
+        state.launched += 1
+
+    monkeypatch.setattr(hopper, "supports", hopper.unsupported)
+    monkeypatch.setattr(hopper, "forward", partial(launch.forward, start=start))
+    monkeypatch.setattr(hopper, "backward", partial(launch.backward, start=start))
+    return state
+
+
+def assert_right(call):
+    wrong = [verdict for verdict in tolerance.check(call, "hopper") if not verdict.ok]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+# ---- what is computed --------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("dtype", [BF16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_contract(case, dtype, simulated, poisoned):
+    call = draw(case, dtype)
+    if not call.supported("hopper") or "table" in call.options:
+        with pytest.raises(NotImplementedError, match="cannot compute this"):
+            call.run({name: x.clone().requires_grad_() for name, x in call.differentiable.items()}, "hopper")
+        return
+    assert_right(call)
+    assert simulated.launched
+
+
+@pytest.mark.parametrize("case", LONGER, ids=str)
+@pytest.mark.parametrize("seed", range(4))
+def test_several_tiles(case, seed, simulated, poisoned):
+    simulated.seed = seed
+    assert_right(draw(case, BF16, seed=seed))
+    assert simulated.launched == 3 + (configs.choose("backward", draw(case, BF16).described()[0]).PARTS == 2)
+
+
+SERVED = ("causal", "window", "grouped heads", "softcap", "alibi", "sinks", "key lengths", "documents", "prefix lm", "function",
+          "blocks", "score function", "packed causal", "packed used", "head dim 40", "causal bhsd", "values wider",
+          "scale negative")
+
+
+@pytest.mark.parametrize("name", SERVED)
+def test_what_is_promised_is_served(name):
+    case = next(case for case in CASES if case.name == name)
+    assert hopper.unsupported(draw(case, BF16).described()[0]) is None
+
+
+REFUSED = {"fp32 inputs": "float32", "bias": "a bias", "dropout": "dropout", "head dim 192": "head dims over 128",
+           "head dim 1": "rows that do not begin at multiples of 16 bytes", "batch invariant": "batch_invariant",
+           "no keys": "without rows", "table of keys": None}
+
+
+@pytest.mark.parametrize("name", [name for name in REFUSED if REFUSED[name]])
+def test_what_is_not_says_why(name):
+    case = next((case for case in CASES if case.name == name), CASES[0])
+    reason = hopper.unsupported(draw(case, torch.float32 if name == "fp32 inputs" else BF16).described()[0])
+    assert REFUSED[name] in (reason or "")
+
+
+def test_on_a_cpu_explain_says_why_others_serve():
+    q = torch.zeros(1, 8, 1, 64, dtype=BF16)
+    assert "not hopper: inputs are on cpu" in str(tw.explain(q, q, q))
+    with pytest.raises(NotImplementedError, match="its kernels run on Hopper GPUs"):
+        tw.attention(q, q, q, backend="hopper")
+
+
+def test_gradients_of_tables_go_elsewhere(simulated):
+    q, table = torch.zeros(1, 8, 1, 64, dtype=BF16), torch.zeros(8)
+    learned = table.clone().requires_grad_()
+    tw.attention(q, q, q, score_mod=lambda s, b, h, i, j: s + table[j], backend="hopper")
+    with pytest.raises(NotImplementedError, match="gradients of captured tensors"):
+        tw.attention(q, q, q, score_mod=lambda s, b, h, i, j: s + learned[j], backend="hopper")
+
+
+@pytest.mark.parametrize("name", ["packed", "packed used", "packed no sequences in use"])
+def test_rows_of_no_sequence(name, simulated, poisoned):
+    call = draw(next(c for c in CASES if c.name == name), BF16)
+    found = tolerance.run(call, "hopper").tensors
+    rows, keys = (~rows_in_use(call.case, side) for side in (0, 1))
+    assert (found["out"][rows] == 0).all()
+    assert (found["lse"][:, rows] == -torch.inf).all()
+    for name, outside in (("dq", rows), ("dk", keys), ("dv", keys)):
+        assert (found[name][outside] == 0).all()
+
+
+def test_padding_may_hold_nan(simulated, poisoned):
+    """Keys that a mask hides from all queries reach neither output nor gradients."""
+    lengths = torch.tensor([70, 130])
+    q, k, v = torch.randn(3, 2, 140, 2, 64).bfloat16().unbind()
+    padding = torch.arange(140) >= lengths[:, None]
+    clean = [torch.where(padding[:, :, None, None], 0, x) for x in (k, v)]
+    found = []
+    for k_b, v_b in ([torch.where(padding[:, :, None, None], torch.nan, x) for x in (k, v)], clean):
+        inputs = [x.clone().requires_grad_() for x in (q, k_b, v_b)]
+        out = tw.attention(*inputs, mask=tw.key_lengths(lengths.int()), causal=True, backend="hopper")
+        out.backward(torch.ones_like(out))
+        found.append([out, *(x.grad for x in inputs)])
+    for with_nan, without in zip(*found, strict=True):
+        assert torch.equal(with_nan, without)
+
+
+# ---- the command that checks and tunes it on a GPU ---------------------------------------------------------------------
+
+def test_correctness_command_finds_what_is_wrong(simulated, monkeypatch, tmp_path):
+    monkeypatch.setattr(correctness, "LONGER", correctness.LONGER[:1])
+    monkeypatch.setattr(correctness, "CASES", ())
+    monkeypatch.setattr(correctness, "DTYPES", (BF16,))
+    assert correctness.run(torch.device("cpu"), seconds=100, repeats=1)["failures"] == {}
+    right = hopper.forward
+
+    def sometimes_wrong(problem, x):
+        out, lse = right(problem, x)
+        out[0, 0, 7] += (simulated.launched > 4)
+        return out, lse
+
+    monkeypatch.setattr(hopper, "forward", sometimes_wrong)
+    simulated.launched = 0
+    result = correctness.run(torch.device("cpu"), seconds=100, repeats=2, out=tmp_path / "found.json")
+    assert "long bfloat16" in result["failures"]
+    assert "out" in result["failures"]["long bfloat16"]
+    assert (tmp_path / "found.json").exists()
+
+
+def test_tuning_prints_rows_of_the_table():
+    rates = {"(128, 128, 2, 1, 1, 1, 240, 24)": 500.0, "(128, 64, 2, 1, 1, 1, 240, 24)": 600.0, "sdpa cudnn": 650.0}
+    row = dict(kernel="forward", head_dim=64, causal=True, seqlen=4096, failed={}, shipped="(128, 128, 2, 1, 1, 1, 240, 24)",
+               tflops=rates, seconds={name: 1 / rate for name, rate in rates.items()})
+    said = tuning.lines([row])
+    assert said[0].startswith("forward d64 4k causal: 600 TFLOP/s by (128, 64,")
+    assert "sdpa cudnn 650" in said[0]
+    fields = said[-1].split("\t")
+    assert configs.Config(*map(int, fields[3:])) in tuning.candidates("forward", 64)
+    assert len(fields) == len(configs.TABLE.read_text().splitlines()[0].split("\t"))
+
+
+@pytest.mark.parametrize("kernel", ["forward", "backward"])
+@pytest.mark.parametrize("head_dim", configs.HEAD_DIMS)
+def test_variants_to_try_are_right(kernel, head_dim, simulated):
+    """Each in the simulator, on a problem of several tiles."""
+    q, k, dout = (torch.randn(1, n, 1, head_dim, dtype=BF16) for n in (200, 330, 200))
+    for config in tuning.candidates(kernel, head_dim):
+        with tuning.configured(kernel, config):
+            found = {}
+            for backend in ("hopper", "reference"):
+                inputs = [x.clone().requires_grad_() for x in (q, k, k)]
+                out = tw.attention(*inputs, causal=True, backend=backend)
+                found[backend] = [out, *torch.autograd.grad(out, inputs, dout)]
+        for x, expected in zip(*found.values(), strict=True):
+            assert tuning.deviation(x, expected) < 1, config
