@@ -317,8 +317,7 @@ def inspect(
                                                         "the ceiling on speed: a model, not a measurement.")] = False,
 ) -> None:
     """Compile GPU kernels without a GPU and judge them: registers, spills, shared memory, tensor cores."""
-    from tilewise.backends.triton.aot import shipped
-    from tilewise.inspect import matrix
+    from tilewise.inspect import matrix, shipped
 
     if model:
         with plain_errors(ValueError, RuntimeError):

@@ -251,7 +251,12 @@ def describe(x: Operands, settings: Settings) -> Problem:
 
 
 def aligned(x: Tensor) -> bool:
-    """Whether rows begin at multiples of 16 bytes from the start of the tensor's memory, and no two are the same."""
+    """Whether rows begin at multiples of 16 bytes from the start of the tensor's memory, and no two are the same.
+
+    While torch.compile traces, which cannot tell, True: it is asked again when the operation runs.
+    """
+    if torch.compiler.is_compiling():
+        return True
     steps = [step for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size != 1]
     return x.stride(3) == 1 and all(step and step * x.itemsize % 16 == 0 for step in (*steps, 16)) \
         and x.storage_offset() * x.itemsize % 16 == 0

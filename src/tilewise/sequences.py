@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,6 +49,24 @@ def packed_rows(name: str, cu_seqlens: Tensor, seqused: Tensor | None, total: in
             raise ValueError(f"max_seqlen_{name}: expected at least the longest sequence, {found}, got {max_seqlen}")
         longest = found if max_seqlen is None else max_seqlen
     return _rows.get(("rows",), tensors, lambda: _packed(cu_seqlens, seqused)), longest
+
+
+def all_rows(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
+    """Of the queries and of the keys, also where one of them is dense: sequence b is then slot b."""
+    def dense(n: int) -> Tensor:
+        slots = torch.arange(problem.batch, dtype=torch.int32, device=problem.device)
+        return torch.stack([slots, 0 * slots, 0 * slots + n], 1)
+
+    return (dense(problem.seqlen_q) if x.q_rows is None else x.q_rows,
+            dense(problem.seqlen_k) if x.k_rows is None else x.k_rows)
+
+
+def all_lengths(problem: Problem, x: Operands) -> tuple[Any, Any]:
+    """Queries and keys of each sequence: integers if all are equal, otherwise int64 [B, 1, 1, 1] each."""
+    if not problem.unequal:
+        return problem.seqlen_q, problem.seqlen_k
+    q, k = (rows[:, 2, None, None, None].long() for rows in all_rows(problem, x))
+    return q, k
 
 
 def _packed(cu_seqlens: Tensor, seqused: Tensor | None) -> Tensor:

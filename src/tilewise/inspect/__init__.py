@@ -3,6 +3,7 @@
 from .build import TARGETS, KernelCase, build, reason
 from .matrix import failing, load, missing, run, table
 from .report import Report, examine, failures
+from .shipped import shipped
 
 __all__ = [
     "TARGETS",
@@ -16,5 +17,6 @@ __all__ = [
     "missing",
     "reason",
     "run",
+    "shipped",
     "table",
 ]

@@ -100,6 +100,11 @@ class Loop:
                 early += running
         return early, total
 
+    @property
+    def spills(self) -> int:
+        """Instructions that move a register to local memory or back, in each turn."""
+        return sum(count for opcode, count in self.opcodes.items() if opcode.startswith(("LDL", "STL")))
+
     def encloses(self, other: Loop) -> bool:
         return self is not other and self.body[0].address <= other.body[0].address and (
             other.body[-1].address <= self.body[-1].address

@@ -12,7 +12,7 @@ from tilewise.backends import Gradients, Needs
 from tilewise.backends.cpu import launch, sizes, threads
 from tilewise.backends.cpu.abi import KINDS, Compiled
 from tilewise.problem import Operands, Problem
-from tilewise.sequences import hosted
+from tilewise.sequences import all_lengths
 from tilewise.state import sink_gradient
 from tilewise.trace.evaluate import leaf_values, slot_values
 from tilewise.trace.learned import Learned, contiguous_tables, gather, sums_shape
@@ -114,11 +114,7 @@ def captured_gradients(problem: Problem, x: Operands, wanted: Sequence[Learned |
                        of_tables: Sequence[Sums | None]) -> list[Tensor | None]:
     """The gradient of each captured tensor that needs one."""
     found: list[Tensor | None] = [None] * len(x.captured)
-    lengths: list = [problem.seqlen_q, problem.seqlen_k]
-    if problem.unequal:
-        lengths = [torch.tensor([n for _, _, n in hosted(rows, problem.batch, longest)])[:, None, None, None]
-                   for rows, longest in zip((x.q_rows, x.k_rows), lengths, strict=True)]
-    values = leaf_values(slot_values(x.captured, x.ints, x.floats), problem.batch, problem.heads, *lengths)
+    values = leaf_values(slot_values(x.captured, x.ints, x.floats), problem.batch, problem.heads, *all_lengths(problem, x))
     for lookup, sums in zip(wanted, of_tables, strict=True):
         if lookup is None or sums is None:
             continue

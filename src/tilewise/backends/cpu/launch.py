@@ -10,6 +10,7 @@ from torch import Tensor
 from tilewise.backends.cpu import abi, compiler, sizes, threads
 from tilewise.backends.cpu.abi import KINDS, POINTERS, Compiled
 from tilewise.problem import Operands, Problem
+from tilewise.sequences import all_rows
 from tilewise.trace.tile_lists import Question, TileList, tile_list
 
 
@@ -95,10 +96,7 @@ def described(problem: Problem, x: Operands, numbers: dict[str, int]) -> tuple[a
 
 def visited(problem: Problem, x: Operands, block_rows: int) -> TileList:
     """The panels that blocks visit under a mask without intervals."""
-    rows = None
-    if problem.unequal:
-        dense = torch.tensor([[b, 0, problem.seqlen_q] for b in range(problem.batch)], dtype=torch.int32)
-        rows = (dense if x.q_rows is None else x.q_rows, dense if x.k_rows is None else x.k_rows)
+    rows = all_rows(problem, x) if problem.unequal else None
     assert problem.graphs.mask is not None
     return tile_list(Question(
         problem.program, problem.graphs.mask, tuple(x.ints), tuple(x.floats), problem.batch, problem.heads,

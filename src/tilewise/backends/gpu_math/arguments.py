@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tilewise.backends.gpu_math.schedule import schedule
 from tilewise.problem import Operands, Problem
+from tilewise.sequences import all_rows
 from tilewise.trace.tile_lists import Question, tile_list
 
 # as Triton calls dtypes
@@ -73,20 +74,11 @@ def visits(problem: Problem, x: Operands, transposed: bool = False, ascending: b
         listed = tile_list(Question(
             problem.program, graphs.mask, tuple(x.ints), tuple(x.floats), problem.batch, problem.heads,
             (problem.seqlen_q, problem.seqlen_k), (config.BLOCK_M, config.BLOCK_N), transposed, ascending, problem.device),
-            x.captured, of_sequences(problem, x) if problem.unequal else None)
+            x.captured, all_rows(problem, x) if problem.unequal else None)
         own = ("b" if listed.per_batch else "") + ("h" if listed.per_head else "")
         return dict(VISIT=f"list {own}".strip(), LIST=listed.tiles)
 
     return of
-
-
-def of_sequences(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
-    """Where the queries and the keys of each sequence lie, of which at most q may be dense."""
-    if x.q_rows is not None and x.k_rows is not None:
-        return x.q_rows, x.k_rows
-    assert x.k_rows is not None
-    slots = torch.arange(problem.batch, dtype=torch.int32, device=problem.device)
-    return torch.stack([slots, 0 * slots, 0 * slots + problem.seqlen_q], 1), x.k_rows
 
 
 def work(problem: Problem, x: Operands, block: str, rows_per_row: int = 1, keys: bool = False) -> Callable[[Any], dict]:

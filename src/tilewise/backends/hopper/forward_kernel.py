@@ -18,6 +18,7 @@ Barriers, of which each stage has its own; phase of tile t: t // STAGES % 2
 
 Q [slots, H, rows, D]  K [slots, H_kv, rows, D]  V [.., DV]  O like Q with DV columns: TMA descriptors, whose blocks have 64
 rows, BLOCK_N rows for K and V. Other names as in `triton/forward_kernel.py`. Partial tiles come first.
+HIDES: there may be keys, another sequence's or padding, whose values must not reach a sum even times 0.
 """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -58,8 +59,8 @@ def producer(descs, tiles, barriers, where, r, masked, total, LIST, VISIT: gl.co
 
 @gluon.jit
 def attend(q, tiles, barriers, state, t, total, first, first_before, rows, where, r, scale, program, SCORE: gl.constexpr,
-           MASK: gl.constexpr, RAW: gl.constexpr, MASKED: gl.constexpr, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr,
-           STAGES: gl.constexpr, PINGPONG: gl.constexpr, EARLY_K_WAIT: gl.constexpr):
+           MASK: gl.constexpr, RAW: gl.constexpr, HIDES: gl.constexpr, MASKED: gl.constexpr, WARPGROUP: gl.constexpr,
+           WARPGROUPS: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, EARLY_K_WAIT: gl.constexpr):
     """Scores and softmax of tile t, P V of tile t - 1. first, first_before: their first columns."""
     _q_tiles, k_tiles, v_tiles, _o_tiles = tiles
     _q_full, k_full, k_empty, v_full, v_empty = barriers
@@ -67,26 +68,27 @@ def attend(q, tiles, barriers, state, t, total, first, first_before, rows, where
     MY_TURN: gl.constexpr = FIRST_BARRIER + WARPGROUP
     NEXT_TURN: gl.constexpr = FIRST_BARRIER + (WARPGROUP + 1) % WARPGROUPS
     slot, before, after = t % STAGES, (t - 1) % STAGES, (t + 1) % STAGES
+    weights = operand(p, acc, k_tiles.dtype)
     if not EARLY_K_WAIT:
         mbarrier.wait(k_full.index(slot), t // STAGES & 1)
-    if MASKED:                          # before the turn: whoever waits for the others must not hold it
+    if MASKED:
         mbarrier.wait(v_full.index(before), (t - 1) // STAGES & 1)
-        turn = hide(v_tiles.index(before), first_before, r, turn, WARPGROUP, WARPGROUPS)
+        if HIDES:                       # before the turn: whoever waits for the others must not hold it
+            turn = hide(v_tiles.index(before), first_before, r, turn, WARPGROUP, WARPGROUPS)
     if PINGPONG:
         turn = named_barrier("sync", MY_TURN, 256, turn)
     s = products(q, k_tiles.index(slot))
     if not MASKED:
         mbarrier.wait(v_full.index(before), (t - 1) // STAGES & 1)
-    acc = warpgroup_mma(p, v_tiles.index(before), acc, is_async=True)
+    acc = warpgroup_mma(weights, v_tiles.index(before), acc, is_async=True)
     if PINGPONG:
         turn = named_barrier("arrive", NEXT_TURN, 256, turn)
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(k_empty.index(slot), count=1)
-    m_i, l_i, alpha, p_new = softmax_of(s, m_i, l_i, first, rows, where, scale, program, SCORE, MASK, RAW, MASKED)
+    m_i, l_i, alpha, p = softmax_of(s, m_i, l_i, first, rows, where, scale, program, SCORE, MASK, RAW, MASKED)
     if EARLY_K_WAIT:
         mbarrier.wait(k_full.index(after), (t + 1) // STAGES & 1, pred=t + 1 < total)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    p = gl.convert_layout(p_new.to(p.dtype), p.type.layout, assert_trivial=True)
     mbarrier.arrive(v_empty.index(before), count=1)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc.type.layout))[:, None]
     return m_i, l_i, acc, p, turn
@@ -100,6 +102,12 @@ def hide(v, first, r, turn, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr):
         fence_async_shared()
         turn = named_barrier("sync", HIDING, WARPGROUPS * 128, turn)
     return turn
+
+
+@gluon.jit
+def operand(p, acc, TYPE: gl.constexpr):
+    """P as what multiplies V. It is carried from tile to tile in fp32: halves would be unpacked and packed again."""
+    return gl.convert_layout(p.to(TYPE), gl.DotOperandLayout(0, acc.type.layout, 2), assert_trivial=True)
 
 
 @gluon.jit
@@ -123,10 +131,10 @@ def softmax_of(s, m_i, l_i, first, rows, where, scale, program, SCORE: gl.conste
 
 
 @gluon.jit
-def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, OUT, LSE, SINKS, out_stride, scale, heads,
-             lse_rows, program, SCORE: gl.constexpr, MASK: gl.constexpr, VISIT: gl.constexpr, HAS_SINKS: gl.constexpr,
-             RAW: gl.constexpr, PACKED: gl.constexpr, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr, STAGES: gl.constexpr,
-             BLOCK_N: gl.constexpr, BLOCK_DV: gl.constexpr, DV: gl.constexpr, PINGPONG: gl.constexpr,
+def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, OUT, LSE, SINKS, out_stride, scale, program,
+             SCORE: gl.constexpr, MASK: gl.constexpr, VISIT: gl.constexpr, HAS_SINKS: gl.constexpr, RAW: gl.constexpr,
+             HIDES: gl.constexpr, PACKED: gl.constexpr, WARPGROUP: gl.constexpr, WARPGROUPS: gl.constexpr,
+             STAGES: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_DV: gl.constexpr, DV: gl.constexpr, PINGPONG: gl.constexpr,
              EARLY_K_WAIT: gl.constexpr):
     q_tiles, k_tiles, v_tiles, o_tiles = tiles
     q_full, k_full, k_empty, v_full, _v_empty = barriers
@@ -135,7 +143,6 @@ def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, O
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     O_ROWS: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
-    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     gl.static_assert(STAGES >= 2, "with one stage it waits for a tile that is loaded after one that it still holds")
     rows = block_row + WARPGROUP * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
     m_i = gl.full([ROWS], -float("inf"), gl.float32, gl.SliceLayout(1, S_LAYOUT))
@@ -151,8 +158,7 @@ def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, O
         s = warpgroup_mma_wait(0, deps=[products(q, k_tiles.index(0))])
         mbarrier.arrive(k_empty.index(0), count=1)
         first = first_of(r, 0, masked, LIST, VISIT, BLOCK_N)
-        m_i, l_i, _, p_new = softmax_of(s, m_i, l_i, first, rows, where, scale, program, SCORE, MASK, RAW, True)
-        p = gl.convert_layout(p_new.to(TYPE), P_LAYOUT, assert_trivial=True)
+        m_i, l_i, _, p = softmax_of(s, m_i, l_i, first, rows, where, scale, program, SCORE, MASK, RAW, True)
         if EARLY_K_WAIT:
             mbarrier.wait(k_full.index(1), 0, pred=total > 1)
         middle = gl.minimum(masked + 1, total)          # P V of the last partial tile comes with the next one's scores
@@ -160,18 +166,19 @@ def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, O
             after = first_of(r, t, masked, LIST, VISIT, BLOCK_N)
             m_i, l_i, acc, p, turn = attend(
                 q, tiles, barriers, (m_i, l_i, acc, p, turn), t, total, after, first, rows, where, r, scale, program, SCORE,
-                MASK, RAW, True, WARPGROUP, WARPGROUPS, STAGES, PINGPONG, EARLY_K_WAIT)
+                MASK, RAW, HIDES, True, WARPGROUP, WARPGROUPS, STAGES, PINGPONG, EARLY_K_WAIT)
             first = after
         for t in range(middle, total):
             after = first_of_full(r, t - masked, LIST, VISIT, BLOCK_N)
             m_i, l_i, acc, p, turn = attend(
                 q, tiles, barriers, (m_i, l_i, acc, p, turn), t, total, after, first, rows, where, r, scale, program, SCORE,
-                MASK, RAW, False, WARPGROUP, WARPGROUPS, STAGES, PINGPONG, EARLY_K_WAIT)
+                MASK, RAW, HIDES, False, WARPGROUP, WARPGROUPS, STAGES, PINGPONG, EARLY_K_WAIT)
             first = after
         last = (total - 1) % STAGES
         mbarrier.wait(v_full.index(last), (total - 1) // STAGES & 1)
-        turn = hide(v_tiles.index(last), first, r, turn, WARPGROUP, WARPGROUPS)
-        acc = warpgroup_mma(p, v_tiles.index(last), acc, is_async=True)
+        if HIDES:
+            turn = hide(v_tiles.index(last), first, r, turn, WARPGROUP, WARPGROUPS)
+        acc = warpgroup_mma(operand(p, acc, TYPE), v_tiles.index(last), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=[acc])
         if PINGPONG and WARPGROUP == 0:                 # the turn that nobody is left to take
             turn = named_barrier("sync", FIRST_BARRIER, 256, turn)
@@ -181,12 +188,11 @@ def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, O
     out, lse = softmax.finalize(m_i, l_i, acc, False)
     row = block_row + WARPGROUP * ROWS
     of_rows = row + gl.arange(0, ROWS, O_ROWS)
-    start = (q_slot * heads + h).to(gl.int64) * lse_rows + q_row - block_row
-    gl.store(LSE + start + of_rows, lse, mask=of_rows < nq)
+    gl.store(LSE + of_rows, lse, mask=of_rows < nq)
     o_tile = o_tiles.index(WARPGROUP)
     o_tile.store(out.to(TYPE))
     if PACKED:                          # the rows behind the sequence's own are another's
-        store_rows(o_tile, OUT, out_stride, q_row + WARPGROUP * ROWS, nq - row, DV)
+        store_rows(o_tile, OUT, out_stride, row, nq - row, DV)
     else:
         fence_async_shared()
         tma_store(descs[3], [q_slot, h, q_row + WARPGROUP * ROWS, 0], as_block(o_tile, descs[3]))
@@ -196,9 +202,10 @@ def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, O
 @gluon.jit
 def forward(q_desc, k_desc, v_desc, o_desc, OUT, LSE, SINKS, LIST, Q_ROWS, K_ROWS, WORK, out_strides, scale, heads, group,
             together, nq, nk, lse_rows, captured, ints, floats, SCORE: gl.constexpr, MASK: gl.constexpr, KEYS: gl.constexpr,
-            VISIT: gl.constexpr, HAS_SINKS: gl.constexpr, RAW: gl.constexpr, DV: gl.constexpr, BLOCK_M: gl.constexpr,
-            BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr,
-            EARLY_K_WAIT: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):
+            VISIT: gl.constexpr, HAS_SINKS: gl.constexpr, RAW: gl.constexpr, HIDES: gl.constexpr, DV: gl.constexpr,
+            BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+            STAGES: gl.constexpr, PINGPONG: gl.constexpr, EARLY_K_WAIT: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+            PRODUCER_REGISTERS: gl.constexpr):
     """One program for BLOCK_M queries of a head; launched with 4 warps."""
     PACKED: gl.constexpr = WORK is not None
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
@@ -242,28 +249,29 @@ def forward(q_desc, k_desc, v_desc, o_desc, OUT, LSE, SINKS, LIST, Q_ROWS, K_ROW
     tiles = (q_tiles, k_tiles, v_tiles, o_tiles)
     barriers = (q_full, k_full, k_empty, v_full, v_empty)
     where = (b, h, h_kv, q_slot, q_start + first, k_slot, k_start, nq, nk)
-    OUT += q_slot.to(gl.int64) * out_strides[0] + h.to(gl.int64) * out_strides[1]
+    OUT += q_slot.to(gl.int64) * out_strides[0] + h.to(gl.int64) * out_strides[1] + q_start * out_strides[2]
+    LSE += (q_slot * heads + h).to(gl.int64) * lse_rows + q_start
     # Constants must stand in these tuples themselves: a tuple that is bound to a name first makes tensors of them.
     if WARPGROUPS == 2:
         gl.warp_specialize([
             (consumer, (descs, tiles, barriers, where, r, masked, total, first, LIST, OUT, LSE, SINKS, out_strides[2], scale,
-                        heads, lse_rows, program, SCORE, MASK, VISIT, HAS_SINKS, RAW, PACKED, 0, WARPGROUPS, STAGES, BLOCK_N,
+                        program, SCORE, MASK, VISIT, HAS_SINKS, RAW, HIDES, PACKED, 0, WARPGROUPS, STAGES, BLOCK_N,
                         BLOCK_DV, DV, PINGPONG, EARLY_K_WAIT)),
             (consumer, (descs, tiles, barriers, where, r, masked, total, first, LIST, OUT, LSE, SINKS, out_strides[2], scale,
-                        heads, lse_rows, program, SCORE, MASK, VISIT, HAS_SINKS, RAW, PACKED, 1, WARPGROUPS, STAGES, BLOCK_N,
+                        program, SCORE, MASK, VISIT, HAS_SINKS, RAW, HIDES, PACKED, 1, WARPGROUPS, STAGES, BLOCK_N,
                         BLOCK_DV, DV, PINGPONG, EARLY_K_WAIT)),
             (producer, (descs, tiles, barriers, where, r, masked, total, LIST, VISIT, WARPGROUPS, STAGES, BLOCK_N)),
         ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
             (consumer, (descs, tiles, barriers, where, r, masked, total, first, LIST, OUT, LSE, SINKS, out_strides[2], scale,
-                        heads, lse_rows, program, SCORE, MASK, VISIT, HAS_SINKS, RAW, PACKED, 0, WARPGROUPS, STAGES, BLOCK_N,
+                        program, SCORE, MASK, VISIT, HAS_SINKS, RAW, HIDES, PACKED, 0, WARPGROUPS, STAGES, BLOCK_N,
                         BLOCK_DV, DV, PINGPONG, EARLY_K_WAIT)),
             (consumer, (descs, tiles, barriers, where, r, masked, total, first, LIST, OUT, LSE, SINKS, out_strides[2], scale,
-                        heads, lse_rows, program, SCORE, MASK, VISIT, HAS_SINKS, RAW, PACKED, 1, WARPGROUPS, STAGES, BLOCK_N,
+                        program, SCORE, MASK, VISIT, HAS_SINKS, RAW, HIDES, PACKED, 1, WARPGROUPS, STAGES, BLOCK_N,
                         BLOCK_DV, DV, PINGPONG, EARLY_K_WAIT)),
             (consumer, (descs, tiles, barriers, where, r, masked, total, first, LIST, OUT, LSE, SINKS, out_strides[2], scale,
-                        heads, lse_rows, program, SCORE, MASK, VISIT, HAS_SINKS, RAW, PACKED, 2, WARPGROUPS, STAGES, BLOCK_N,
+                        program, SCORE, MASK, VISIT, HAS_SINKS, RAW, HIDES, PACKED, 2, WARPGROUPS, STAGES, BLOCK_N,
                         BLOCK_DV, DV, PINGPONG, EARLY_K_WAIT)),
             (producer, (descs, tiles, barriers, where, r, masked, total, LIST, VISIT, WARPGROUPS, STAGES, BLOCK_N)),
         ], [4, 4, 1], [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS])

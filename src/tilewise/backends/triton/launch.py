@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tilewise.backends import Gradients, Needs
-from tilewise.backends.gpu_math.arguments import arguments, blocks, in_all, of_sequences, padded, strides, visits, work
+from tilewise.backends.gpu_math.arguments import arguments, blocks, in_all, padded, strides, visits, work
 from tilewise.backends.gpu_math.entry import entry, flatten
 from tilewise.backends.gpu_math.preprocess import preprocess
 from tilewise.backends.triton import backward_kernels as bwd
@@ -29,6 +29,7 @@ from tilewise.backends.triton.configs import (
 from tilewise.backends.triton.forward_kernel import forward as forward_kernel
 from tilewise.backends.triton.forward_kernel import merge as merge_kernel
 from tilewise.problem import MAX_SPLITS, Operands, Problem
+from tilewise.sequences import all_lengths
 from tilewise.state import sink_gradient
 from tilewise.trace.evaluate import leaf_values, slot_values
 from tilewise.trace.learned import Learned, contiguous_tables, from_offset_tiles, gather, sums_shape
@@ -219,8 +220,7 @@ def lookup_gradient(problem: Problem, x: Operands, common: Mapping[str, Any], nu
     """The gradient of a table by one of its lookups, fp32."""
     batch, heads, nq, nk = problem.batch, problem.heads, problem.seqlen_q, problem.seqlen_k
     everyone, device = (batch, heads), problem.device
-    own_q, own_k = (r[:, 2, None, None, None].long() for r in of_sequences(problem, x)) if problem.unequal else (nq, nk)
-    values = leaf_values(slot_values(x.captured, x.ints, x.floats), batch, heads, own_q, own_k, device)
+    values = leaf_values(slot_values(x.captured, x.ints, x.floats), batch, heads, *all_lengths(problem, x), device)
     pattern = lookup.pattern
     if pattern == "any":
         largest = torch.zeros((batch, heads, nq), device=device)
