@@ -20,6 +20,7 @@ from tilewise.bench import tolerance
 from tilewise.bench.cases import CASES, draw, rows_in_use
 from tilewise.bench.hopper import correctness, tuning
 from tilewise.bench.hopper.correctness import LONGER
+from tilewise.problem import make
 
 sim.simulate(gluon_names.named_barrier, sim.named_barrier)
 sim.simulate(gluon_names.tma_add, sim.tma_reduce_add)
@@ -90,6 +91,20 @@ def test_what_is_not_says_why(name):
     case = next((case for case in CASES if case.name == name), CASES[0])
     reason = hopper.unsupported(draw(case, torch.float32 if name == "fp32 inputs" else BF16).described()[0])
     assert REFUSED[name] in (reason or "")
+
+
+def test_results_have_rows_that_tma_can_write():
+    """Inputs may be views of something wider; what is allocated for them is not."""
+    q, v = torch.zeros(1, 8, 1, 64, dtype=BF16), torch.zeros(1, 8, 1, 16, dtype=BF16)
+    assert hopper.unsupported(make(q, q, v)[0]) is None
+    assert "multiples of 16 bytes" in hopper.unsupported(make(q, q, v[..., :5])[0])
+
+
+@pytest.mark.parametrize("view", [lambda x: x[..., 1:65], lambda x: x.expand(4, -1, -1, -1)[..., :64],
+                                  lambda x: x.as_strided((1, 8, 1, 64), (999, 72, 72, 1), 4)], ids=["columns", "expanded", "first"])
+def test_views_that_tma_cannot_read_go_elsewhere(view):
+    x = view(torch.zeros(1, 8, 1, 72, dtype=BF16))
+    assert "multiples of 16 bytes" in hopper.unsupported(make(x, x, x)[0])
 
 
 def test_on_a_cpu_explain_says_why_others_serve():

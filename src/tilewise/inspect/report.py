@@ -69,14 +69,15 @@ def failures(report: Report, case: KernelCase) -> list[str]:
 
     On sm_90 a forward of at least 64 rows must use wgmma; where tiles have fewer, as in a backward, mma.sync will do.
     A kernel with more warps than its first partition is warp-specialised: it must share out registers, and compute at least
-    half of the exponentials of each loop under matrix products. It may spill what no loop uses: its partitions begin with
-    more values than registers, and each use of such a one costs a few cycles once.
+    half of the exponentials of each loop under matrix products. It may spill outside its main loop, the one
+    of whole tiles: its partitions begin with more values than registers, and such a one costs a few cycles once.
     """
     found = []
     specialised = report.warps > case.num_warps
-    in_loops = max((loop.spills for loop in report.loops), default=0)
-    if report.spills and (in_loops or not specialised):
-        where = f", {in_loops} times in a loop" if specialised else ""
+    products = [loop for loop in report.loops if any(opcode.startswith("HGMMA") for opcode in loop.opcodes)]
+    in_loop = min((loop.spills for loop in products), default=0)
+    if report.spills and (in_loop or not specialised):
+        where = f", {in_loop} times in each turn of its main loop" if specialised else ""
         found.append(f"spills {report.spills} {'registers' if report.arch.startswith('gfx') else 'bytes'}{where}")
     if report.shared_memory > report.shared_memory_limit:
         found.append(f"shared memory {report.shared_memory} over the limit {report.shared_memory_limit}")

@@ -58,7 +58,8 @@ def unsupported(problem: Problem) -> str | None:
         "batch_invariant": problem.batch_invariant,
         "num_splits": problem.splits > 1,
         "tensors without rows or heads": 0 in (*problem.rows_q, *problem.rows_k, problem.heads, problem.batch),
-        "rows that do not begin at multiples of 16 bytes, as TMA needs": not problem.aligned,
+        "rows that do not begin at multiples of 16 bytes, as TMA needs": not problem.aligned or any(
+            dim % 8 for dim in (problem.head_dim, problem.head_dim_v)),
         "gradients of captured tensors": problem.learning,
         "deterministic gradients": problem.deterministic,
     }

@@ -41,8 +41,9 @@ def forward(problem: Problem, x: Operands, start: Start = start) -> tuple[Tensor
         v_desc=descriptor(x.v, c.BLOCK_N, wide_v), o_desc=descriptor(out, ROWS.value, wide_v), OUT=out, LSE=lse, SINKS=x.sinks,
         out_strides=strides(out), together=heads_together(problem), HAS_SINKS=problem.has_sinks,
         HIDES=problem.packed_k is not None or bool(x.captured), DV=problem.head_dim_v, BLOCK_D=wide, BLOCK_DV=wide_v,
-        PINGPONG=bool(c.PINGPONG), EARLY_K_WAIT=bool(c.EARLY_WAIT), CONSUMER_REGISTERS=c.CONSUMER_REGISTERS, **common(told, c), **work(problem, x, "BLOCK_M")(c),
-        **visits(problem, x)(c), **{name: told[name] for name in ("Q_ROWS", "K_ROWS", "RAW")}), WARPS)
+        PINGPONG=bool(c.PINGPONG), EARLY_K_WAIT=bool(c.EARLY_WAIT), CONSUMER_REGISTERS=c.CONSUMER_REGISTERS, **common(told, c),
+        **work(problem, x, "BLOCK_M")(c), **visits(problem, x)(c),
+        **{name: told[name] for name in ("Q_ROWS", "K_ROWS", "RAW")}), WARPS)
     return out, lse
 
 
