@@ -1,0 +1,109 @@
+"""Every wait, arrival, fence and slot of the Hopper kernels is needed: where one is changed, the simulator finds it."""
+from dataclasses import replace
+from typing import NamedTuple
+
+import pytest
+import torch
+from support.backends import INTERPRETING
+
+pytest.importorskip("triton", reason="needs triton", exc_type=ImportError)
+if INTERPRETING:
+    pytest.skip("Triton's interpreter is on", allow_module_level=True)
+
+import support.hopper as sim
+from support.hopper import Fault, mutants
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+import tilewise as tw
+from tilewise.backends import Needs
+from tilewise.backends.gpu_math.entry import entry, flatten
+from tilewise.backends.hopper import gluon_names, launch
+from tilewise.bench.cases import Case, draw, packed
+
+sim.simulate(gluon_names.named_barrier, sim.named_barrier)
+sim.simulate(gluon_names.tma_add, sim.tma_reduce_add)
+SEEDS = 6
+WRITTEN = "o_desc", "OUT", "dq_desc", "dk_desc", "dv_desc", "DK", "DV_"     # the outputs, and LSE of the forward pass
+SMALL = dict(batch=1, heads=1, kv_heads=1, head_dim=64)
+CASES = {                               # each further one for what those before it leave
+    "forward": [
+        Case("padded keys", seqlen_q=128, seqlen_k=500, **SMALL, options=lambda m: dict(
+            mask=tw.key_lengths(m.values([480])), causal=True)),
+        Case("full", seqlen_q=128, seqlen_k=768, **SMALL),
+        Case("partial tiles", seqlen_q=128, seqlen_k=256, **SMALL, options=lambda m: dict(
+            mask=tw.key_lengths(m.values([250])) & tw.window(150, 0))),
+        Case("one tile", seqlen_q=100, seqlen_k=60, **SMALL)],
+    "backward": [
+        packed("packed grouped", ((150, 130), (70, 40)), heads=2, kv_heads=1, head_dim=64, options=lambda m: dict(
+            causal=True, **m.longest)),
+        Case("padded keys", seqlen_q=300, seqlen_k=300, **SMALL, options=lambda m: dict(mask=tw.key_lengths(m.values([100]))))],
+}
+
+
+class Launched(NamedTuple):
+    """A recorded launch, as the simulator takes it."""
+    kernel: object
+    programs: int
+    warps: int
+    values: dict
+
+    def run(self, kernel, seed):
+        """What a version of the kernel writes into fresh memory."""
+        fresh, written = dict(self.values), {}
+        for name in (*WRITTEN, *(["LSE"] if "o_desc" in fresh else [])):
+            if name not in fresh:
+                continue
+            given = fresh[name]
+            memory = given.base if isinstance(given, TensorDescriptor) else given
+            new = written.setdefault(memory.data_ptr(), torch.zeros_like(memory))     # a tensor may come twice
+            fresh[name] = replace(given, base=new) if isinstance(given, TensorDescriptor) else new
+        sim.launch(kernel, (self.programs,), num_warps=self.warps, seed=seed, **fresh)
+        return list(written.values())
+
+
+def launched(case):
+    """The launches of a forward and a backward pass, by kernel."""
+    problem, x = draw(case, torch.bfloat16).described()
+    found = {}
+
+    def start(kernel, problem, programs, values, warps):
+        flat = flatten(kernel, problem.program, values)
+        one = found[kernel.fn.__name__] = Launched(entry(kernel, problem.program), programs, warps, flat)
+        sim.launch(one.kernel, (programs,), num_warps=warps, **flat)
+
+    out, lse = launch.forward(problem, x, start=start)
+    launch.backward(problem, x, out, lse, torch.ones_like(out), None, Needs(False, False), start=start)
+    return found
+
+
+def fate(one, mutant, right):
+    """How a changed kernel is found, "" if it is not."""
+    for seed in range(SEEDS):
+        try:
+            found = one.run(mutant, seed)
+        except Fault as fault:
+            return fault.kind
+        if not all(torch.allclose(a.float(), b.float(), rtol=1e-2, atol=1e-2) for a, b in zip(found, right, strict=True)):
+            return "another result"
+    return ""
+
+
+HARMLESS = {
+    "no barrier: thread_barrier()": "the simulator takes all threads of a partition as one",
+}
+
+
+@pytest.mark.parametrize("kernel", CASES)
+def test_every_change_is_found(kernel):
+    seen, found = set(), {}
+    for case in CASES[kernel]:
+        one = launched(case)[kernel]
+        visited = sim.launch(one.kernel, (one.programs,), num_warps=one.warps, **one.values).visited
+        right = one.run(one.kernel, 0)
+        for mutant in mutants(one.kernel, visited):
+            seen.add(str(mutant))
+            if str(mutant) not in found and (kind := fate(one, mutant, right)):
+                found[str(mutant)] = kind
+    survivors = [text for text in seen - found.keys() if not any(words in text for words in HARMLESS)]
+    assert not survivors, "\n".join(survivors)
+    assert len(seen) > 60
