@@ -257,9 +257,10 @@ def aligned(x: Tensor) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    steps = [step for size, step in zip(x.shape[:3], x.stride()[:3], strict=True) if size != 1]
-    return x.stride(3) == 1 and all(step and step * x.itemsize % 16 == 0 for step in (*steps, 16)) \
-        and x.storage_offset() * x.itemsize % 16 == 0
+    of_16_bytes = 16 // x.itemsize
+    *steps, last = x.stride()
+    return last == 1 and x.storage_offset() % of_16_bytes == 0 and all(
+        (step and step % of_16_bytes == 0) or size == 1 for size, step in zip(x.shape, steps, strict=False))
 
 
 def _precision() -> str:
