@@ -36,7 +36,9 @@ CASES = {                               # each further one for what those before
     "backward": [
         packed("packed grouped", ((150, 130), (70, 40)), heads=2, kv_heads=1, head_dim=64, options=lambda m: dict(
             causal=True, **m.longest)),
-        Case("padded keys", seqlen_q=300, seqlen_k=300, **SMALL, options=lambda m: dict(mask=tw.key_lengths(m.values([100]))))],
+        Case("padded keys", seqlen_q=300, seqlen_k=300, **SMALL, options=lambda m: dict(mask=tw.key_lengths(m.values([100])))),
+        Case("score function", seqlen_q=200, seqlen_k=100, **SMALL, options=lambda m: dict(
+            score_mod=lambda s, b, h, q, k: s * torch.exp(-0.01 * (q - k).abs())))],
 }
 
 

@@ -2,7 +2,7 @@
 
     forward_kernel.py, backward_kernel.py    the kernels          tiles.py          tiles in shared memory
     configs.py   their variants              launch.py            how they are called
-    gluon_names.py                           one set of names for Triton 3.6 to 3.9
+    preprocess.py   for the backward         gluon_names.py    one set of names for Triton 3.6 to 3.9
 
 It has run in a simulator of Hopper's asynchrony (`tests/support/hopper/`), but on no GPU yet: until it has, "auto" passes it
 over.
@@ -89,9 +89,9 @@ def splits(problem: Problem) -> int:
 
 
 def workspace(problem: Problem) -> tuple[int, int]:
-    """Bytes, forward and backward: lse; lse, delta and dQ in fp32."""
+    """Bytes, forward and backward: lse; lse, also in base 2, delta and dQ in fp32."""
     statistics = 4 * problem.heads * problem.queries
-    return statistics, (2 + problem.head_dim) * statistics
+    return statistics, (3 + problem.head_dim) * statistics
 
 
 def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:

@@ -17,12 +17,13 @@ from tilewise.backends.gpu_math import elementary, gradients, masking, places, p
 from tilewise.backends.gpu_math.arguments import TYPES
 from tilewise.backends.gpu_math.entry import entry, flatten, source_of
 from tilewise.backends.hopper import backward_kernel, configs, forward_kernel, gluon_names, launch, tiles
+from tilewise.backends.hopper import preprocess as with_lse
 from tilewise.block_sparse import block_mask
 from tilewise.problem import Layout, Operands, Problem, make, make_unequal
 
 ARCH = "sm_90"
 SOURCES = (elementary, gradients, masking, places, preprocess, rows, scoring, softmax, backward_kernel, forward_kernel,
-           gluon_names, tiles)
+           gluon_names, tiles, with_lse)
 N = 256
 
 

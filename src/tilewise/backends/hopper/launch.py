@@ -12,11 +12,11 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tilewise.backends import Gradients, Needs
 from tilewise.backends.gpu_math.arguments import arguments, in_all, padded, strides, visits, work
 from tilewise.backends.gpu_math.entry import entry, flatten
-from tilewise.backends.gpu_math.preprocess import preprocess
 from tilewise.backends.hopper.backward_kernel import backward as backward_kernel
 from tilewise.backends.hopper.configs import Config, choose
 from tilewise.backends.hopper.forward_kernel import ROWS
 from tilewise.backends.hopper.forward_kernel import forward as forward_kernel
+from tilewise.backends.hopper.preprocess import preprocess
 from tilewise.problem import Operands, Problem, aligned
 from tilewise.state import sink_gradient
 
@@ -52,11 +52,11 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
     if not aligned(dout):               # such as the expanded gradient of a sum
         dout = dout.contiguous()
     c = choose("backward", problem)
-    told, delta = arguments(problem, x), torch.empty_like(lse)
+    told, subtrahend, delta = arguments(problem, x), torch.empty_like(lse), torch.empty_like(lse)
     query_blocks = in_all(problem.packed_q, problem.seqlen_q, problem.batch, 1, c.BLOCK_M) * problem.heads
     start(preprocess, problem, query_blocks, dict(
-        OUT=out, DO=dout, DLSE=None if dlse is None else dlse.contiguous(), DELTA=delta, Q_ROWS=x.q_rows,
-        out_strides=strides(out), do_strides=strides(dout), heads=problem.heads, nq=problem.seqlen_q,
+        OUT=out, DO=dout, DLSE=None if dlse is None else dlse.contiguous(), LSE=lse, SUBTRAHEND=subtrahend, DELTA=delta,
+        Q_ROWS=x.q_rows, out_strides=strides(out), do_strides=strides(dout), heads=problem.heads, nq=problem.seqlen_q,
         lse_rows=problem.rows_q[1], HAS_DLSE=dlse is not None, DV=problem.head_dim_v, BLOCK_M=c.BLOCK_M,
         BLOCK_DV=padded(problem.head_dim_v), **work(problem, x, "BLOCK_M")(c)), 4)
     dq, dk, dv = problem.new_q(problem.head_dim), problem.new_k(problem.head_dim), problem.new_k(problem.head_dim_v)
@@ -66,8 +66,9 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
     values = dict(
         q_desc=descriptor(x.q, c.BLOCK_M, wide), k_desc=descriptor(x.k, c.BLOCK_N, wide),
         v_desc=descriptor(x.v, c.BLOCK_N, wide_v), do_desc=descriptor(dout, c.BLOCK_M, wide_v),
-        dq_desc=descriptor(sums, c.BLOCK_M, wide), dk_desc=descriptor(dk, c.BLOCK_N, wide),
-        dv_desc=descriptor(dv, c.BLOCK_N, wide_v), LSE=lse, DELTA=delta, DK=dk, DV_=dv, dk_strides=strides(dk),
+        lse_desc=vector(subtrahend, c.BLOCK_M), delta_desc=vector(delta, c.BLOCK_M),
+        dq_desc=descriptor(sums, c.BLOCK_M, wide), dk_desc=descriptor(dk, c.BLOCK_N, wide, 64),
+        dv_desc=descriptor(dv, c.BLOCK_N, wide_v, 64), DK=dk, DV_=dv, dk_strides=strides(dk),
         dv_strides=strides(dv), D=problem.head_dim, DV=problem.head_dim_v, BLOCK_D=wide, BLOCK_DV=wide_v,
         EARLY_Q_WAIT=bool(c.EARLY_WAIT), **common(told, c), **work(problem, x, "BLOCK_N", keys=True)(c),
         **visits(problem, x, transposed=True)(c), **{name: told[name] for name in ("Q_ROWS", "K_ROWS", "RAW")})
@@ -93,7 +94,7 @@ def width(dim: int) -> int:
     return max(64, padded(dim))
 
 
-def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+def descriptor(x: Tensor, rows: int, columns: int, swizzle: int = 128) -> TensorDescriptor:
     """Blocks of rows of one head of x [slots, heads, rows, dim]. Raises ValueError where TMA cannot read from its address."""
     if x.data_ptr() % 16:
         raise ValueError(f"q, k, v: expected memory that begins at a multiple of 16 bytes, as TMA needs, got "
@@ -101,7 +102,12 @@ def descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
     bits = 8 * x.itemsize
     least = 128 // bits                 # any that TMA accepts, where a dimension has one entry, whose stride means nothing
     steps = [least if size == 1 else step for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*steps, 1], [1, 1, rows, columns], gl.NVMMASharedLayout(128, bits, rank=4))
+    return TensorDescriptor(x, list(x.shape), [*steps, 1], [1, 1, rows, columns], gl.NVMMASharedLayout(swizzle, bits, rank=4))
+
+
+def vector(x: Tensor, length: int) -> TensorDescriptor:
+    """Blocks of the elements of x, in the order in which they lie in memory."""
+    return TensorDescriptor(x, [x.numel()], [1], [length], gl.NVMMASharedLayout(0, 8 * x.itemsize, rank=1))
 
 
 L2 = 24 * 2**20                         # bytes for keys and values, half of an H100's L2 cache
