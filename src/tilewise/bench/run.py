@@ -80,12 +80,14 @@ def shapes(device: torch.device, quick: bool = False, head_dims: Sequence[int] |
             for d in head_dims or dims for s in lengths or sizes for causal in (True, False)]
 
 
-def contenders(shape: Shape, device: torch.device) -> list[Contender]:
-    """Our backends that can, in the order of backend="auto", `tiled` only where it is all there is; then the peers."""
+def contenders(shape: Shape, device: torch.device, also: Sequence[str] = ()) -> list[Contender]:
+    """Our backends that volunteer, in the order of backend="auto", `tiled` only where it is all there is; those of `also` that
+    can; then the peers."""
     q, k, v, _ = Shape(1, 16, shape.heads, shape.kv_heads, shape.head_dim, shape.causal, shape.dtype).draw(device, 0)
     problem, _ = make(q, k, v, causal=shape.causal)
-    serving = [name for name in backends.AUTO if backends.load(name).supports(problem) is None]
-    return [ours(name) for name in serving if name != "tiled" or serving[0] == name] + discover(device)
+    serving = [name for name in backends.AUTO if backends.load(name).volunteers(problem) is None]
+    asked = [name for name in also if name not in serving and backends.load(name).supports(problem) is None]
+    return [ours(name) for name in [*serving, *asked] if name != "tiled" or serving[0] == name] + discover(device)
 
 
 def measure(shape: Shape, field: Sequence[Contender], device: torch.device) -> dict[str, Any]:
@@ -147,7 +149,7 @@ def admit(contender: Contender, shape: Shape, gate: Gate, device: torch.device) 
 
 
 def benchmark(which: Sequence[Shape], device: torch.device, *, seconds: float, out: Path | None = None,
-              progress: Callable[[str], None] = lambda words: None) -> dict[str, Any]:
+              also: Sequence[str] = (), progress: Callable[[str], None] = lambda words: None) -> dict[str, Any]:
     """Measures shape after shape, and after each writes the result so far to `out`. No shape begins after `seconds`."""
     deadline = time.monotonic() + seconds
     result: dict[str, Any] = record.stamp() | {"rows": [], "not_reached": [], "lines": []}
@@ -157,7 +159,7 @@ def benchmark(which: Sequence[Shape], device: torch.device, *, seconds: float, o
             continue
         progress(str(shape))
         try:
-            result["rows"].append(measure(shape, contenders(shape, device), device))
+            result["rows"].append(measure(shape, contenders(shape, device, also), device))
         except Exception as error:  # one shape's failure, such as memory, must not cost the others
             result["rows"].append({"shape": asdict(shape), "error": record.words(error)})
             if not alive(device):
@@ -167,9 +169,9 @@ def benchmark(which: Sequence[Shape], device: torch.device, *, seconds: float, o
     return result
 
 
-def warm(which: Sequence[Shape], device: torch.device, text: str) -> None:
+def warm(which: Sequence[Shape], device: torch.device, also: Sequence[str], text: str) -> None:
     """Compiles what one slice of shapes and contenders needs, by running it; results and errors are left to `measure`."""
-    pairs = [(shape, c) for shape in which for c in contenders(shape, device) if c.compiles]
+    pairs = [(shape, c) for shape in which for c in contenders(shape, device, also) if c.compiles]
     for shape, contender in part(pairs, text):
         torch.compiler.reset()
         q, k, v, dout = shape.draw(device, 0)
@@ -187,6 +189,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--head-dims", type=_numbers, help="such as 64,128")
     parser.add_argument("--lengths", type=_numbers, help="such as 1024,4096")
+    parser.add_argument("--also", action="append", default=[], metavar="BACKEND",
+                        help="of ours that do not volunteer, such as hopper")
     parser.add_argument("--seconds", type=float, default=PATIENCE, help=f"begin no shape after so long ({PATIENCE:.0f})")
     parser.add_argument("--jobs", type=int, default=0, help="processes that compile ahead (default none)")
     parser.add_argument("--slice", help=argparse.SUPPRESS)
@@ -194,14 +198,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     begin, device = time.monotonic(), torch.device(options.device)
     which = shapes(device, options.quick, options.head_dims, options.lengths)
     if options.slice:
-        warm(which, device, options.slice)
+        warm(which, device, options.also, options.slice)
         return
     if options.jobs:
         passed_on = [f"--{name}={','.join(map(str, value))}" for name, value in
                      (("head-dims", options.head_dims), ("lengths", options.lengths)) if value]
+        passed_on += [f"--also={name}" for name in options.also]
         run_slices("tilewise.bench.run", [*passed_on, *["--quick"] * options.quick], options.jobs, options.seconds / 2)
     left = options.seconds - (time.monotonic() - begin)
-    result = benchmark(which, device, seconds=left, out=options.out,
+    result = benchmark(which, device, seconds=left, out=options.out, also=options.also,
                        progress=lambda words: print(words, file=sys.stderr, flush=True))
     print("\n".join(result["lines"]))
 
