@@ -642,7 +642,7 @@ ROTARY = tw.Rotary.of(DIM, 99, device=DEVICE)
     (dict(num_splits=1000), ValueError, "num_splits: expected None or an integer from 1 to 256, got 1000"),
     (dict(num_splits=True), ValueError, "num_splits: expected None or an integer from 1 to 256, got True"),
     (dict(num_splits=2, batch_invariant=True), ValueError, "num_splits: expected None with batch_invariant"),
-    (dict(backend="cuda"), ValueError, 'backend: expected "auto" or one of triton, cpu, tiled, reference, got \'cuda\''),
+    (dict(backend="cuda"), ValueError, 'backend: expected "auto" or one of hopper, triton, cpu, tiled, reference, got \'cuda\''),
     (dict(k_new=normal(2, 20, KV_HEADS, DIM), v_new=normal(2, 20, KV_HEADS, DIM_V)), (ValueError, tw.CacheFull),
      "k_new: expected at most .* got 20|pages: needed 12, free 6|block_table: expected pages .* got -7"),
     (dict(k_new=normal(2, 40, KV_HEADS, DIM), v_new=normal(2, 40, KV_HEADS, DIM_V)), ValueError, "expected at most .* got 40"),
