@@ -40,6 +40,10 @@ static void preprocess(const Problem& x, const Unit& u, const Block& block, floa
   const int dim = (int)x.dim_v, kind = (int)x.q_kind;
   for (int r = 0; r < block.rows; r++) {
     const int h = block.head_of(r), i = block.query(r);
+    if (const int later = r + AHEAD; later < block.rows) {
+      ask_for(at(x.out, kind, u.s.of_query(x.out_strides, block.head_of(later), block.query(later))), dim * size_of(kind));
+      ask_for(at(x.dout, kind, u.s.of_query(x.dout_strides, block.head_of(later), block.query(later))), dim * size_of(kind));
+    }
     read(kind, at(x.out, kind, u.s.of_query(x.out_strides, h, i)), 1, dim, out);
     read(kind, at(x.dout, kind, u.s.of_query(x.dout_strides, h, i)), 1, dim, dout);
     float total = 0;

@@ -42,19 +42,11 @@ template <int KIND> static inline vec widened(const void* row, int d, int dim) {
   return widened<KIND>(part, 0);
 }
 
-// With PAIRS: 2 * LANES numbers of a row as words; and of two rows, as words that have one of each.
+// With PAIRS: 2 * LANES numbers of a row as words, 0 behind column dim.
 static inline vec pairs(const void* row, int d, int dim) {
 #if defined(__AVX512BF16__)
   const int n = dim - d;
   return (vec)_mm512_maskz_loadu_epi16(n < 32 ? (1u << n) - 1 : -1u, (const uint16_t*)row + d);
-#endif
-}
-static inline void pairs_of(vec first, vec second, vec* to) {
-#if defined(__AVX512BF16__)
-  typedef short indices __attribute__((vector_size(64)));
-  const indices low = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  to[0] = (vec)_mm512_permutex2var_epi16((__m512i)first, (__m512i)low, (__m512i)second);
-  to[1] = (vec)_mm512_permutex2var_epi16((__m512i)first, (__m512i)(low + 16), (__m512i)second);
 #endif
 }
 

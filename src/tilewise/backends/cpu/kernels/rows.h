@@ -169,16 +169,23 @@ static inline void pair_columns(float* row, int n) {
 #endif
 }
 
-// Two rows of words as one of which each word has a number of both.
-static inline void pair_rows(const float* first, const float* second, int n, float* to) {
+// 2 * LANES numbers of two rows as words that have one of each.
+static inline void pairs_of(vec first, vec second, vec* to) {
 #if defined(__AVX512BF16__)
-  for (int c = 0; c < n; c += LANES) {
-    __m256i low, high;
-    memcpy(&low, (const uint16_t*)first + c, sizeof low), memcpy(&high, (const uint16_t*)second + c, sizeof high);
-    const __m512i pairs = _mm512_or_si512(_mm512_cvtepu16_epi32(low), _mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16));
-    memcpy(to + c, &pairs, sizeof pairs);
-  }
+  typedef short indices __attribute__((vector_size(64)));
+  const indices low = {0, 32, 1, 33, 2, 34, 3, 35, 4, 36, 5, 37, 6, 38, 7, 39, 8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  to[0] = (vec)_mm512_permutex2var_epi16((__m512i)first, (__m512i)low, (__m512i)second);
+  to[1] = (vec)_mm512_permutex2var_epi16((__m512i)first, (__m512i)(low + 16), (__m512i)second);
 #endif
+}
+
+// Two rows of n numbers in words as one of which each word has a number of both.
+static inline void pair_rows(const float* first, const float* second, int n, float* to) {
+  for (int c = 0; PAIRS && c < n; c += 2 * LANES) {
+    vec pairs[2];
+    pairs_of(load(first + c / 2), load(second + c / 2), pairs);
+    store(to + c, pairs[0]), store(to + c + LANES, pairs[1]);
+  }
 }
 
 // Rows of words, `from_length` apart, as pairs of rows. An odd last row is paired with zeros.
