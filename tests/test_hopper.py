@@ -10,20 +10,17 @@ pytest.importorskip("triton", reason="needs triton", exc_type=ImportError)
 if INTERPRETING:
     pytest.skip("Triton's interpreter is on", allow_module_level=True)
 
-import support.hopper as sim
+from support.hopper.product import simulated as run_simulated
 
 import tilewise as tw
 from tilewise.backends import hopper
-from tilewise.backends.gpu_math.entry import entry, flatten
-from tilewise.backends.hopper import configs, gluon_names, launch
+from tilewise.backends.hopper import configs, launch
 from tilewise.bench import tolerance
 from tilewise.bench.cases import CASES, draw, rows_in_use
 from tilewise.bench.hopper import correctness, tuning
 from tilewise.bench.hopper.correctness import LONGER
 from tilewise.problem import make
 
-sim.simulate(gluon_names.named_barrier, sim.named_barrier)
-sim.simulate(gluon_names.tma_add, sim.tma_reduce_add)
 BF16 = torch.bfloat16
 
 
@@ -33,8 +30,7 @@ def simulated(monkeypatch):
     state = SimpleNamespace(seed=0, launched=0)
 
     def start(kernel, problem, programs, values, warps):
-        point = entry(kernel, problem.program)
-        sim.launch(point, (programs,), num_warps=warps, seed=state.seed, **flatten(kernel, problem.program, values))
+        run_simulated(kernel, problem, programs, values, warps, state.seed)
         state.launched += 1
 
     monkeypatch.setattr(hopper, "supports", hopper.unsupported)

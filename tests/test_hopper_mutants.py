@@ -10,18 +10,16 @@ pytest.importorskip("triton", reason="needs triton", exc_type=ImportError)
 if INTERPRETING:
     pytest.skip("Triton's interpreter is on", allow_module_level=True)
 
-import support.hopper as sim
 from support.hopper import Fault, mutants
+from support.hopper import launch as simulate
+from support.hopper.product import simulated
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 import tilewise as tw
 from tilewise.backends import Needs
-from tilewise.backends.gpu_math.entry import entry, flatten
-from tilewise.backends.hopper import gluon_names, launch
+from tilewise.backends.hopper import launch
 from tilewise.bench.cases import Case, draw, packed
 
-sim.simulate(gluon_names.named_barrier, sim.named_barrier)
-sim.simulate(gluon_names.tma_add, sim.tma_reduce_add)
 SEEDS = 6
 WRITTEN = "o_desc", "OUT", "dq_desc", "dk_desc", "dv_desc", "DK", "DV_"     # the outputs, and LSE of the forward pass
 SMALL = dict(batch=1, heads=1, kv_heads=1, head_dim=64)
@@ -48,6 +46,7 @@ class Launched(NamedTuple):
     programs: int
     warps: int
     values: dict
+    visited: frozenset
 
     def run(self, kernel, seed):
         """What a version of the kernel writes into fresh memory."""
@@ -59,7 +58,7 @@ class Launched(NamedTuple):
             memory = given.base if isinstance(given, TensorDescriptor) else given
             new = written.setdefault(memory.data_ptr(), torch.zeros_like(memory))     # a tensor may come twice
             fresh[name] = replace(given, base=new) if isinstance(given, TensorDescriptor) else new
-        sim.launch(kernel, (self.programs,), num_warps=self.warps, seed=seed, **fresh)
+        simulate(kernel, (self.programs,), num_warps=self.warps, seed=seed, **fresh)
         return list(written.values())
 
 
@@ -69,9 +68,8 @@ def launched(case):
     found = {}
 
     def start(kernel, problem, programs, values, warps):
-        flat = flatten(kernel, problem.program, values)
-        one = found[kernel.fn.__name__] = Launched(entry(kernel, problem.program), programs, warps, flat)
-        sim.launch(one.kernel, (programs,), num_warps=warps, **flat)
+        point, flat, report = simulated(kernel, problem, programs, values, warps)
+        found[kernel.fn.__name__] = Launched(point, programs, warps, flat, report.visited)
 
     out, lse = launch.forward(problem, x, start=start)
     launch.backward(problem, x, out, lse, torch.ones_like(out), None, Needs(False, False), start=start)
@@ -100,9 +98,8 @@ def test_every_change_is_found(kernel):
     seen, found = set(), {}
     for case in CASES[kernel]:
         one = launched(case)[kernel]
-        visited = sim.launch(one.kernel, (one.programs,), num_warps=one.warps, **one.values).visited
         right = one.run(one.kernel, 0)
-        for mutant in mutants(one.kernel, visited):
+        for mutant in mutants(one.kernel, one.visited):
             seen.add(str(mutant))
             if str(mutant) not in found and (kind := fate(one, mutant, right)):
                 found[str(mutant)] = kind

@@ -52,7 +52,8 @@ BAD = [
     (dict(bias=torch.zeros(6, 8, device="meta")), ValueError, "bias: expected q's device cpu, got meta"),
     (dict(sinks=torch.zeros(2)), ValueError, r"sinks: expected a floating tensor \[H\] = \[4\], got torch.float32 \[2\]"),
     (dict(layout="sbhd"), ValueError, 'layout: expected "bshd" or "bhsd", got \'sbhd\''),
-    (dict(backend="cuda"), ValueError, "backend: expected \"auto\" or one of hopper, triton, cpu, tiled, reference, got 'cuda'"),
+    (dict(backend="cuda"), ValueError,
+     "backend: expected \"auto\" or one of hopper, triton, cpu, tiled, reference, got 'cuda'"),
 ]
 
 

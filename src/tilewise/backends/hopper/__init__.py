@@ -9,12 +9,11 @@ over.
 """
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
 from tilewise.backends import Gradients, Needs
+from tilewise.backends.gpu_math import NOT_INSTALLED, triton_version
 from tilewise.problem import Operands, Problem
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -22,16 +21,14 @@ VERSIONS = (3, 6), (3, 9)               # of Triton whose Gluon `gluon_names.py`
 MAX_HEAD_DIM = 128                      # beyond it dK and dV do not fit into registers together
 
 
-@functools.cache
 def missing() -> str | None:
     """Why Gluon cannot be used at all; None: it can."""
-    try:
-        import triton
-    except ImportError:
-        return "triton is not installed (pip install triton)"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if not VERSIONS[0] <= version <= VERSIONS[1]:
-        return f"triton {triton.__version__} (its kernels are written for the Gluon of 3.6 to 3.9)"
+    version = triton_version()
+    if version is None:
+        return NOT_INSTALLED
+    text, numbers = version
+    if not VERSIONS[0] <= numbers <= VERSIONS[1]:
+        return f"triton {text} (its kernels are written for the Gluon of 3.6 to 3.9)"
     return None
 
 

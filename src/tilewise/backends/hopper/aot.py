@@ -2,19 +2,15 @@
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilewise import masks, score_mods
 from tilewise.backends import Needs
 from tilewise.backends.gpu_math import elementary, gradients, masking, places, preprocess, rows, scoring, softmax
-from tilewise.backends.gpu_math.arguments import TYPES
+from tilewise.backends.gpu_math.cases import Case, key, sources_hash, typed
 from tilewise.backends.gpu_math.entry import entry, flatten, source_of
 from tilewise.backends.hopper import backward_kernel, configs, forward_kernel, gluon_names, launch, tiles
 from tilewise.backends.hopper import preprocess as with_lse
@@ -25,22 +21,6 @@ ARCH = "sm_90"
 SOURCES = (elementary, gradients, masking, places, preprocess, rows, scoring, softmax, backward_kernel, forward_kernel,
            gluon_names, tiles, with_lse)
 N = 256
-
-
-@dataclass(frozen=True)
-class Case:
-    """See `tilewise.inspect.KernelCase`."""
-    name: str
-    direction: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
-    num_warps: int
-    tensor_cores: bool
-    key: str
-    arch: str = ARCH
-    num_stages: int = 1
-    unaligned: frozenset[str] = frozenset()
 
 
 def problems(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, Problem, Operands]]:
@@ -83,26 +63,14 @@ def cases(name: str, problem: Problem, x: Operands) -> Iterator[Case]:
 def case(name: str, kernel: Any, problem: Problem, values: Mapping[str, Any], warps: int) -> Case:
     flat = flatten(kernel, problem.program, values) | {"ALIGN": 16}
     point, called = entry(kernel, problem.program), kernel.fn.__name__
-    annotations, constants, signature = point.fn.__annotations__, {}, {}
-    for argument, value in flat.items():
-        if isinstance(value, TensorDescriptor):
-            signature[argument] = f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape},{value.layout!r}>"
-        elif isinstance(value, torch.Tensor):
-            signature[argument] = "*" + TYPES[value.dtype]
-        elif isinstance(annotations.get(argument), str):
-            signature[argument] = annotations[argument]
-        else:
-            constants[argument] = value
-    text = repr((sources_hash(), source_of(kernel, problem.program), sorted(signature.items()),
-                 sorted(constants.items(), key=str), warps))
+    signature, constants = typed(point, flat)
     return Case(f"hopper {called}{values.get('PART', '')} d{problem.head_dim} {name}",
-                "forward" if called == "forward" else "backward", point, signature, constants, warps, called != "preprocess",
-                hashlib.sha256(text.encode()).hexdigest()[:16])
+                "forward" if called == "forward" else "backward", ARCH, point, signature, constants, warps, 1,
+                called != "preprocess",
+                key(sources(), source_of(kernel, problem.program), sorted(signature.items()),
+                    sorted(constants.items(), key=str), warps))
 
 
 @functools.cache
-def sources_hash() -> str:
-    """Of every kernel source and of Triton's version."""
-    import triton
-    text = triton.__version__ + "".join(inspect.getsource(module) for module in SOURCES)
-    return hashlib.sha256(text.encode()).hexdigest()
+def sources() -> str:
+    return sources_hash(SOURCES)

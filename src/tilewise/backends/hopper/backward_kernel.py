@@ -25,8 +25,6 @@ from tilewise.backends.gpu_math.places import place, sequence
 from tilewise.backends.hopper.gluon_names import thread_barrier, tma_add, tma_load, tma_store, tma_store_wait
 from tilewise.backends.hopper.tiles import as_block, first_of, hide_rows, load, store_rows
 
-WARPS = gl.constexpr(8)
-
 
 @gluon.jit
 def visits(QUERIES: gl.constexpr, VISIT: gl.constexpr, LIST, where, h, heads, cols, block, blocks, program,

@@ -119,4 +119,4 @@ def heads_together(problem: Problem) -> int:
     heads = problem.batch * problem.heads
     each = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
     most = max(1, L2 // max(1, each)) * problem.group
-    return max(n for n in range(1, min(most, heads) + 1) if heads % n == 0)
+    return next(n for n in range(min(most, heads), 0, -1) if heads % n == 0)

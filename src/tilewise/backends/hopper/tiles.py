@@ -25,13 +25,8 @@ def load(desc, slot, head, row, barrier, tile, ALONE: gl.constexpr):
 
 
 @gluon.jit
-def first_of_partial(r, t, LIST, VISIT: gl.constexpr, BLOCK: gl.constexpr):
-    """The first column of the t-th partial tile."""
-    return (masking.tile(r, t, LIST, VISIT, True, 0) * BLOCK).to(gl.int32)
-
-
-@gluon.jit
 def first_of_full(r, t, LIST, VISIT: gl.constexpr, BLOCK: gl.constexpr):
+    """The first column of the t-th full tile."""
     return (masking.tile(r, t, LIST, VISIT, False, 0) * BLOCK).to(gl.int32)
 
 
@@ -39,7 +34,7 @@ def first_of_full(r, t, LIST, VISIT: gl.constexpr, BLOCK: gl.constexpr):
 def first_of(r, t, masked, LIST, VISIT: gl.constexpr, BLOCK: gl.constexpr):
     """Of the t-th of all visited tiles: the `masked` partial ones come first, then the full ones."""
     if t < masked:
-        first = first_of_partial(r, t, LIST, VISIT, BLOCK)
+        first = (masking.tile(r, t, LIST, VISIT, True, 0) * BLOCK).to(gl.int32)
     else:
         first = first_of_full(r, t - masked, LIST, VISIT, BLOCK)
     return first

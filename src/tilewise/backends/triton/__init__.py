@@ -4,22 +4,19 @@ Kernels: `forward_kernel.py`, `backward_kernels.py`; tile sizes: `configs.py`; h
 """
 from __future__ import annotations
 
-import functools
-
 import torch
 
+from tilewise.backends.gpu_math import NOT_INSTALLED, triton_version
 from tilewise.problem import Problem
 
 
-@functools.cache
 def missing() -> str | None:
     """Why Triton cannot be used at all; None: it can."""
-    try:
-        import triton
-    except ImportError:
-        return "triton is not installed (pip install triton)"
-    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    return None if version >= (3, 6) else f"triton {triton.__version__} is older than 3.6"
+    version = triton_version()
+    if version is None:
+        return NOT_INSTALLED
+    text, numbers = version
+    return None if numbers >= (3, 6) else f"triton {text} is older than 3.6"
 
 
 def supports(problem: Problem) -> str | None:

@@ -5,17 +5,14 @@ The cases come from the code that launches: a recorder stands in for `launch.run
 from __future__ import annotations
 
 import functools
-import hashlib
-import inspect
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from tilewise import backends, masks, score_mods
 from tilewise.backends.gpu_math import elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax
-from tilewise.backends.gpu_math.arguments import TYPES
+from tilewise.backends.gpu_math.cases import Case, key, sources_hash, typed
 from tilewise.backends.gpu_math.entry import entry, flatten, source_of
 from tilewise.backends.triton import append, append_kernel, backward_kernels, forward_kernel, launch
 from tilewise.backends.triton.configs import ARCHITECTURES, DECODE_ROWS, HEAD_DIMS, WIDTHS, Config, choose, missing
@@ -28,24 +25,6 @@ from tilewise.rotary import Rotary
 
 SOURCES = (elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax, append_kernel, backward_kernels,
            forward_kernel)
-
-
-
-@dataclass(frozen=True)
-class Case:
-    """See `tilewise.inspect.KernelCase`."""
-    name: str
-    direction: str
-    arch: str
-    kernel: Any
-    signature: Mapping[str, str]
-    constants: Mapping[str, Any]
-    num_warps: int
-    num_stages: int
-    tensor_cores: bool
-    key: str
-    unaligned: frozenset[str] = frozenset()
-
 
 # What is compiled for each kind of row: a forward and a backward pass, of equal sequences ("") or packed ones, which takes more
 # registers; `summed_gradient` alone ("tables"); forward passes alone, from a cache or batch-invariant.
@@ -168,24 +147,12 @@ def _compiled(name: str, direction: str, kernel: Any, program: str, lookup: int 
     # strides of real tensors: as aligned as the inputs' rows
     flat["ALIGN"] = 16
     point = entry(kernel, program, lookup)
-    annotations = point.fn.__annotations__
-    constants, signature = {}, {}
-    for argument, value in flat.items():
-        if isinstance(value, torch.Tensor):
-            signature[argument] = "*" + TYPES[value.dtype]
-        elif isinstance(annotations.get(argument), str):
-            signature[argument] = annotations[argument]
-        else:
-            constants[argument] = value
-    text = repr((sources_hash(), source_of(kernel, program, lookup), sorted(signature.items()),
-                 sorted(constants.items(), key=str), config, arch))
+    signature, constants = typed(point, flat)
     return Case(name, direction, arch, point, signature, constants, config.num_warps, config.num_stages, tensor_cores,
-                key=hashlib.sha256(text.encode()).hexdigest()[:16])
+                key(sources(), source_of(kernel, program, lookup), sorted(signature.items()),
+                    sorted(constants.items(), key=str), config, arch))
 
 
 @functools.cache
-def sources_hash() -> str:
-    """Of every kernel source and of Triton's version."""
-    import triton
-    text = triton.__version__ + "".join(inspect.getsource(module) for module in SOURCES)
-    return hashlib.sha256(text.encode()).hexdigest()
+def sources() -> str:
+    return sources_hash(SOURCES)
