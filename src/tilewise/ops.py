@@ -18,13 +18,14 @@ from tilewise import backends, reference
 from tilewise.backends import Gradients, Needs, flat_dims, over_leading
 from tilewise.plan import choose
 from tilewise.problem import TENSORS, Graphs, Operands, Problem, Settings, describe
+from tilewise.trace.memo import abstract
 
 
 def attention(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse) of a problem on a backend, "auto" or a name; differentiable."""
     if backend == "reference":
         return reference.attention(problem, x)  # plain torch: autograd and every compiler read it
-    if torch.compiler.is_compiling():
+    if abstract(x.q, x.k, x.v):
         return torch.ops.tilewise.attention(*x, *problem.settings, backend)
     module = backends.load(choose(problem, backend))
     if hasattr(module, "attention"):

@@ -21,6 +21,7 @@ from tilewise.trace.checks import check_indices
 from tilewise.trace.derive import derivative, lookups
 from tilewise.trace.graph import Graph, Node, Program, lower, parse, wrap
 from tilewise.trace.learned import Learned
+from tilewise.trace.memo import abstract
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 512
@@ -253,9 +254,9 @@ def describe(x: Operands, settings: Settings) -> Problem:
 def aligned(x: Tensor) -> bool:
     """Whether rows begin at multiples of 16 bytes from the start of the tensor's memory, and no two are the same.
 
-    While torch.compile traces, which cannot tell, True: it is asked again when the operation runs.
+    Of abstract tensors, which cannot tell, True: it is asked again when the operation runs.
     """
-    if torch.compiler.is_compiling():
+    if abstract(x):
         return True
     of_16_bytes = 16 // x.itemsize
     *steps, last = x.stride()
@@ -409,14 +410,13 @@ def _check_captured(program: Program, sizes: dict[str, int], device: torch.devic
             if whole and index.op == "var" and (size < wanted or (size > wanted and not longer)):
                 raise ValueError(f"{name}: expected size {sizes[index.value]} in dimension {axis} "
                                  f"({LEAF_NAMES[index.value]}), got {list(tensor.shape)}")
-        if limit is not None and tensor.device.type == "cpu" and not torch.compiler.is_compiling() and tensor.numel():
+        if limit is not None and tensor.device.type == "cpu" and not abstract(tensor) and tensor.numel():
             low, high = (int(x) for x in tensor.aminmax())
             if low < 0 or high > sizes[limit]:
                 raise ValueError(f"{name}: expected values from 0 to {sizes[limit]} ({LEAF_NAMES[limit]}), "
                                  f"got values from {low} to {high}")
 
-
-    if not torch.compiler.is_compiling():
+    if not abstract(*program.captured):
         check_indices(program.text, program.captured, program.ints, program.floats, names, sizes, unequal,
                       where.lowest if where.cached else None)
 

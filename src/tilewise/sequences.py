@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from tilewise.problem import Operands, Problem
-from tilewise.trace.memo import Memo
+from tilewise.trace.memo import Memo, abstract
 
 _rows = Memo()
 
@@ -43,7 +43,7 @@ def packed_rows(name: str, cu_seqlens: Tensor, seqused: Tensor | None, total: in
         raise ValueError(f"max_seqlen_{name}: expected None or an integer >= 0, got {max_seqlen!r}")
     longest = total if max_seqlen is None else max_seqlen
     tensors = [x for _, x in given]
-    if not torch.compiler.is_compiling() and (check or device.type == "cpu"):
+    if not abstract(*tensors) and (check or device.type == "cpu"):
         found = _rows.get(("longest", name, total), tensors, lambda: _checked(name, cu_seqlens, seqused, total))
         if max_seqlen is not None and found > max_seqlen:
             raise ValueError(f"max_seqlen_{name}: expected at least the longest sequence, {found}, got {max_seqlen}")

@@ -1,1 +1,4 @@
-"""Other libraries' entry points in terms of Tilewise: existing code runs by changing an import."""
+"""Other libraries' entry points in terms of Tilewise: existing code runs by changing an import, or under a switch."""
+from tilewise.compat.scaled_dot_product import scaled_dot_product_attention, sdpa
+
+__all__ = ["scaled_dot_product_attention", "sdpa"]

@@ -39,7 +39,7 @@ class Memo:
 
     def get(self, key: tuple, tensors: Sequence[Tensor], make: Callable[[], Any]) -> Any:
         """The value, made where it is not remembered; always made in a CUDA graph, whose replay shall make it again."""
-        if torch.compiler.is_compiling() or (tensors and capturing(tensors[0].device)):
+        if abstract(*tensors) or (tensors and capturing(tensors[0].device)):
             return make()
         value = self.find(key, tensors)
         return self.keep(key, tensors, make()) if value is None else value
@@ -47,6 +47,13 @@ class Memo:
 
 def _tell_writes(tensors: Sequence[Tensor]) -> bool:
     return not any(t.is_inference() for t in tensors)
+
+
+def abstract(*tensors: Tensor) -> bool:
+    """Whether something follows operations rather than values: a compiler, a dispatch mode, or tensors that are fake, on `meta`
+    or wrap others. What such tensors hold is not looked at."""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0 or any(
+        x.device.type == "meta" or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ for x in tensors)
 
 
 def capturing(device: torch.device) -> bool:
