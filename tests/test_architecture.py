@@ -19,7 +19,7 @@ LAYERS = [
     ["rng", "masks", "score_mods", "block_sparse", "patterns", "state", "draw", "packing", "rotary"],
     ["kv_cache", "paged_cache"],
     ["problem"],
-    ["sequences"],
+    ["sequences", "sharding"],
     ["backends"],
     ["reference"],
     ["plan"],

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tilewise import backends, reference
+from tilewise import backends, reference, sharding
 from tilewise.backends import Gradients, Needs, flat_dims, over_leading
 from tilewise.plan import choose
 from tilewise.problem import TENSORS, Graphs, Operands, Problem, Settings, describe
@@ -23,6 +23,9 @@ from tilewise.trace.memo import abstract
 
 def attention(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse) of a problem on a backend, "auto" or a name; differentiable."""
+    if sharding.sharded(x.q, x.k, x.v):
+        own, operands_here, part = sharding.local(problem, x)
+        return sharding.whole(problem, part, *attention(own, operands_here, backend))
     if backend == "reference":
         return reference.attention(problem, x)  # plain torch: autograd and every compiler read it
     if abstract(x.q, x.k, x.v):

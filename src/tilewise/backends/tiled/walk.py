@@ -139,7 +139,7 @@ def _visited(problem: Problem, values: dict[str, Any]) -> Iterator[tuple[Tile, .
     visible = classes.amax((0, 1)).tolist() if classes.numel() else []
     for i in range(-(-problem.seqlen_q // tile_q)):
         rows = slice(i * tile_q, min((i + 1) * tile_q, problem.seqlen_q))
-        kept = [j for j in range(-(-problem.seqlen_k // tile_k)) if visible[i][j] != EMPTY]
+        kept = [j for j in range(-(-problem.seqlen_k // tile_k)) if visible and visible[i][j] != EMPTY]
         if undecided or not problem.graphs.listed:
             yield tuple(Tile(rows, (slice(j * tile_k, min((j + 1) * tile_k, problem.seqlen_k)),),
                              undecided or certain[i][j] != FULL) for j in kept)
