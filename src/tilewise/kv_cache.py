@@ -152,6 +152,11 @@ class Storage:
         self.k_scale = self._scale("k_scale", k_scale)
         self.v_scale = self.k_scale if self.v_in_k else self._scale("v_scale", v_scale)
 
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if self.v_in_k:  # pickle makes two of tensors that share memory
+            self.v = self.k[..., :self.head_dim_v]
+
     def _scale(self, name: str, scale: Tensor | None) -> Tensor | None:
         if self.dtype != FP8:
             if scale is not None:

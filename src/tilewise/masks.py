@@ -29,7 +29,7 @@ from tilewise.trace.bounds import tile_classes
 from tilewise.trace.capture import mask_graph
 from tilewise.trace.evaluate import evaluate, leaf_values, slot_values
 from tilewise.trace.graph import Captured, Expr, Graph, equal, load, lower, maximum, minimum, parse, var, where, wrap
-from tilewise.trace.memo import abstract
+from tilewise.trace.memo import readable
 
 B, H, Q, K, NQ, NK = (var(name) for name in ("b", "h", "q", "k", "nq", "nk"))
 ZERO, ONE = wrap(0), wrap(1)
@@ -337,7 +337,7 @@ def _check_index_tensor(name: str, tensor, dims: tuple[int, ...]) -> None:
 def _check_parents(parents: Tensor) -> None:
     if parents.shape[-1] == 0:
         raise ValueError(f"tree: parents: expected at least one node, got {list(parents.shape)}")
-    if parents.device.type != "cpu" or abstract(parents):
+    if not readable(parents):
         return
     bad = ((parents < -1) | (parents >= torch.arange(parents.shape[-1]))).nonzero()
     if len(bad):

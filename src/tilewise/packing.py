@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tilewise.trace.memo import abstract
+from tilewise.trace.memo import readable
 
 INTEGERS = (torch.int32, torch.int64)
 MASKS = (torch.bool, torch.uint8, torch.int8, torch.int16, *INTEGERS)
@@ -31,7 +31,7 @@ class Unpadded(NamedTuple):
 def cu_seqlens(lengths: Tensor) -> Tensor:
     """Where sequences of these lengths [B] begin and end: int32 [B + 1]. Negative lengths raise on the CPU."""
     _check("lengths", lengths, "int32 or int64 [B]", lambda x: x.dtype in INTEGERS and x.dim() == 1)
-    if lengths.device.type == "cpu" and not abstract(lengths) and (lengths < 0).any():
+    if readable(lengths) and (lengths < 0).any():
         raise ValueError(f"lengths: expected values >= 0, got {int(lengths.min())}")
     return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
 
@@ -89,7 +89,7 @@ def pad(packed: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     _check("packed", packed, "[total, ...]", lambda x: x.dim() >= 1)
     _check("indices", indices, f"int64 [{len(packed)}]", lambda x: x.dtype == torch.int64 and x.shape == packed.shape[:1])
     places = batch * seqlen
-    if indices.device.type == "cpu" and not abstract(indices) and ((indices < 0) | (indices >= places)).any():
+    if readable(indices) and ((indices < 0) | (indices >= places)).any():
         raise ValueError(f"indices: expected places in {batch} sequences of {seqlen}, 0 to {places - 1}, got "
                          f"{int(indices.min())} to {int(indices.max())}")
     return packed.new_zeros(places, *packed.shape[1:]).index_copy(0, indices, packed).unflatten(0, (batch, seqlen))

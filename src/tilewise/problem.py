@@ -21,7 +21,7 @@ from tilewise.trace.checks import check_indices
 from tilewise.trace.derive import derivative, lookups
 from tilewise.trace.graph import Graph, Node, Program, lower, parse, wrap
 from tilewise.trace.learned import Learned
-from tilewise.trace.memo import abstract
+from tilewise.trace.memo import abstract, readable
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_HEAD_DIM = 512
@@ -410,7 +410,7 @@ def _check_captured(program: Program, sizes: dict[str, int], device: torch.devic
             if whole and index.op == "var" and (size < wanted or (size > wanted and not longer)):
                 raise ValueError(f"{name}: expected size {sizes[index.value]} in dimension {axis} "
                                  f"({LEAF_NAMES[index.value]}), got {list(tensor.shape)}")
-        if limit is not None and tensor.device.type == "cpu" and not abstract(tensor) and tensor.numel():
+        if limit is not None and readable(tensor) and tensor.numel():
             low, high = (int(x) for x in tensor.aminmax())
             if low < 0 or high > sizes[limit]:
                 raise ValueError(f"{name}: expected values from 0 to {sizes[limit]} ({LEAF_NAMES[limit]}), "

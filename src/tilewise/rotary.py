@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tilewise.trace.memo import abstract
+from tilewise.trace.memo import readable
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,7 +96,7 @@ class Rotary:
         for name, tensor in (("x", x), ("positions", positions)):
             if tensor.device != self.cos.device:
                 raise ValueError(f"{name}: expected the tables' device {self.cos.device}, got {tensor.device}")
-        if positions.device.type == "cpu" and positions.numel() and not abstract(positions):
+        if readable(positions) and positions.numel():
             low, high = (int(p) for p in positions.aminmax())
             if low < 0 or high >= self.max_position:
                 raise IndexError(f"positions: expected values from 0 to {self.max_position - 1}, "

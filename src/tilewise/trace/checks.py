@@ -10,6 +10,7 @@ from torch import Tensor
 from tilewise.trace.evaluate import slot_values
 from tilewise.trace.graph import Graph, Node, parse
 from tilewise.trace.intervals import Bounds, Interval, point
+from tilewise.trace.memo import readable
 
 LIMITS = -2**31, 2**31 - 1
 
@@ -20,7 +21,7 @@ def check_indices(text: str, captured: Sequence[Tensor], ints: Sequence[int], fl
 
     names: of the captured tensors; sizes: of b, h, q, k, nq, nk; unequal: the last four are upper bounds;
     lowest: of the positions q + nk - nq in a cache. Found by interval arithmetic over all indices. Indices that
-    depend on values in a GPU's memory are not looked at.
+    depend on values that cannot be read at once, in a GPU's memory for instance, are not looked at.
     """
     if min(sizes[name] for name in "bhqk") == 0:
         return
@@ -33,8 +34,8 @@ def check_indices(text: str, captured: Sequence[Tensor], ints: Sequence[int], fl
     if lowest is not None:
         leaves |= {node: Interval(lowest, sizes["nk"] - 1) for node in _nodes(text) if _is_position(node)}
     leaves["s"] = Interval(-float("inf"), float("inf"))
+    elsewhere = not readable(*captured)
     for node in _nodes(text):
-        elsewhere = captured and captured[0].device.type != "cpu"
         if elsewhere and (any(map(_reads, node.args[1::2])) if node.op == "load" else _reads(node)):
             continue
         if node.op == "load":

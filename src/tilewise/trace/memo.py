@@ -56,6 +56,12 @@ def abstract(*tensors: Tensor) -> bool:
         x.device.type == "meta" or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__ for x in tensors)
 
 
+def readable(*tensors: Tensor) -> bool:
+    """Whether the host may look at values without waiting: on the CPU, not abstract, not inside torch.func's wrappers."""
+    return not abstract(*tensors) and all(
+        x.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(x) for x in tensors)
+
+
 def capturing(device: torch.device) -> bool:
     """Whether a CUDA graph is being captured."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
