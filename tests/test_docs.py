@@ -1,18 +1,37 @@
-"""The examples of docs/serving.md run, from top to bottom."""
+"""The examples of the docs run, from top to bottom of a page."""
+import functools
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from support.backends import AVAILABLE
 
-TEXT = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.mark.skipif(AVAILABLE == ["triton"], reason="in the interpreter's process only Triton runs")
-def test_examples_run():
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 5
+def run(page: str, count: int) -> dict:
+    """The names that a page's examples leave behind."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    assert len(blocks) == count
     names: dict = {}
     for block in blocks:
-        exec(compile(block, "docs/serving.md", "exec"), names)
+        exec(compile(block, f"docs/{page}", "exec"), names)
+    return names
+
+
+pytestmark = pytest.mark.skipif(AVAILABLE == ["triton"], reason="in the interpreter's process only Triton runs")
+
+
+def test_serving():
+    names = run("serving.md", 5)
     assert names["cache"].length(names["prompt"]) == names["n"] + 2
+
+
+def test_pytorch(monkeypatch):
+    """With a compiler that traces alike and makes no code, which would take a minute."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    names = run("pytorch.md", 7)
+    assert names["cache"].lengths.tolist() == [0, 0]
+    assert torch.nn.functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention

@@ -58,7 +58,8 @@ class Part(NamedTuple):
 def local(problem: Problem, x: Operands) -> tuple[Problem, Operands, Part]:
     """This device's part of a problem. Raises TypeError, ValueError or NotImplementedError for placements that need others'."""
     part = _part(problem, x)
-    q, k, v = x.q.to_local(), *(_keys(name, t, part) for name, t in (("k", x.k), ("v", x.v)))
+    q = part.of("q", x.q, {BATCH: BATCH, HEADS: HEADS})
+    k, v = (_keys(name, t, part) for name, t in (("k", x.k), ("v", x.v)))
     bias = x.bias
     if bias is not None:
         bias = part.of("bias", bias, {axis: axis for axis in (BATCH, HEADS) if bias.shape[axis] > 1})
@@ -92,15 +93,14 @@ def _part(problem: Problem, x: Operands) -> Part:
     for name, t in (("q", x.q), ("k", x.k), ("v", x.v)):
         if not isinstance(t, DTensor):
             raise TypeError(f"{name}: expected a DTensor like the others of q, k and v, got a plain tensor")
-        if t.device_mesh != x.q.device_mesh:
-            raise ValueError(f"{name}: expected q's device mesh {x.q.device_mesh}, got {t.device_mesh}")
         for p in t.placements:
             if p not in (Replicate(), Shard(BATCH), Shard(HEADS)):
                 got = f"sharded over {DIMENSIONS[p.dim]}, which needs redistributing before" if isinstance(p, Shard) else str(p)
                 raise ValueError(f"{name}: expected a DTensor sharded over the batch or heads, or replicated, got one {got}")
     if problem.unequal:
         raise NotImplementedError("q: expected plain tensors for packed sequences and caches, got a DTensor")
-    mesh, placements = x.q.device_mesh, tuple(x.q.placements)
+    q: Any = x.q
+    mesh, placements = q.device_mesh, tuple(q.placements)
     devices = math.prod([size for size, p in zip(mesh.shape, placements, strict=True) if p == Shard(HEADS)])
     for name, heads in (("q", problem.heads), ("k", problem.kv_heads)):
         if heads % devices and (name == "q" or heads > 1):

@@ -72,19 +72,11 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
     if is_causal:  # where both alignments are one, the usual mask
         options |= dict(causal=True) if lower_right or query.shape[-2] == key.shape[-2] else dict(mask=TOP_LEFT)
 
-    q, k, v = _same_heads(*(x if x.dim() > 2 else x[None] for x in (query, key, value)), enable_gqa)
+    q, k, v = _same_heads([x if x.dim() > 2 else x[None] for x in given.values()], enable_gqa)
     batch = _broadcast({name: x.shape[:-3] for name, x in zip(given, (q, k, v), strict=True)})
     if attn_mask is not None:
-        weights = (*batch, q.shape[-3], q.shape[-2], k.shape[-2])
-        allowed = (torch.bool, torch.float32, query.dtype, autocast(query)[0].dtype)
-        if not isinstance(attn_mask, Tensor) or attn_mask.dtype not in allowed:
-            got = attn_mask.dtype if isinstance(attn_mask, Tensor) else type(attn_mask).__name__
-            raise TypeError(f"attn_mask: expected a tensor, boolean, fp32 or of query's dtype {query.dtype}, got {got}")
-        rank = max(x.dim() for x in given.values())
-        if not 2 <= attn_mask.dim() <= rank or any(n not in (1, want) for n, want in
-                                                   zip(attn_mask.shape[::-1], weights[::-1], strict=False)):
-            raise ValueError(f"attn_mask: expected a shape that broadcasts to {list(weights[-rank:])}, got "
-                             f"{list(attn_mask.shape)}")
+        weights = [*batch, q.shape[-3], q.shape[-2], k.shape[-2]]
+        _check_mask(attn_mask, query.dtype, weights[-max(x.dim() for x in given.values()):], autocast(query)[0].dtype)
         options["mask" if attn_mask.dtype == torch.bool else "bias"] = _four_dimensional(attn_mask, batch)
     q, k, v = (_four_dimensional(x.expand(*batch, *x.shape[-3:]), batch) for x in (q, k, v))
     if q.stride(1) < q.stride(2):
@@ -104,9 +96,20 @@ def _lower_right(bias: CausalBias, query: Tensor, key: Tensor) -> bool:
     return bias.variant == CausalVariant.LOWER_RIGHT
 
 
-def _same_heads(q: Tensor, k: Tensor, v: Tensor, enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _check_mask(mask: Tensor, dtype: torch.dtype, weights: list[int], cast: torch.dtype) -> None:
+    """dtype: query's; cast: the same under autocast; weights: the shape of the scores."""
+    if not isinstance(mask, Tensor) or mask.dtype not in (torch.bool, torch.float32, dtype, cast):
+        got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"attn_mask: expected a tensor, boolean, fp32 or of query's dtype {dtype}, got {got}")
+    if not 2 <= mask.dim() <= len(weights) or any(n not in (1, want) for n, want in
+                                                  zip(mask.shape[::-1], weights[::-1], strict=False)):
+        raise ValueError(f"attn_mask: expected a shape that broadcasts to {weights}, got {list(mask.shape)}")
+
+
+def _same_heads(given: list[Tensor], enable_gqa: bool) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [..., heads, rows, head_dim] with as many heads in k as in v, and a multiple of them in q."""
-    heads = [x.shape[-3] for x in (q, k, v)]
+    q, k, v = given
+    heads = [x.shape[-3] for x in given]
     if enable_gqa:
         for name, n in zip(("key", "value"), heads[1:], strict=True):
             if n < 1 or heads[0] % n:
