@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,14 +13,16 @@ from tilewise.backends import Needs
 from tilewise.backends.gpu_math import elementary, gradients, masking, places, preprocess, rows, scoring, softmax
 from tilewise.backends.gpu_math.cases import Case, key, sources_hash, typed
 from tilewise.backends.gpu_math.entry import entry, flatten, source_of
-from tilewise.backends.hopper import backward_kernel, configs, forward_kernel, gluon_names, launch, tiles
+from tilewise.backends.hopper import (
+    backward_kernel, configs, forward_kernel, gluon_names, launch, query_gradients_kernel, tiles)
 from tilewise.backends.hopper import preprocess as with_lse
 from tilewise.block_sparse import block_mask
 from tilewise.problem import Layout, Operands, Problem, make, make_unequal
 
 ARCH = "sm_90"
+DIRECTIONS = {"forward": "forward", "query_gradients": "dq"}
 SOURCES = (elementary, gradients, masking, places, preprocess, rows, scoring, softmax, backward_kernel, forward_kernel,
-           gluon_names, tiles, with_lse)
+           gluon_names, query_gradients_kernel, tiles, with_lse)
 N = 256
 
 
@@ -49,23 +52,28 @@ def shipped(dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> Iterator[Cas
 
 
 def cases(name: str, problem: Problem, x: Operands) -> Iterator[Case]:
-    """The kernels of a problem, as `launch` calls them."""
-    recorded: list[Case] = []
+    """The kernels of a problem, as `launch` calls them, with dQ added in any order and always in the same."""
+    recorded: dict[str, Case] = {}
 
     def record(kernel, problem, programs, values, warps):
-        recorded.append(case(name, kernel, problem, values, warps))
+        one = case(name, kernel, problem, values, warps)
+        recorded.setdefault(one.name, one)
 
-    out, lse = launch.forward(problem, x, start=record)
-    launch.backward(problem, x, out, lse, out, lse, Needs(False, x.sinks is not None), start=record)
-    return (case for case in recorded if case.kernel.fn.__name__ != "preprocess_entry" or name == "packed")
+    out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
+    if ("forward", *configs.kind(problem)) in configs.table():
+        launch.forward(problem, x, start=record)
+    for deterministic in (False, True):
+        asked = replace(problem, settings=problem.settings._replace(deterministic=deterministic))
+        launch.backward(asked, x, out, lse, out, lse, Needs(False, x.sinks is not None), start=record)
+    return (case for case in recorded.values() if case.kernel.fn.__name__ != "preprocess_entry" or name == "packed")
 
 
 def case(name: str, kernel: Any, problem: Problem, values: Mapping[str, Any], warps: int) -> Case:
     flat = flatten(kernel, problem.program, values) | {"ALIGN": 16}
     point, called = entry(kernel, problem.program), kernel.fn.__name__
     signature, constants = typed(point, flat)
-    return Case(f"hopper {called}{values.get('PART', '')} d{problem.head_dim} {name}",
-                "forward" if called == "forward" else "backward", ARCH, point, signature, constants, warps, 1,
+    return Case(" ".join(["hopper", called, *values.get("PART", "").split(), f"d{problem.head_dim}", name]),
+                DIRECTIONS.get(called, "backward"), ARCH, point, signature, constants, warps, 1,
                 called != "preprocess",
                 key(sources(), source_of(kernel, problem.program), sorted(signature.items()),
                     sorted(constants.items(), key=str), warps))

@@ -1,0 +1,190 @@
+"""dQ by itself (FlashAttention-2, algorithm 2, its loops exchanged), for Hopper: no sums in memory, so always the same bits.
+
+A program has a block of queries and walks their keys, as the forward pass does: one warp, the producer, copies tiles by TMA;
+two warpgroups, the consumers, have 64 queries each. Of tile t a consumer issues S = Q K^T and dP = dO V^T together, computes
+the exponentials while the tensor cores work on dP, and issues dQ += dS K with dS from registers. That product ends while
+those of tile t + 1 run.
+
+    EARLY_K_WAIT  waits for the next tile of V between the exponentials and the wait for dP, as `forward_kernel.py` for K
+
+Barriers, of which each stage has its own; phase of tile t: t // STAGES % 2
+    q_full          the producer's TMA -> the warpgroup whose queries they are, once, with dO
+    k_full, v_full  the producer's TMA -> both consumers, each tile
+    k_empty         both consumers, when dQ of tile t and S of tile t + 1 are there -> the producer, before tile t + STAGES
+    v_empty         both consumers, when dP of tile t is there -> the producer, likewise
+    named 12        `hide`: the consumers, of each other
+
+Before it: `preprocess`. Q, dO, dQ: TMA descriptors, whose blocks have 64 rows; K, V have BLOCK_N rows. HIDES and other names
+as in `forward_kernel.py`.
+"""
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from tilewise.backends.gpu_math import gradients, masking
+from tilewise.backends.gpu_math.places import place_together, sequence
+from tilewise.backends.hopper.forward_kernel import ROWS, hide, operand, products
+from tilewise.backends.hopper.gluon_names import tma_store, tma_store_wait
+from tilewise.backends.hopper.tiles import as_block, first_of, first_of_full, load, store_rows
+
+WARPGROUPS = gl.constexpr(2)
+
+
+@gluon.jit
+def producer(descs, tiles, barriers, where, r, masked, total, LIST, VISIT: gl.constexpr, STAGES: gl.constexpr,
+             BLOCK_N: gl.constexpr):
+    q_desc, k_desc, v_desc, do_desc, _dq_desc = descs
+    q_tiles, k_tiles, v_tiles, do_tiles = tiles
+    q_full, k_full, k_empty, v_full, v_empty = barriers
+    _b, h, h_kv, q_slot, q_row, k_slot, k_row, _nq, _nk = where
+    if total > 0:
+        for w in gl.static_range(WARPGROUPS):
+            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes + do_desc.block_type.nbytes)
+            load(q_desc, q_slot, h, q_row + w * ROWS, q_full.index(w), q_tiles.index(w), False)
+            load(do_desc, q_slot, h, q_row + w * ROWS, q_full.index(w), do_tiles.index(w), False)
+    for t in range(total):
+        row = k_row + first_of(r, t, masked, LIST, VISIT, BLOCK_N)
+        slot = t % (STAGES + 1)
+        mbarrier.wait(k_empty.index(slot), (t // (STAGES + 1) & 1) ^ 1)
+        load(k_desc, k_slot, h_kv, row, k_full.index(slot), k_tiles.index(slot), True)
+        slot = t % STAGES
+        mbarrier.wait(v_empty.index(slot), (t // STAGES & 1) ^ 1)
+        load(v_desc, k_slot, h_kv, row, v_full.index(slot), v_tiles.index(slot), True)
+
+
+@gluon.jit
+def step(tiles, barriers, dq, ds, turn, t, total, first, lse, delta, rows, where, r, scale, program, SCORE: gl.constexpr,
+         SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr, HIDES: gl.constexpr, FIRST: gl.constexpr,
+         MASKED: gl.constexpr, WARPGROUP: gl.constexpr, STAGES: gl.constexpr, EARLY_K_WAIT: gl.constexpr):
+    """Takes tile t - 1, whose dS comes, into dQ, and returns dS of tile t, whose first column is `first`."""
+    q_tiles, k_tiles, v_tiles, do_tiles = tiles
+    _q_full, k_full, k_empty, v_full, v_empty = barriers
+    b, h, _h_kv, _q_slot, _q_row, _k_slot, _k_row, nq, nk = where
+    K_STAGES: gl.constexpr = STAGES + 1
+    before, slot, after, v_slot = (t - 1) % K_STAGES, t % K_STAGES, (t + 1) % K_STAGES, t % STAGES
+    k, v = k_tiles.index(slot), v_tiles.index(v_slot)
+    if FIRST or not EARLY_K_WAIT:
+        mbarrier.wait(k_full.index(slot), t // K_STAGES & 1)
+    if MASKED and HIDES:                # 0 * NaN would reach dQ
+        turn = hide(k, first, r, turn, WARPGROUP, WARPGROUPS)
+    s = products(q_tiles.index(WARPGROUP), k)
+    if not FIRST:
+        dq = warpgroup_mma(operand(ds, dq, k.dtype), k_tiles.index(before), dq, is_async=True)
+    mbarrier.wait(v_full.index(v_slot), t // STAGES & 1)
+    dp = products(do_tiles.index(WARPGROUP), v)
+    s = warpgroup_mma_wait(1 if FIRST else 2, deps=[s])
+    cols = first + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+    p = gradients.probabilities(s, lse[:, None], scale, b, h, rows[:, None], cols[None, :], nq, nk, None, None, program, SCORE,
+                                MASK, None, RAW, False, MASKED)
+    if EARLY_K_WAIT:
+        mbarrier.wait(k_full.index(after), (t + 1) // K_STAGES & 1, pred=t + 1 < total)
+    if FIRST:
+        dp = warpgroup_mma_wait(0, deps=[dp])
+    else:
+        dq, dp = warpgroup_mma_wait(0, deps=[dq, dp])
+        mbarrier.arrive(k_empty.index(before), count=1)
+    mbarrier.arrive(v_empty.index(v_slot), count=1)
+    _, ds = gradients.of_scores(p, s, dp, delta[:, None], scale, b, h, rows[:, None], cols[None, :], nq, nk, program,
+                                SCORE_GRADIENT, MASKED)
+    return dq, ds, turn
+
+
+@gluon.jit
+def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, DQ, LSE, DELTA, dq_stride, scale, program,
+             SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, VISIT: gl.constexpr, RAW: gl.constexpr,
+             HIDES: gl.constexpr, PACKED: gl.constexpr, D: gl.constexpr, WARPGROUP: gl.constexpr, STAGES: gl.constexpr,
+             BLOCK_N: gl.constexpr, EARLY_K_WAIT: gl.constexpr):
+    q_tiles = tiles[0]
+    q_full, _k_full, _k_empty, v_full, _v_empty = barriers
+    _b, h, _h_kv, q_slot, q_row, _k_slot, _k_row, nq, _nk = where
+    BLOCK_D: gl.constexpr = q_tiles.shape[2]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    gl.static_assert(STAGES >= 2, "K of one tile is held until the products of the next one are issued")
+    row = block_row + WARPGROUP * ROWS
+    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
+    lse = gl.load(LSE + rows, mask=rows < nq, other=float("inf"))
+    delta = gl.load(DELTA + rows, mask=rows < nq, other=0.0)
+    dq = gl.zeros([ROWS, BLOCK_D], gl.float32, DQ_LAYOUT)
+    if total > 0:
+        mbarrier.wait(q_full.index(WARPGROUP), 0)
+        first = first_of(r, 0, masked, LIST, VISIT, BLOCK_N)
+        dq, ds, turn = step(tiles, barriers, dq, None, q_row, 0, total, first, lse, delta, rows, where, r, scale, program,
+                            SCORE, SCORE_GRADIENT, MASK, RAW, HIDES, True, True, WARPGROUP, STAGES, EARLY_K_WAIT)
+        for t in range(1, masked):
+            first = first_of(r, t, masked, LIST, VISIT, BLOCK_N)
+            dq, ds, turn = step(tiles, barriers, dq, ds, turn, t, total, first, lse, delta, rows, where, r, scale, program,
+                                SCORE, SCORE_GRADIENT, MASK, RAW, HIDES, False, True, WARPGROUP, STAGES, EARLY_K_WAIT)
+        for t in range(gl.maximum(masked, 1), total):
+            first = first_of_full(r, t - masked, LIST, VISIT, BLOCK_N)
+            dq, ds, turn = step(tiles, barriers, dq, ds, turn, t, total, first, lse, delta, rows, where, r, scale, program,
+                                SCORE, SCORE_GRADIENT, MASK, RAW, HIDES, False, False, WARPGROUP, STAGES, EARLY_K_WAIT)
+        last = tiles[1].index((total - 1) % (STAGES + 1))
+        dq = warpgroup_mma(operand(ds, dq, last.dtype), last, dq, is_async=True)
+        dq = warpgroup_mma_wait(0, deps=[dq])
+    tile = q_tiles.index(WARPGROUP)     # nothing reads Q any more
+    tile.store((dq * scale).to(tile.dtype))
+    if PACKED:                          # the rows behind the sequence's own are another's
+        store_rows(tile, DQ, dq_stride, row, nq - row, D)
+    else:
+        fence_async_shared()
+        tma_store(descs[4], [q_slot, h, q_row + WARPGROUP * ROWS, 0], as_block(tile, descs[4]))
+        tma_store_wait(0)
+
+
+@gluon.jit
+def query_gradients(q_desc, k_desc, v_desc, do_desc, dq_desc, DQ, LSE, DELTA, LIST, Q_ROWS, K_ROWS, WORK, dq_strides, scale,
+                    heads, group, together, nq, nk, lse_rows, captured, ints, floats, SCORE: gl.constexpr,
+                    SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, KEYS: gl.constexpr, VISIT: gl.constexpr,
+                    RAW: gl.constexpr, HIDES: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+                    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, EARLY_K_WAIT: gl.constexpr,
+                    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):
+    """One program for BLOCK_M queries of a head; launched with 4 warps. LSE: as `preprocess` leaves it."""
+    PACKED: gl.constexpr = WORK is not None
+    TYPE: gl.constexpr = q_desc.dtype
+    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    gl.static_assert(BLOCK_M == WARPGROUPS * ROWS, "two warpgroups of 64 queries")
+    blocks = gl.cdiv(nq, BLOCK_M)
+    b, h, h_kv, first = place_together(gl.program_id(0), WORK, blocks, heads, group, together, BLOCK_M)
+    q_slot, q_start, nq = sequence(Q_ROWS, b, nq)
+    k_slot, k_start, nk = sequence(K_ROWS, b, nk)
+    b = gl.maximum(b, 0)
+    program = (captured, ints, floats)
+    rows = first + gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [4], [0]))
+    r = masking.visits(KEYS, VISIT, LIST, b, h, heads, rows, first // BLOCK_M, blocks, gl.minimum(nq, first + BLOCK_M), nq, nk,
+                       nk, program, BLOCK_N)
+    masked = masking.count(r, True, 0)
+    total = masked + masking.count(r, False, 0)
+    q_tiles = gl.allocate_shared_memory(TYPE, [WARPGROUPS, ROWS, BLOCK_D], TILE)
+    do_tiles = gl.allocate_shared_memory(TYPE, [WARPGROUPS, ROWS, BLOCK_DV], TILE)
+    k_tiles = gl.allocate_shared_memory(TYPE, [STAGES + 1, BLOCK_N, BLOCK_D], TILE)
+    v_tiles = gl.allocate_shared_memory(TYPE, [STAGES, BLOCK_N, BLOCK_DV], TILE)
+    q_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], BARRIER)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], BARRIER)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES + 1, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
+    for i in gl.static_range(WARPGROUPS):
+        mbarrier.init(q_full.index(i), count=1)
+    for i in gl.static_range(STAGES + 1):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=WARPGROUPS)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=WARPGROUPS)
+    fence_async_shared()
+    descs = (q_desc, k_desc, v_desc, do_desc, dq_desc)
+    tiles = (q_tiles, k_tiles, v_tiles, do_tiles)
+    barriers = (q_full, k_full, k_empty, v_full, v_empty)
+    where = (b, h, h_kv, q_slot, q_start + first, k_slot, k_start, nq, nk)
+    DQ += q_slot.to(gl.int64) * dq_strides[0] + h.to(gl.int64) * dq_strides[1] + q_start * dq_strides[2]
+    LSE += (q_slot * heads + h).to(gl.int64) * lse_rows + q_start
+    DELTA += (q_slot * heads + h).to(gl.int64) * lse_rows + q_start
+    gl.warp_specialize([
+        (consumer, (descs, tiles, barriers, where, r, masked, total, first, LIST, DQ, LSE, DELTA, dq_strides[2], scale,
+                    program, SCORE, SCORE_GRADIENT, MASK, VISIT, RAW, HIDES, PACKED, D, 0, STAGES, BLOCK_N, EARLY_K_WAIT)),
+        (consumer, (descs, tiles, barriers, where, r, masked, total, first, LIST, DQ, LSE, DELTA, dq_strides[2], scale,
+                    program, SCORE, SCORE_GRADIENT, MASK, VISIT, RAW, HIDES, PACKED, D, 1, STAGES, BLOCK_N, EARLY_K_WAIT)),
+        (producer, (descs, tiles, barriers, where, r, masked, total, LIST, VISIT, STAGES, BLOCK_N)),
+    ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])
