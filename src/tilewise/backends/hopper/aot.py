@@ -10,24 +10,26 @@ import torch
 
 from tilewise import masks, score_mods
 from tilewise.backends import Needs
-from tilewise.backends.gpu_math import elementary, gradients, masking, places, preprocess, rows, scoring, softmax
+from tilewise.backends.gpu_math import elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax
 from tilewise.backends.gpu_math.cases import Case, key, sources_hash, typed
 from tilewise.backends.gpu_math.entry import entry, flatten, source_of
 from tilewise.backends.hopper import (
-    backward_kernel, configs, forward_kernel, gluon_names, launch, query_gradients_kernel, tiles)
+    backward_kernel, configs, dropout, forward_kernel, gluon_names, launch, query_gradients_kernel, tiles)
 from tilewise.backends.hopper import preprocess as with_lse
 from tilewise.block_sparse import block_mask
 from tilewise.problem import Layout, Operands, Problem, make, make_unequal
+from tilewise.rng import Rng
 
 ARCH = "sm_90"
 DIRECTIONS = {"forward": "forward", "query_gradients": "dq"}
-SOURCES = (elementary, gradients, masking, places, preprocess, rows, scoring, softmax, backward_kernel, forward_kernel,
-           gluon_names, query_gradients_kernel, tiles, with_lse)
+SOURCES = (elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax, backward_kernel, dropout,
+           forward_kernel, gluon_names, query_gradients_kernel, tiles, with_lse)
 N = 256
 
 
 def problems(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, Problem, Operands]]:
-    """What is compiled for a row of the table: "full", "causal", "listed", "packed"; with score functions and sinks, "rich"."""
+    """What is compiled for a row of the table: "full", "causal", "listed", "packed"; with score functions and sinks, "rich";
+    "dropout"."""
     q = torch.zeros(2, N, 2, head_dim, dtype=dtype)
     sequences = torch.zeros(2, 3, dtype=torch.int32)
     sparse = block_mask(torch.ones(2, 4, 4, dtype=torch.bool), block_size=64)
@@ -35,7 +37,8 @@ def problems(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, Problem, 
     two_intervals = masks.causal() | masks.prefix(torch.zeros(2, dtype=torch.int32))
     programs: dict[str, dict[str, Any]] = {
         "full": {}, "causal": dict(causal=True), "listed": dict(mask=sparse),
-        "rich": dict(mask=two_intervals, score_mod=score, sinks=torch.zeros(2))}
+        "rich": dict(mask=two_intervals, score_mod=score, sinks=torch.zeros(2)),
+        "dropout": dict(causal=True, dropout_p=0.1, rng=Rng(0))}
     for name, options in programs.items():
         yield name, *make(q, q, q, **options)
     packed = q.flatten(0, 1)[None].transpose(1, 2)

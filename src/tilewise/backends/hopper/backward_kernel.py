@@ -23,6 +23,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from tilewise.backends.gpu_math import gradients, masking, scoring
 from tilewise.backends.gpu_math.places import place, sequence
+from tilewise.backends.hopper import dropout
 from tilewise.backends.hopper.gluon_names import reinterpret, thread_barrier, tma_add, tma_load, tma_store, tma_store_wait
 from tilewise.backends.hopper.tiles import as_block, first_of, hide_rows, load, store_rows
 
@@ -141,9 +142,10 @@ def hide_unseen(tile, first, where, group, program, QUERIES: gl.constexpr, VISIT
 
 
 @gluon.jit
-def step(tiles, for_dq, barriers, sums, slot, phase, row, h, cols, where, scale, program, SCORE: gl.constexpr,
-         SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr, PACKED: gl.constexpr, MASKED: gl.constexpr,
-         PART: gl.constexpr, STAGES: gl.constexpr, EARLY_Q_WAIT: gl.constexpr):
+def step(tiles, for_dq, barriers, sums, slot, phase, row, h, cols, where, scale, RNG, threshold, heads, first_col,
+         program, SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr,
+         DROPOUT: gl.constexpr, PACKED: gl.constexpr, MASKED: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr,
+         EARLY_Q_WAIT: gl.constexpr):
     """One tile of queries, of head h; row: its first one in memory."""
     q_tiles, do_tiles, lse_tiles, delta_tiles, messages, row_tiles, k_tile, v_tile = tiles
     _kv_full, q_full, do_full, empty = barriers
@@ -180,13 +182,20 @@ def step(tiles, for_dq, barriers, sums, slot, phase, row, h, cols, where, scale,
     rows = row_tiles.index(slot).load(ROWS)             # again, here and below: kept, they would spill
     if MASKED:                                          # p, not s: lse behind the sequence may be NaN
         p = gl.where(scoring.visible(b, h, rows[None, :], cols[:, None], nq, nk, program, MASK), p, 0.0)
+    kept = p
+    if DROPOUT:
+        first_row = nq - told(messages, slot, 2)
+        keep = dropout.keep_transposed(RNG, threshold, b, h, heads, first_row, first_col, BLOCK_M, BLOCK_N, S_LAYOUT)
+        kept = gl.where(keep, p, 0.0)
     if not has(PART, "dk"):
-        dv = warpgroup_mma(gl.convert_layout(p.to(TYPE), OPERAND, assert_trivial=True), do, dv, is_async=True)
+        dv = warpgroup_mma(gl.convert_layout(kept.to(TYPE), OPERAND, assert_trivial=True), do, dv, is_async=True)
         dv = warpgroup_mma_wait(0, deps=[dv])
     else:
         if has(PART, "dv"):
-            p_operand = gl.convert_layout(p.to(TYPE), OPERAND, assert_trivial=True)
+            p_operand = gl.convert_layout(kept.to(TYPE), OPERAND, assert_trivial=True)
         dp = warpgroup_mma_wait(0, deps=[dp])
+        if DROPOUT:
+            dp = gradients.through_dropout(dp, keep, threshold)
         delta = delta_tiles.index(slot).load(ROWS)
         rows = row_tiles.index(slot).load(ROWS)
         _, ds = gradients.of_scores(p, s, dp, delta[None, :], scale, b, h, rows[None, :], cols[:, None], nq, nk, program,
@@ -222,8 +231,9 @@ def step(tiles, for_dq, barriers, sums, slot, phase, row, h, cols, where, scale,
 
 @gluon.jit
 def consumer(descs, tiles, for_dq, barriers, where, kv_heads, group, first_col, DK, DV_, WORK, K_ROWS, dk_strides, dv_strides,
-             scale, program, SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr,
-             QUERIES: gl.constexpr, VISIT: gl.constexpr, RAW: gl.constexpr, PACKED: gl.constexpr, D: gl.constexpr,
+             scale, RNG, threshold, program, SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr,
+             QUERIES: gl.constexpr, VISIT: gl.constexpr, RAW: gl.constexpr, DROPOUT: gl.constexpr, PACKED: gl.constexpr,
+             D: gl.constexpr,
              DV: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, EARLY_Q_WAIT: gl.constexpr):
     q_tiles, _do_tiles, _lse_tiles, _delta_tiles, messages, _row_tiles, k_tile, v_tile = tiles
     kv_full, q_full, _do_full, _empty = barriers
@@ -249,11 +259,12 @@ def consumer(descs, tiles, for_dq, barriers, where, kv_heads, group, first_col, 
     while h >= 0:
         row = told(messages, slot, 0)
         if row >= 0:
-            dk, dv = step(tiles, for_dq, barriers, (dk, dv), slot, phase, row, h, cols, where, scale, program, SCORE,
-                          SCORE_GRADIENT, MASK, RAW, PACKED, True, PART, STAGES, EARLY_Q_WAIT)
+            dk, dv = step(tiles, for_dq, barriers, (dk, dv), slot, phase, row, h, cols, where, scale, RNG, threshold,
+                          kv_heads * group, first_col, program, SCORE, SCORE_GRADIENT, MASK, RAW, DROPOUT, PACKED, True, PART, STAGES, EARLY_Q_WAIT)
         else:
-            dk, dv = step(tiles, for_dq, barriers, (dk, dv), slot, phase, ~row, h, cols, where, scale, program, SCORE,
-                          SCORE_GRADIENT, MASK, RAW, PACKED, False, PART, STAGES, EARLY_Q_WAIT)
+            dk, dv = step(tiles, for_dq, barriers, (dk, dv), slot, phase, ~row, h, cols, where, scale, RNG,
+                          threshold, kv_heads * group, first_col, program, SCORE, SCORE_GRADIENT, MASK, RAW, DROPOUT, PACKED,
+                          False, PART, STAGES, EARLY_Q_WAIT)
         slot, phase = advance(slot, phase, STAGES)
         h = told(messages, slot, 1)
     if PACKED:                          # found again rather than kept in registers
@@ -262,6 +273,8 @@ def consumer(descs, tiles, for_dq, barriers, where, kv_heads, group, first_col, 
     if has(PART, "dk"):                 # nothing reads K and V any more
         store(descs[6], k_tile, dk * scale, k_slot, h_kv, k_row + first_col, nk - first_col, DK, dk_strides, PACKED, D)
     if has(PART, "dv"):
+        if DROPOUT:
+            dv = dv * (65536.0 / (65536 - threshold))
         store(descs[7], v_tile, dv, k_slot, h_kv, k_row + first_col, nk - first_col, DV_, dv_strides, PACKED, DV)
     tma_store_wait(0)
 
@@ -281,10 +294,10 @@ def store(desc, tile, x, slot, head, row, left, X, strides, PACKED: gl.constexpr
 
 
 @gluon.jit
-def backward(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc, DK, DV_, LIST, Q_ROWS, K_ROWS,
-             WORK, dk_strides, dv_strides, scale, heads, group, nq, nk, lse_rows, captured, ints, floats, SCORE: gl.constexpr,
-             SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, QUERIES: gl.constexpr, VISIT: gl.constexpr, RAW: gl.constexpr,
-             D: gl.constexpr, DV: gl.constexpr, PART: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+def backward(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc, DK, DV_, RNG, LIST, Q_ROWS,
+             K_ROWS, WORK, dk_strides, dv_strides, scale, heads, group, nq, nk, lse_rows, dropout, captured, ints, floats,
+             SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, QUERIES: gl.constexpr,
+             VISIT: gl.constexpr, RAW: gl.constexpr, DROPOUT: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, PART: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
              BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, EARLY_Q_WAIT: gl.constexpr,
              PRODUCER_REGISTERS: gl.constexpr):
     """One program for BLOCK_N keys of a key head; launched with 8 warps."""
@@ -331,8 +344,8 @@ def backward(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_
     where = (b, h_kv, q_slot, q_start, k_slot, k_start, nq, nk)
     gl.warp_specialize([
         (consumer, (descs, tiles, for_dq, barriers, where, heads // group, group, first_col, DK, DV_, WORK, K_ROWS, dk_strides,
-                    dv_strides, scale, program, SCORE, SCORE_GRADIENT, MASK, QUERIES, VISIT, RAW, PACKED, D, DV,
-                    PART, STAGES, EARLY_Q_WAIT)),
+                    dv_strides, scale, RNG, dropout, program, SCORE, SCORE_GRADIENT, MASK, QUERIES, VISIT, RAW, DROPOUT,
+                    PACKED, D, DV, PART, STAGES, EARLY_Q_WAIT)),
         (producer, (descs, tiles, barriers, where, heads, group, first_col, blocks, LIST, lse_rows, program, QUERIES, VISIT,
                     PART, STAGES, BLOCK_M, BLOCK_N)),
     ], [1], [PRODUCER_REGISTERS])

@@ -12,7 +12,7 @@ Barriers, of which each stage has its own; phase of tile t: t // STAGES % 2
     k_full, v_full  the producer's TMA -> both consumers, each tile
     k_empty         both consumers, when dQ of tile t and S of tile t + 1 are there -> the producer, before tile t + STAGES
     v_empty         both consumers, when dP of tile t is there -> the producer, likewise
-    named 12        `hide`: the consumers, of each other
+    named 8         `hide`: the consumers, of each other
 
 Before it: `preprocess`. Q, dO, dQ: TMA descriptors, whose blocks have 64 rows; K, V have BLOCK_N rows. HIDES and other names
 as in `forward_kernel.py`.
@@ -23,10 +23,11 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from tilewise.backends.gpu_math import gradients, masking
 from tilewise.backends.gpu_math.places import place_together, sequence
-from tilewise.backends.hopper.forward_kernel import ROWS, hide, operand, products
-from tilewise.backends.hopper.gluon_names import tma_store, tma_store_wait
-from tilewise.backends.hopper.tiles import as_block, first_of, first_of_full, load, store_rows
+from tilewise.backends.hopper import dropout
+from tilewise.backends.hopper.gluon_names import FIRST_BARRIER, named_barrier, tma_store, tma_store_wait
+from tilewise.backends.hopper.tiles import as_block, first_of, first_of_full, hide_rows, load, reaches_out, store_rows
 
+ROWS = gl.constexpr(64)                 # queries of a warpgroup
 WARPGROUPS = gl.constexpr(2)
 
 
@@ -53,29 +54,67 @@ def producer(descs, tiles, barriers, where, r, masked, total, LIST, VISIT: gl.co
 
 
 @gluon.jit
-def step(tiles, barriers, dq, ds, turn, t, total, first, lse, delta, rows, where, r, scale, program, SCORE: gl.constexpr,
-         SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr, HIDES: gl.constexpr, FIRST: gl.constexpr,
-         MASKED: gl.constexpr, WARPGROUP: gl.constexpr, STAGES: gl.constexpr, EARLY_K_WAIT: gl.constexpr):
+def hide(k, first, r, turn, WARPGROUP: gl.constexpr):
+    """Hides the keys that no query of the block sees: 0 * NaN would reach dQ. Both warpgroups take part and wait for each
+    other."""
+    if reaches_out(k, first, r):
+        hide_rows(k, first, r[8], r[9], WARPGROUP, WARPGROUPS)
+        fence_async_shared()
+        turn = named_barrier("sync", FIRST_BARRIER, WARPGROUPS * 128, turn)
+    return turn
+
+
+@gluon.constexpr_function
+def scores_layout(cols):
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cols, 16])
+
+
+@gluon.jit
+def products(a, b):
+    """A B^T, issued."""
+    BLOCK_N: gl.constexpr = b.shape[0]
+    LAYOUT: gl.constexpr = scores_layout(BLOCK_N)
+    zero = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
+    return warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def add(dq, ds, k):
+    """dQ + dS K, issued. dS is carried from tile to tile in fp32: halves would be unpacked and packed again."""
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, dq.type.layout, 2)
+    return warpgroup_mma(gl.convert_layout(ds.to(k.dtype), OPERAND, assert_trivial=True), k, dq, is_async=True)
+
+
+@gluon.jit
+def step(tiles, barriers, dq, ds, turn, t, total, first, lse, delta, row, where, r, scale, RNG, threshold, heads, program,
+         SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr, DROPOUT: gl.constexpr,
+         HIDES: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr, WARPGROUP: gl.constexpr, STAGES: gl.constexpr,
+         EARLY_K_WAIT: gl.constexpr):
     """Takes tile t - 1, whose dS comes, into dQ, and returns dS of tile t, whose first column is `first`."""
     q_tiles, k_tiles, v_tiles, do_tiles = tiles
     _q_full, k_full, k_empty, v_full, v_empty = barriers
     b, h, _h_kv, _q_slot, _q_row, _k_slot, _k_row, nq, nk = where
     K_STAGES: gl.constexpr = STAGES + 1
+    BLOCK_N: gl.constexpr = k_tiles.shape[1]
+    LAYOUT: gl.constexpr = scores_layout(BLOCK_N)
     before, slot, after, v_slot = (t - 1) % K_STAGES, t % K_STAGES, (t + 1) % K_STAGES, t % STAGES
     k, v = k_tiles.index(slot), v_tiles.index(v_slot)
     if FIRST or not EARLY_K_WAIT:
         mbarrier.wait(k_full.index(slot), t // K_STAGES & 1)
-    if MASKED and HIDES:                # 0 * NaN would reach dQ
-        turn = hide(k, first, r, turn, WARPGROUP, WARPGROUPS)
+    if MASKED and HIDES:
+        turn = hide(k, first, r, turn, WARPGROUP)
     s = products(q_tiles.index(WARPGROUP), k)
     if not FIRST:
-        dq = warpgroup_mma(operand(ds, dq, k.dtype), k_tiles.index(before), dq, is_async=True)
+        dq = add(dq, ds, k_tiles.index(before))
     mbarrier.wait(v_full.index(v_slot), t // STAGES & 1)
     dp = products(do_tiles.index(WARPGROUP), v)
     s = warpgroup_mma_wait(1 if FIRST else 2, deps=[s])
-    cols = first + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, LAYOUT))
+    cols = first + gl.arange(0, BLOCK_N, gl.SliceLayout(0, LAYOUT))
     p = gradients.probabilities(s, lse[:, None], scale, b, h, rows[:, None], cols[None, :], nq, nk, None, None, program, SCORE,
                                 MASK, None, RAW, False, MASKED)
+    if DROPOUT:
+        keep = dropout.keep(RNG, threshold, b, h, heads, row, first, BLOCK_N, LAYOUT)
     if EARLY_K_WAIT:
         mbarrier.wait(k_full.index(after), (t + 1) // K_STAGES & 1, pred=t + 1 < total)
     if FIRST:
@@ -84,44 +123,47 @@ def step(tiles, barriers, dq, ds, turn, t, total, first, lse, delta, rows, where
         dq, dp = warpgroup_mma_wait(0, deps=[dq, dp])
         mbarrier.arrive(k_empty.index(before), count=1)
     mbarrier.arrive(v_empty.index(v_slot), count=1)
+    if DROPOUT:
+        dp = gradients.through_dropout(dp, keep, threshold)
     _, ds = gradients.of_scores(p, s, dp, delta[:, None], scale, b, h, rows[:, None], cols[None, :], nq, nk, program,
                                 SCORE_GRADIENT, MASKED)
     return dq, ds, turn
 
 
 @gluon.jit
-def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, DQ, LSE, DELTA, dq_stride, scale, program,
-             SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, VISIT: gl.constexpr, RAW: gl.constexpr,
-             HIDES: gl.constexpr, PACKED: gl.constexpr, D: gl.constexpr, WARPGROUP: gl.constexpr, STAGES: gl.constexpr,
-             BLOCK_N: gl.constexpr, EARLY_K_WAIT: gl.constexpr):
+def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, DQ, LSE, DELTA, dq_stride, scale, RNG, threshold, heads,
+             program, SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, VISIT: gl.constexpr,
+             RAW: gl.constexpr, DROPOUT: gl.constexpr, HIDES: gl.constexpr, PACKED: gl.constexpr, D: gl.constexpr,
+             WARPGROUP: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, EARLY_K_WAIT: gl.constexpr):
     q_tiles = tiles[0]
     q_full, _k_full, _k_empty, v_full, _v_empty = barriers
     _b, h, _h_kv, q_slot, q_row, _k_slot, _k_row, nq, _nk = where
     BLOCK_D: gl.constexpr = q_tiles.shape[2]
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    OF_ROWS: gl.constexpr = gl.SliceLayout(1, scores_layout(BLOCK_N))
     DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     gl.static_assert(STAGES >= 2, "K of one tile is held until the products of the next one are issued")
     row = block_row + WARPGROUP * ROWS
-    rows = row + gl.arange(0, ROWS, gl.SliceLayout(1, S_LAYOUT))
-    lse = gl.load(LSE + rows, mask=rows < nq, other=float("inf"))
-    delta = gl.load(DELTA + rows, mask=rows < nq, other=0.0)
+    of_rows = row + gl.arange(0, ROWS, OF_ROWS)
+    lse = gl.load(LSE + of_rows, mask=of_rows < nq, other=float("inf"))
+    delta = gl.load(DELTA + of_rows, mask=of_rows < nq, other=0.0)
     dq = gl.zeros([ROWS, BLOCK_D], gl.float32, DQ_LAYOUT)
     if total > 0:
         mbarrier.wait(q_full.index(WARPGROUP), 0)
         first = first_of(r, 0, masked, LIST, VISIT, BLOCK_N)
-        dq, ds, turn = step(tiles, barriers, dq, None, q_row, 0, total, first, lse, delta, rows, where, r, scale, program,
-                            SCORE, SCORE_GRADIENT, MASK, RAW, HIDES, True, True, WARPGROUP, STAGES, EARLY_K_WAIT)
+        dq, ds, turn = step(tiles, barriers, dq, None, q_row, 0, total, first, lse, delta, row, where, r, scale, RNG, threshold,
+                            heads, program, SCORE, SCORE_GRADIENT, MASK, RAW, DROPOUT, HIDES, True, True, WARPGROUP, STAGES,
+                            EARLY_K_WAIT)
         for t in range(1, masked):
             first = first_of(r, t, masked, LIST, VISIT, BLOCK_N)
-            dq, ds, turn = step(tiles, barriers, dq, ds, turn, t, total, first, lse, delta, rows, where, r, scale, program,
-                                SCORE, SCORE_GRADIENT, MASK, RAW, HIDES, False, True, WARPGROUP, STAGES, EARLY_K_WAIT)
+            dq, ds, turn = step(tiles, barriers, dq, ds, turn, t, total, first, lse, delta, row, where, r, scale, RNG,
+                                threshold, heads, program, SCORE, SCORE_GRADIENT, MASK, RAW, DROPOUT, HIDES, False, True,
+                                WARPGROUP, STAGES, EARLY_K_WAIT)
         for t in range(gl.maximum(masked, 1), total):
             first = first_of_full(r, t - masked, LIST, VISIT, BLOCK_N)
-            dq, ds, turn = step(tiles, barriers, dq, ds, turn, t, total, first, lse, delta, rows, where, r, scale, program,
-                                SCORE, SCORE_GRADIENT, MASK, RAW, HIDES, False, False, WARPGROUP, STAGES, EARLY_K_WAIT)
-        last = tiles[1].index((total - 1) % (STAGES + 1))
-        dq = warpgroup_mma(operand(ds, dq, last.dtype), last, dq, is_async=True)
-        dq = warpgroup_mma_wait(0, deps=[dq])
+            dq, ds, turn = step(tiles, barriers, dq, ds, turn, t, total, first, lse, delta, row, where, r, scale, RNG,
+                                threshold, heads, program, SCORE, SCORE_GRADIENT, MASK, RAW, DROPOUT, HIDES, False, False,
+                                WARPGROUP, STAGES, EARLY_K_WAIT)
+        dq = warpgroup_mma_wait(0, deps=[add(dq, ds, tiles[1].index((total - 1) % (STAGES + 1)))])
     tile = q_tiles.index(WARPGROUP)     # nothing reads Q any more
     tile.store((dq * scale).to(tile.dtype))
     if PACKED:                          # the rows behind the sequence's own are another's
@@ -133,12 +175,12 @@ def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, D
 
 
 @gluon.jit
-def query_gradients(q_desc, k_desc, v_desc, do_desc, dq_desc, DQ, LSE, DELTA, LIST, Q_ROWS, K_ROWS, WORK, dq_strides, scale,
-                    heads, group, together, nq, nk, lse_rows, captured, ints, floats, SCORE: gl.constexpr,
+def query_gradients(q_desc, k_desc, v_desc, do_desc, dq_desc, DQ, LSE, DELTA, RNG, LIST, Q_ROWS, K_ROWS, WORK, dq_strides,
+                    scale, heads, group, together, nq, nk, lse_rows, dropout, captured, ints, floats, SCORE: gl.constexpr,
                     SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, KEYS: gl.constexpr, VISIT: gl.constexpr,
-                    RAW: gl.constexpr, HIDES: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-                    BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, EARLY_K_WAIT: gl.constexpr,
-                    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):
+                    RAW: gl.constexpr, DROPOUT: gl.constexpr, HIDES: gl.constexpr, D: gl.constexpr, BLOCK_M: gl.constexpr,
+                    BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr,
+                    EARLY_K_WAIT: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):
     """One program for BLOCK_M queries of a head; launched with 4 warps. LSE: as `preprocess` leaves it."""
     PACKED: gl.constexpr = WORK is not None
     TYPE: gl.constexpr = q_desc.dtype
@@ -183,8 +225,10 @@ def query_gradients(q_desc, k_desc, v_desc, do_desc, dq_desc, DQ, LSE, DELTA, LI
     DELTA += (q_slot * heads + h).to(gl.int64) * lse_rows + q_start
     gl.warp_specialize([
         (consumer, (descs, tiles, barriers, where, r, masked, total, first, LIST, DQ, LSE, DELTA, dq_strides[2], scale,
-                    program, SCORE, SCORE_GRADIENT, MASK, VISIT, RAW, HIDES, PACKED, D, 0, STAGES, BLOCK_N, EARLY_K_WAIT)),
+                    RNG, dropout, heads, program, SCORE, SCORE_GRADIENT, MASK, VISIT, RAW, DROPOUT, HIDES, PACKED, D, 0, STAGES,
+                    BLOCK_N, EARLY_K_WAIT)),
         (consumer, (descs, tiles, barriers, where, r, masked, total, first, LIST, DQ, LSE, DELTA, dq_strides[2], scale,
-                    program, SCORE, SCORE_GRADIENT, MASK, VISIT, RAW, HIDES, PACKED, D, 1, STAGES, BLOCK_N, EARLY_K_WAIT)),
+                    RNG, dropout, heads, program, SCORE, SCORE_GRADIENT, MASK, VISIT, RAW, DROPOUT, HIDES, PACKED, D, 1, STAGES,
+                    BLOCK_N, EARLY_K_WAIT)),
         (producer, (descs, tiles, barriers, where, r, masked, total, LIST, VISIT, STAGES, BLOCK_N)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])
