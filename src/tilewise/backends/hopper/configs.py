@@ -1,7 +1,7 @@
 """Variants of the kernels: data, in `configs.tsv` beside this file.
 
 A row says: this kernel, for head dims up to `head_dim` (the larger of D and D_v) and these features ("plain"; "listed": with a
-list of tiles; "rich": with a score function or dropout), works on BLOCK_M queries x BLOCK_N keys per tile, with so many stages and
+list of tiles; "rich": with a score function; "dropout"), works on BLOCK_M queries x BLOCK_N keys per tile, with so many stages and
 registers of a thread. The kernel is "forward", or what a pass of the backward computes: "dq dk dv", "dq dk", "dv", ...
 Every row compiles without register spills (`results/gates.json`); none has been chosen by measured speed yet.
 """
@@ -46,8 +46,8 @@ def choose(kernel: str, problem: Problem) -> Config:
 def kind(problem: Problem) -> tuple[int, str]:
     """The head dim and the features of the rows for a problem."""
     dim = max(problem.head_dim, problem.head_dim_v)
-    rich = problem.graphs.score is not None or problem.dropout > 0
-    features = "rich" if rich else "listed" if problem.graphs.listed else "plain"
+    features = ("dropout" if problem.dropout > 0 else "rich" if problem.graphs.score is not None else
+                "listed" if problem.graphs.listed else "plain")
     return min(d for d in HEAD_DIMS if d >= dim), features
 
 
