@@ -48,10 +48,11 @@ def kind(problem: Problem) -> tuple[int, str]:
     dim = max(problem.head_dim, problem.head_dim_v)
     features = ("dropout" if problem.dropout > 0 else "rich" if problem.graphs.score is not None else
                 "listed" if problem.graphs.listed else "plain")
-    return min(d for d in HEAD_DIMS if d >= dim), features
+    return next((d for d in HEAD_DIMS if d >= dim), dim), features
 
 
 def passes(problem: Problem) -> tuple[str, ...]:
-    """The kernels of the backward pass: of the ways to share out the gradients that have rows the one with fewest products."""
+    """The kernels of the backward pass: of the ways to share out the gradients that have rows the one with fewest products;
+    none: the table has no way."""
     ways = SEPARATE if problem.deterministic else (*ADDED, *SEPARATE)
-    return next(way for way in ways if all((kernel, *kind(problem)) in table() for kernel in way))
+    return next((way for way in ways if all((kernel, *kind(problem)) in table() for kernel in way)), ())
