@@ -43,7 +43,7 @@ def simulated(monkeypatch):
 def backward_alone(simulated, monkeypatch):
     """As `simulated`, where the forward pass is another backend's: of problems that only the backward kernels compute."""
     monkeypatch.setattr(hopper, "supports", lambda problem: None)
-    monkeypatch.setattr(hopper, "forward", tiled.forward)
+    monkeypatch.setattr(hopper, "forward", lambda problem, x: tuple(t.contiguous() for t in tiled.forward(problem, x)))
     return simulated
 
 
@@ -170,7 +170,8 @@ def test_rows_of_no_sequence(name, simulated, poisoned):
         assert (found[name][outside] == 0).all()
 
 
-def test_padding_may_hold_nan(simulated, poisoned):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_padding_may_hold_nan(deterministic, simulated, poisoned):
     """Keys that a mask hides from all queries reach neither output nor gradients."""
     lengths = torch.tensor([70, 130])
     q, k, v = torch.randn(3, 2, 140, 2, 64).bfloat16().unbind()
@@ -179,7 +180,8 @@ def test_padding_may_hold_nan(simulated, poisoned):
     found = []
     for k_b, v_b in ([torch.where(padding[:, :, None, None], torch.nan, x) for x in (k, v)], clean):
         inputs = [x.clone().requires_grad_() for x in (q, k_b, v_b)]
-        out = tw.attention(*inputs, mask=tw.key_lengths(lengths.int()), causal=True, backend="hopper")
+        out = tw.attention(*inputs, mask=tw.key_lengths(lengths.int()), causal=True, deterministic=deterministic,
+                           backend="hopper")
         out.backward(torch.ones_like(out))
         found.append([out, *(x.grad for x in inputs)])
     for with_nan, without in zip(*found, strict=True):

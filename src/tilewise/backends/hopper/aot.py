@@ -13,9 +13,9 @@ from tilewise.backends import Needs
 from tilewise.backends.gpu_math import elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax
 from tilewise.backends.gpu_math.cases import Case, key, sources_hash, typed
 from tilewise.backends.gpu_math.entry import entry, flatten, source_of
-from tilewise.backends.hopper import (
-    backward_kernel, configs, dropout, forward_kernel, gluon_names, launch, query_gradients_kernel, tiles)
+from tilewise.backends.hopper import backward_kernel, configs, dropout, forward_kernel, gluon_names, launch, tiles
 from tilewise.backends.hopper import preprocess as with_lse
+from tilewise.backends.hopper import query_gradients_kernel as queries_kernel
 from tilewise.block_sparse import block_mask
 from tilewise.problem import Layout, Operands, Problem, make, make_unequal
 from tilewise.rng import Rng
@@ -23,7 +23,7 @@ from tilewise.rng import Rng
 ARCH = "sm_90"
 DIRECTIONS = {"forward": "forward", "query_gradients": "dq"}
 SOURCES = (elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax, backward_kernel, dropout,
-           forward_kernel, gluon_names, query_gradients_kernel, tiles, with_lse)
+           forward_kernel, gluon_names, queries_kernel, tiles, with_lse)
 N = 256
 
 
@@ -63,7 +63,7 @@ def cases(name: str, problem: Problem, x: Operands) -> Iterator[Case]:
         recorded.setdefault(one.name, one)
 
     out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
-    if ("forward", *configs.kind(problem)) in configs.table():
+    if configs.row("forward", problem) in configs.table():
         launch.forward(problem, x, start=record)
     for deterministic in (False, True):
         asked = replace(problem, settings=problem.settings._replace(deterministic=deterministic))

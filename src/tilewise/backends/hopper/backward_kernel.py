@@ -5,8 +5,8 @@ which, and copies tiles by TMA; eight warps multiply. Scores are transposed, S^T
 from registers. dS goes through shared memory once, for dQ, which TMA adds to global memory in fp32, in any order.
 dV and dK leave few registers: lse, delta, the numbers of the rows and what `tell` says wait in shared memory.
 
-    PART          the gradients of this launch: "dq dk dv", where registers hold the sums of dK and dV; "dq dk" and "dv"
-                  where they do not. "dk dv", "dk" leave dQ to `query_gradients_kernel.py`, whose bits are always the same.
+    PART          the gradients of this launch: "dq dk dv", or "dq dk" and then "dv" where registers do not hold both sums;
+                  "dk dv", or "dk" and then "dv", where `query_gradients_kernel.py` finds dQ, with the same bits each time.
     EARLY_Q_WAIT  waits for the next tile of Q between the exponentials and the wait for dP = V dO^T, as in `forward_kernel.py`.
 
 Barriers, of which each stage has its own; phase of tile i, counted over all heads of the group: i // STAGES % 2 (`advance`)
@@ -14,8 +14,9 @@ Barriers, of which each stage has its own; phase of tile i, counted over all hea
     q_full, do_full   the producer's TMA -> the consumer, each tile; q_full also when there are no more
     empty             the consumer, after dK and dV are there -> the producer, before it loads tile i + STAGES
 
-Before it: `preprocess`; dQ, if it is added to, set to 0. After it: that lacks the factor `scale`. Q, dO, dQ have blocks of BLOCK_M rows, K, V, dK,
-dV of BLOCK_N. Other names as in `forward_kernel.py`.
+Before it: `preprocess`; dQ, where it is added to, set to 0. After it: that dQ lacks the factor `scale`. Q, dO, dQ have blocks
+of BLOCK_M rows, K, V, dK, dV of BLOCK_N. drawn: (RNG, threshold, heads), from which dropout's bits come. Other names as in
+`forward_kernel.py`.
 """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -142,10 +143,9 @@ def hide_unseen(tile, first, where, group, program, QUERIES: gl.constexpr, VISIT
 
 
 @gluon.jit
-def step(tiles, for_dq, barriers, sums, slot, phase, row, h, cols, where, scale, RNG, threshold, heads, first_col,
-         program, SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr,
-         DROPOUT: gl.constexpr, PACKED: gl.constexpr, MASKED: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr,
-         EARLY_Q_WAIT: gl.constexpr):
+def step(tiles, for_dq, barriers, sums, slot, phase, row, h, cols, where, scale, drawn, first_col, program,
+         SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr, DROPOUT: gl.constexpr,
+         PACKED: gl.constexpr, MASKED: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, EARLY_Q_WAIT: gl.constexpr):
     """One tile of queries, of head h; row: its first one in memory."""
     q_tiles, do_tiles, lse_tiles, delta_tiles, messages, row_tiles, k_tile, v_tile = tiles
     _kv_full, q_full, do_full, empty = barriers
@@ -184,6 +184,7 @@ def step(tiles, for_dq, barriers, sums, slot, phase, row, h, cols, where, scale,
         p = gl.where(scoring.visible(b, h, rows[None, :], cols[:, None], nq, nk, program, MASK), p, 0.0)
     kept = p
     if DROPOUT:
+        RNG, threshold, heads = drawn
         first_row = nq - told(messages, slot, 2)
         keep = dropout.keep_transposed(RNG, threshold, b, h, heads, first_row, first_col, BLOCK_M, BLOCK_N, S_LAYOUT)
         kept = gl.where(keep, p, 0.0)
@@ -231,7 +232,7 @@ def step(tiles, for_dq, barriers, sums, slot, phase, row, h, cols, where, scale,
 
 @gluon.jit
 def consumer(descs, tiles, for_dq, barriers, where, kv_heads, group, first_col, DK, DV_, WORK, K_ROWS, dk_strides, dv_strides,
-             scale, RNG, threshold, program, SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr,
+             scale, drawn, program, SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr,
              QUERIES: gl.constexpr, VISIT: gl.constexpr, RAW: gl.constexpr, DROPOUT: gl.constexpr, PACKED: gl.constexpr,
              D: gl.constexpr,
              DV: gl.constexpr, PART: gl.constexpr, STAGES: gl.constexpr, EARLY_Q_WAIT: gl.constexpr):
@@ -259,12 +260,11 @@ def consumer(descs, tiles, for_dq, barriers, where, kv_heads, group, first_col, 
     while h >= 0:
         row = told(messages, slot, 0)
         if row >= 0:
-            dk, dv = step(tiles, for_dq, barriers, (dk, dv), slot, phase, row, h, cols, where, scale, RNG, threshold,
-                          kv_heads * group, first_col, program, SCORE, SCORE_GRADIENT, MASK, RAW, DROPOUT, PACKED, True, PART, STAGES, EARLY_Q_WAIT)
+            dk, dv = step(tiles, for_dq, barriers, (dk, dv), slot, phase, row, h, cols, where, scale, drawn, first_col, program,
+                          SCORE, SCORE_GRADIENT, MASK, RAW, DROPOUT, PACKED, True, PART, STAGES, EARLY_Q_WAIT)
         else:
-            dk, dv = step(tiles, for_dq, barriers, (dk, dv), slot, phase, ~row, h, cols, where, scale, RNG,
-                          threshold, kv_heads * group, first_col, program, SCORE, SCORE_GRADIENT, MASK, RAW, DROPOUT, PACKED,
-                          False, PART, STAGES, EARLY_Q_WAIT)
+            dk, dv = step(tiles, for_dq, barriers, (dk, dv), slot, phase, ~row, h, cols, where, scale, drawn, first_col,
+                          program, SCORE, SCORE_GRADIENT, MASK, RAW, DROPOUT, PACKED, False, PART, STAGES, EARLY_Q_WAIT)
         slot, phase = advance(slot, phase, STAGES)
         h = told(messages, slot, 1)
     if PACKED:                          # found again rather than kept in registers
@@ -274,7 +274,7 @@ def consumer(descs, tiles, for_dq, barriers, where, kv_heads, group, first_col, 
         store(descs[6], k_tile, dk * scale, k_slot, h_kv, k_row + first_col, nk - first_col, DK, dk_strides, PACKED, D)
     if has(PART, "dv"):
         if DROPOUT:
-            dv = dv * (65536.0 / (65536 - threshold))
+            dv = dv * (65536.0 / (65536 - drawn[1]))
         store(descs[7], v_tile, dv, k_slot, h_kv, k_row + first_col, nk - first_col, DV_, dv_strides, PACKED, DV)
     tma_store_wait(0)
 
@@ -297,9 +297,9 @@ def store(desc, tile, x, slot, head, row, left, X, strides, PACKED: gl.constexpr
 def backward(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_desc, dv_desc, DK, DV_, RNG, LIST, Q_ROWS,
              K_ROWS, WORK, dk_strides, dv_strides, scale, heads, group, nq, nk, lse_rows, dropout, captured, ints, floats,
              SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, QUERIES: gl.constexpr,
-             VISIT: gl.constexpr, RAW: gl.constexpr, DROPOUT: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, PART: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-             BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, STAGES: gl.constexpr, EARLY_Q_WAIT: gl.constexpr,
-             PRODUCER_REGISTERS: gl.constexpr):
+             VISIT: gl.constexpr, RAW: gl.constexpr, DROPOUT: gl.constexpr, D: gl.constexpr, DV: gl.constexpr,
+             PART: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+             STAGES: gl.constexpr, EARLY_Q_WAIT: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):
     """One program for BLOCK_N keys of a key head; launched with 8 warps."""
     PACKED: gl.constexpr = WORK is not None
     TYPE: gl.constexpr = q_desc.dtype
@@ -327,7 +327,7 @@ def backward(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_
         dq_tile = gl.allocate_shared_memory(gl.float32, [BLOCK_M, BLOCK_D], gl.NVMMASharedLayout(128, 32))
         for_dq = (dq_desc, ds_tile, dq_tile)
     else:
-        for_dq = ()
+        for_dq = ()  # type: ignore[assignment]
     kv_full = gl.allocate_shared_memory(gl.int64, [1], BARRIER)
     q_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     do_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
@@ -344,8 +344,8 @@ def backward(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_
     where = (b, h_kv, q_slot, q_start, k_slot, k_start, nq, nk)
     gl.warp_specialize([
         (consumer, (descs, tiles, for_dq, barriers, where, heads // group, group, first_col, DK, DV_, WORK, K_ROWS, dk_strides,
-                    dv_strides, scale, RNG, dropout, program, SCORE, SCORE_GRADIENT, MASK, QUERIES, VISIT, RAW, DROPOUT,
-                    PACKED, D, DV, PART, STAGES, EARLY_Q_WAIT)),
+                    dv_strides, scale, (RNG, dropout, heads), program, SCORE, SCORE_GRADIENT, MASK, QUERIES, VISIT, RAW,
+                    DROPOUT, PACKED, D, DV, PART, STAGES, EARLY_Q_WAIT)),
         (producer, (descs, tiles, barriers, where, heads, group, first_col, blocks, LIST, lse_rows, program, QUERIES, VISIT,
                     PART, STAGES, BLOCK_M, BLOCK_N)),
     ], [1], [PRODUCER_REGISTERS])

@@ -1,8 +1,8 @@
 """Variants of the kernels: data, in `configs.tsv` beside this file.
 
 A row says: this kernel, for head dims up to `head_dim` (the larger of D and D_v) and these features ("plain"; "listed": with a
-list of tiles; "rich": with a score function; "dropout"), works on BLOCK_M queries x BLOCK_N keys per tile, with so many stages and
-registers of a thread. The kernel is "forward", or what a pass of the backward computes: "dq dk dv", "dq dk", "dv", ...
+list of tiles; "rich": with a score function; "dropout": with it), works on BLOCK_M queries x BLOCK_N keys per tile, with so
+many stages and registers of a thread. The kernel is "forward", or what a pass of the backward computes: "dq dk dv", "dv", ...
 Every row compiles without register spills (`results/gates.json`); none has been chosen by measured speed yet.
 """
 from __future__ import annotations
@@ -40,19 +40,19 @@ def table() -> dict[tuple[str, int, str], Config]:
 
 def choose(kernel: str, problem: Problem) -> Config:
     """The configuration of a kernel for a problem."""
-    return table()[kernel, *kind(problem)]
+    return table()[row(kernel, problem)]
 
 
-def kind(problem: Problem) -> tuple[int, str]:
-    """The head dim and the features of the rows for a problem."""
+def row(kernel: str, problem: Problem) -> tuple[str, int, str]:
+    """Which row of the table, if it is there, is for a kernel and a problem."""
     dim = max(problem.head_dim, problem.head_dim_v)
     features = ("dropout" if problem.dropout > 0 else "rich" if problem.graphs.score is not None else
                 "listed" if problem.graphs.listed else "plain")
-    return next((d for d in HEAD_DIMS if d >= dim), dim), features
+    return kernel, next((d for d in HEAD_DIMS if d >= dim), dim), features
 
 
 def passes(problem: Problem) -> tuple[str, ...]:
     """The kernels of the backward pass: of the ways to share out the gradients that have rows the one with fewest products;
     none: the table has no way."""
     ways = SEPARATE if problem.deterministic else (*ADDED, *SEPARATE)
-    return next((way for way in ways if all((kernel, *kind(problem)) in table() for kernel in way)), ())
+    return next((way for way in ways if all(row(kernel, problem) in table() for kernel in way)), ())

@@ -91,7 +91,8 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
     return Gradients(dq, dk, dv, None, dsinks, [None] * len(x.captured))
 
 
-NAMES = "scale", "heads", "group", "nq", "nk", "lse_rows", "captured", "ints", "floats", "Q_ROWS", "K_ROWS", "RAW", "RNG", "dropout", "DROPOUT"
+NAMES = ("scale", "heads", "group", "nq", "nk", "lse_rows", "captured", "ints", "floats", "Q_ROWS", "K_ROWS", "RAW", "RNG",
+         "dropout", "DROPOUT")
 
 
 def common(told: Mapping[str, Any], c: Config) -> dict[str, Any]:

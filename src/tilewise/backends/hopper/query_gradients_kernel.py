@@ -1,21 +1,22 @@
-"""dQ by itself (FlashAttention-2, algorithm 2, its loops exchanged), for Hopper: no sums in memory, so always the same bits.
+"""dQ by itself (FlashAttention-2, algorithm 2, its loops exchanged), for Hopper: nothing is added in memory, so the bits are
+the same each time.
 
 A program has a block of queries and walks their keys, as the forward pass does: one warp, the producer, copies tiles by TMA;
-two warpgroups, the consumers, have 64 queries each. Of tile t a consumer issues S = Q K^T and dP = dO V^T together, computes
-the exponentials while the tensor cores work on dP, and issues dQ += dS K with dS from registers. That product ends while
-those of tile t + 1 run.
+two warpgroups, the consumers, have 64 queries each, whose Q and dO stay. A consumer issues S = Q K^T of tile t, dQ += dS K of
+tile t - 1 with dS from registers, and dP = dO V^T of tile t, and computes the exponentials while the tensor cores work on the
+latter two. So K is held for a tile longer than V, and has one stage more.
 
-    EARLY_K_WAIT  waits for the next tile of V between the exponentials and the wait for dP, as `forward_kernel.py` for K
+    EARLY_K_WAIT  waits for the next tile of K between the exponentials and the wait for dQ and dP, as in `forward_kernel.py`
 
-Barriers, of which each stage has its own; phase of tile t: t // STAGES % 2
+Barriers, of which each stage has its own; n stages: phase of tile t: t // n % 2; n is STAGES for V, STAGES + 1 for K
     q_full          the producer's TMA -> the warpgroup whose queries they are, once, with dO
     k_full, v_full  the producer's TMA -> both consumers, each tile
-    k_empty         both consumers, when dQ of tile t and S of tile t + 1 are there -> the producer, before tile t + STAGES
-    v_empty         both consumers, when dP of tile t is there -> the producer, likewise
+    k_empty         both consumers, when dQ has tile t -> the producer, before it loads K of tile t + STAGES + 1
+    v_empty         both consumers, when dP of tile t is there -> the producer, before it loads V of tile t + STAGES
     named 8         `hide`: the consumers, of each other
 
-Before it: `preprocess`. Q, dO, dQ: TMA descriptors, whose blocks have 64 rows; K, V have BLOCK_N rows. HIDES and other names
-as in `forward_kernel.py`.
+Before it: `preprocess`. Q, dO, dQ: TMA descriptors, whose blocks have 64 rows; K, V have BLOCK_N rows. Partial tiles come
+first. drawn: (RNG, threshold, heads), from which dropout's bits come. HIDES and other names as in `forward_kernel.py`.
 """
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -86,10 +87,9 @@ def add(dq, ds, k):
 
 
 @gluon.jit
-def step(tiles, barriers, dq, ds, turn, t, total, first, lse, delta, row, where, r, scale, RNG, threshold, heads, program,
-         SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr, DROPOUT: gl.constexpr,
-         HIDES: gl.constexpr, FIRST: gl.constexpr, MASKED: gl.constexpr, WARPGROUP: gl.constexpr, STAGES: gl.constexpr,
-         EARLY_K_WAIT: gl.constexpr):
+def step(tiles, barriers, dq, ds, turn, t, total, first, lse, delta, row, where, r, scale, drawn, program, SCORE: gl.constexpr,
+         SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, RAW: gl.constexpr, DROPOUT: gl.constexpr, HIDES: gl.constexpr,
+         FIRST: gl.constexpr, MASKED: gl.constexpr, WARPGROUP: gl.constexpr, STAGES: gl.constexpr, EARLY_K_WAIT: gl.constexpr):
     """Takes tile t - 1, whose dS comes, into dQ, and returns dS of tile t, whose first column is `first`."""
     q_tiles, k_tiles, v_tiles, do_tiles = tiles
     _q_full, k_full, k_empty, v_full, v_empty = barriers
@@ -99,7 +99,7 @@ def step(tiles, barriers, dq, ds, turn, t, total, first, lse, delta, row, where,
     LAYOUT: gl.constexpr = scores_layout(BLOCK_N)
     before, slot, after, v_slot = (t - 1) % K_STAGES, t % K_STAGES, (t + 1) % K_STAGES, t % STAGES
     k, v = k_tiles.index(slot), v_tiles.index(v_slot)
-    if FIRST or not EARLY_K_WAIT:
+    if not FIRST and not EARLY_K_WAIT:
         mbarrier.wait(k_full.index(slot), t // K_STAGES & 1)
     if MASKED and HIDES:
         turn = hide(k, first, r, turn, WARPGROUP)
@@ -114,6 +114,7 @@ def step(tiles, barriers, dq, ds, turn, t, total, first, lse, delta, row, where,
     p = gradients.probabilities(s, lse[:, None], scale, b, h, rows[:, None], cols[None, :], nq, nk, None, None, program, SCORE,
                                 MASK, None, RAW, False, MASKED)
     if DROPOUT:
+        RNG, threshold, heads = drawn
         keep = dropout.keep(RNG, threshold, b, h, heads, row, first, BLOCK_N, LAYOUT)
     if EARLY_K_WAIT:
         mbarrier.wait(k_full.index(after), (t + 1) // K_STAGES & 1, pred=t + 1 < total)
@@ -131,12 +132,12 @@ def step(tiles, barriers, dq, ds, turn, t, total, first, lse, delta, row, where,
 
 
 @gluon.jit
-def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, DQ, LSE, DELTA, dq_stride, scale, RNG, threshold, heads,
-             program, SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, VISIT: gl.constexpr,
-             RAW: gl.constexpr, DROPOUT: gl.constexpr, HIDES: gl.constexpr, PACKED: gl.constexpr, D: gl.constexpr,
-             WARPGROUP: gl.constexpr, STAGES: gl.constexpr, BLOCK_N: gl.constexpr, EARLY_K_WAIT: gl.constexpr):
+def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, DQ, LSE, DELTA, dq_stride, scale, drawn, program,
+             SCORE: gl.constexpr, SCORE_GRADIENT: gl.constexpr, MASK: gl.constexpr, VISIT: gl.constexpr, RAW: gl.constexpr,
+             DROPOUT: gl.constexpr, HIDES: gl.constexpr, PACKED: gl.constexpr, D: gl.constexpr, WARPGROUP: gl.constexpr,
+             STAGES: gl.constexpr, BLOCK_N: gl.constexpr, EARLY_K_WAIT: gl.constexpr):
     q_tiles = tiles[0]
-    q_full, _k_full, _k_empty, v_full, _v_empty = barriers
+    q_full, k_full, _k_empty, _v_full, _v_empty = barriers
     _b, h, _h_kv, q_slot, q_row, _k_slot, _k_row, nq, _nk = where
     BLOCK_D: gl.constexpr = q_tiles.shape[2]
     OF_ROWS: gl.constexpr = gl.SliceLayout(1, scores_layout(BLOCK_N))
@@ -149,20 +150,21 @@ def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, D
     dq = gl.zeros([ROWS, BLOCK_D], gl.float32, DQ_LAYOUT)
     if total > 0:
         mbarrier.wait(q_full.index(WARPGROUP), 0)
+        mbarrier.wait(k_full.index(0), 0)
         first = first_of(r, 0, masked, LIST, VISIT, BLOCK_N)
-        dq, ds, turn = step(tiles, barriers, dq, None, q_row, 0, total, first, lse, delta, row, where, r, scale, RNG, threshold,
-                            heads, program, SCORE, SCORE_GRADIENT, MASK, RAW, DROPOUT, HIDES, True, True, WARPGROUP, STAGES,
-                            EARLY_K_WAIT)
+        dq, ds, turn = step(
+            tiles, barriers, dq, None, q_row, 0, total, first, lse, delta, row, where, r, scale, drawn, program, SCORE,
+            SCORE_GRADIENT, MASK, RAW, DROPOUT, HIDES, True, True, WARPGROUP, STAGES, EARLY_K_WAIT)
         for t in range(1, masked):
             first = first_of(r, t, masked, LIST, VISIT, BLOCK_N)
-            dq, ds, turn = step(tiles, barriers, dq, ds, turn, t, total, first, lse, delta, row, where, r, scale, RNG,
-                                threshold, heads, program, SCORE, SCORE_GRADIENT, MASK, RAW, DROPOUT, HIDES, False, True,
-                                WARPGROUP, STAGES, EARLY_K_WAIT)
+            dq, ds, turn = step(
+                tiles, barriers, dq, ds, turn, t, total, first, lse, delta, row, where, r, scale, drawn, program, SCORE,
+                SCORE_GRADIENT, MASK, RAW, DROPOUT, HIDES, False, True, WARPGROUP, STAGES, EARLY_K_WAIT)
         for t in range(gl.maximum(masked, 1), total):
             first = first_of_full(r, t - masked, LIST, VISIT, BLOCK_N)
-            dq, ds, turn = step(tiles, barriers, dq, ds, turn, t, total, first, lse, delta, row, where, r, scale, RNG,
-                                threshold, heads, program, SCORE, SCORE_GRADIENT, MASK, RAW, DROPOUT, HIDES, False, False,
-                                WARPGROUP, STAGES, EARLY_K_WAIT)
+            dq, ds, turn = step(
+                tiles, barriers, dq, ds, turn, t, total, first, lse, delta, row, where, r, scale, drawn, program, SCORE,
+                SCORE_GRADIENT, MASK, RAW, DROPOUT, HIDES, False, False, WARPGROUP, STAGES, EARLY_K_WAIT)
         dq = warpgroup_mma_wait(0, deps=[add(dq, ds, tiles[1].index((total - 1) % (STAGES + 1)))])
     tile = q_tiles.index(WARPGROUP)     # nothing reads Q any more
     tile.store((dq * scale).to(tile.dtype))
@@ -225,10 +227,10 @@ def query_gradients(q_desc, k_desc, v_desc, do_desc, dq_desc, DQ, LSE, DELTA, RN
     DELTA += (q_slot * heads + h).to(gl.int64) * lse_rows + q_start
     gl.warp_specialize([
         (consumer, (descs, tiles, barriers, where, r, masked, total, first, LIST, DQ, LSE, DELTA, dq_strides[2], scale,
-                    RNG, dropout, heads, program, SCORE, SCORE_GRADIENT, MASK, VISIT, RAW, DROPOUT, HIDES, PACKED, D, 0, STAGES,
-                    BLOCK_N, EARLY_K_WAIT)),
+                    (RNG, dropout, heads), program, SCORE, SCORE_GRADIENT, MASK, VISIT, RAW, DROPOUT, HIDES, PACKED, D, 0,
+                    STAGES, BLOCK_N, EARLY_K_WAIT)),
         (consumer, (descs, tiles, barriers, where, r, masked, total, first, LIST, DQ, LSE, DELTA, dq_strides[2], scale,
-                    RNG, dropout, heads, program, SCORE, SCORE_GRADIENT, MASK, VISIT, RAW, DROPOUT, HIDES, PACKED, D, 1, STAGES,
-                    BLOCK_N, EARLY_K_WAIT)),
+                    (RNG, dropout, heads), program, SCORE, SCORE_GRADIENT, MASK, VISIT, RAW, DROPOUT, HIDES, PACKED, D, 1,
+                    STAGES, BLOCK_N, EARLY_K_WAIT)),
         (producer, (descs, tiles, barriers, where, r, masked, total, LIST, VISIT, STAGES, BLOCK_N)),
     ], [4, 1], [CONSUMER_REGISTERS, PRODUCER_REGISTERS])

@@ -41,8 +41,6 @@ LONGER = (
     Case("long repeatable softcap", **LONG | dict(head_dim=128), options=lambda m: dict(
         deterministic=True, score_mod=tw.softcap(5.0), mask=tw.block_mask(m.uniform(2, 4, 6) < 0.4, block_size=64))),
     Case("long dropout", **LONG, options=lambda m: dict(dropout_p=0.3, rng=tw.Rng(1), causal=True)),
-    Case("long repeatable dropout", **LONG | dict(head_dim=128), options=lambda m: dict(
-        dropout_p=0.3, rng=tw.Rng(2), deterministic=True)),
     Case("long widest", **LONG | dict(head_dim=256), kv_heads=1, options=lambda m: dict(causal=True)),
     Case("long widest values narrower", **LONG | dict(head_dim=192, head_dim_v=128)),
     Case("long rows without keys", **LONG | dict(seqlen_q=330, seqlen_k=100), options=lambda m: dict(causal=True)),
@@ -50,6 +48,8 @@ LONGER = (
            options=lambda m: dict(causal=True, **m.longest)),
     packed("packed long repeatable", ((200, 330), (0, 5), (130, 129)), head_dim=64, kv_heads=1,
            options=lambda m: dict(causal=True, deterministic=True, **m.longest)),
+    packed("packed long repeatable dropout", ((200, 330), (130, 129)), head_dim=128, heads=2, kv_heads=1,
+           options=lambda m: dict(dropout_p=0.3, rng=tw.Rng(2, first_sequence=3), deterministic=True, **m.longest)),
     packed("packed long used", ((200, 330), (9, 5), (130, 129)), ((190, 300), (0, 0), (130, 129)), head_dim=64,
            options=lambda m: dict(causal=True, sinks=m.normal(2), **m.longest)),
 )
