@@ -13,17 +13,18 @@ from tilewise.backends import Needs
 from tilewise.backends.gpu_math import elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax
 from tilewise.backends.gpu_math.cases import Case, key, sources_hash, typed
 from tilewise.backends.gpu_math.entry import entry, flatten, source_of
-from tilewise.backends.hopper import backward_kernel, configs, dropout, forward_kernel, gluon_names, launch, tiles
+from tilewise.backends.hopper import backward_kernel, backward_producer, configs, dropout, forward_kernel, gluon_names, launch
 from tilewise.backends.hopper import preprocess as with_lse
 from tilewise.backends.hopper import query_gradients_kernel as queries_kernel
+from tilewise.backends.hopper import tiles as shared_tiles
 from tilewise.block_sparse import block_mask
 from tilewise.problem import Layout, Operands, Problem, make, make_unequal
 from tilewise.rng import Rng
 
 ARCH = "sm_90"
 DIRECTIONS = {"forward": "forward", "query_gradients": "dq"}
-SOURCES = (elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax, backward_kernel, dropout,
-           forward_kernel, gluon_names, queries_kernel, tiles, with_lse)
+SOURCES = (elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax, backward_kernel,
+           backward_producer, dropout, forward_kernel, gluon_names, queries_kernel, shared_tiles, with_lse)
 N = 256
 
 

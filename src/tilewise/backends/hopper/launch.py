@@ -37,8 +37,7 @@ def forward(problem: Problem, x: Operands, start: Start = start) -> tuple[Tensor
     c = choose("forward", problem)
     told = arguments(problem, x)
     wide, wide_v = width(problem.head_dim), width(problem.head_dim_v)
-    query_blocks = in_all(problem.packed_q, problem.seqlen_q, problem.batch, 1, c.BLOCK_M) * problem.heads
-    start(forward_kernel, problem, query_blocks, dict(
+    start(forward_kernel, problem, query_blocks(problem, c), dict(
         q_desc=descriptor(x.q, ROWS.value, wide), k_desc=descriptor(x.k, c.BLOCK_N, wide),
         v_desc=descriptor(x.v, c.BLOCK_N, wide_v), o_desc=descriptor(out, ROWS.value, wide_v), OUT=out, LSE=lse, SINKS=x.sinks,
         out_strides=strides(out), together=heads_together(problem), HAS_SINKS=problem.has_sinks,
@@ -55,8 +54,7 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
     told, subtrahend, delta = arguments(problem, x), torch.empty_like(lse), torch.empty_like(lse)
     parts = passes(problem)
     c = choose(parts[-1], problem)
-    query_blocks = in_all(problem.packed_q, problem.seqlen_q, problem.batch, 1, c.BLOCK_M) * problem.heads
-    start(preprocess, problem, query_blocks, dict(
+    start(preprocess, problem, query_blocks(problem, c), dict(
         OUT=out, DO=dout, DLSE=None if dlse is None else dlse.contiguous(), LSE=lse, SUBTRAHEND=subtrahend, DELTA=delta,
         Q_ROWS=x.q_rows, out_strides=strides(out), do_strides=strides(dout), heads=problem.heads, nq=problem.seqlen_q,
         lse_rows=problem.rows_q[1], HAS_DLSE=dlse is not None, DV=problem.head_dim_v, BLOCK_M=c.BLOCK_M,
@@ -72,8 +70,7 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
             v_desc=descriptor(x.v, c.BLOCK_N, wide_v), do_desc=descriptor(dout, rows, wide_v),
             dq_desc=descriptor(sums, rows, wide), D=problem.head_dim, BLOCK_D=wide, BLOCK_DV=wide_v)
         if part == "dq":
-            query_blocks = in_all(problem.packed_q, problem.seqlen_q, problem.batch, 1, c.BLOCK_M) * problem.heads
-            start(query_gradients, problem, query_blocks, values | dict(
+            start(query_gradients, problem, query_blocks(problem, c), values | dict(
                 DQ=dq, LSE=subtrahend, DELTA=delta, dq_strides=strides(dq), together=heads_together(problem),
                 HIDES=hides(problem, x), EARLY_K_WAIT=bool(c.EARLY_WAIT), CONSUMER_REGISTERS=c.CONSUMER_REGISTERS,
                 **work(problem, x, "BLOCK_M")(c), **visits(problem, x)(c)), WARPS)
@@ -99,6 +96,10 @@ def common(told: Mapping[str, Any], c: Config) -> dict[str, Any]:
     """What all kernels are told about a problem and a configuration."""
     return {name: told[name] for name in NAMES} | dict(
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, STAGES=c.STAGES, PRODUCER_REGISTERS=c.PRODUCER_REGISTERS)
+
+
+def query_blocks(problem: Problem, c: Config) -> int:
+    return in_all(problem.packed_q, problem.seqlen_q, problem.batch, 1, c.BLOCK_M) * problem.heads
 
 
 def hides(problem: Problem, x: Operands) -> bool:
