@@ -16,12 +16,12 @@ from support.hopper.product import simulated
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 import tilewise as tw
-from tilewise.backends import Needs
+from tilewise.backends import Needs, tiled
 from tilewise.backends.hopper import launch
 from tilewise.bench.cases import Case, draw, packed
 
 SEEDS = 6
-WRITTEN = "o_desc", "OUT", "dq_desc", "dk_desc", "dv_desc", "DK", "DV_"     # the outputs, and LSE of the forward pass
+WRITTEN = "o_desc", "OUT", "dq_desc", "DQ", "dk_desc", "dv_desc", "DK", "DV_"       # the outputs, and LSE of the forward pass
 SMALL = dict(batch=1, heads=1, kv_heads=1, head_dim=64)
 CASES = {                               # each further one for what those before it leave
     "forward": [
@@ -31,12 +31,20 @@ CASES = {                               # each further one for what those before
         Case("partial tiles", seqlen_q=128, seqlen_k=256, **SMALL, options=lambda m: dict(
             mask=tw.key_lengths(m.values([250])) & tw.window(150, 0))),
         Case("one tile", seqlen_q=100, seqlen_k=60, **SMALL)],
+    "query_gradients": [
+        packed("packed grouped", ((150, 330), (70, 40)), heads=2, kv_heads=1, head_dim=64, options=lambda m: dict(
+            causal=True, deterministic=True, **m.longest)),
+        Case("padded keys", seqlen_q=128, seqlen_k=500, **SMALL, options=lambda m: dict(
+            mask=tw.key_lengths(m.values([480])), deterministic=True)),
+        Case("full", seqlen_q=100, seqlen_k=448, **SMALL, options=lambda m: dict(deterministic=True))],
     "backward": [
         packed("packed grouped", ((150, 130), (70, 40)), heads=2, kv_heads=1, head_dim=64, options=lambda m: dict(
             causal=True, **m.longest)),
         Case("padded keys", seqlen_q=300, seqlen_k=300, **SMALL, options=lambda m: dict(mask=tw.key_lengths(m.values([100])))),
         Case("score function", seqlen_q=200, seqlen_k=100, **SMALL, options=lambda m: dict(
-            score_mod=lambda s, b, h, q, k: s * torch.exp(-0.01 * (q - k).abs())))],
+            score_mod=lambda s, b, h, q, k: s * torch.exp(-0.01 * (q - k).abs()))),
+        Case("without dq", seqlen_q=200, seqlen_k=100, **SMALL, options=lambda m: dict(deterministic=True)),
+        Case("apart", seqlen_q=200, seqlen_k=100, **SMALL | dict(head_dim=256))],
 }
 
 
@@ -62,17 +70,21 @@ class Launched(NamedTuple):
         return list(written.values())
 
 
-def launched(case):
-    """The launches of a forward and a backward pass, by kernel."""
+def launched(case, name):
+    """The launches of a kernel in a forward and a backward pass."""
     problem, x = draw(case, torch.bfloat16).described()
-    found = {}
+    found = []
 
     def start(kernel, problem, programs, values, warps):
         point, flat, report = simulated(kernel, problem, programs, values, warps)
-        found[kernel.fn.__name__] = Launched(point, programs, warps, flat, report.visited)
+        if kernel.fn.__name__ == name:
+            found.append(Launched(point, programs, warps, flat, report.visited))
 
-    out, lse = launch.forward(problem, x, start=start)
-    launch.backward(problem, x, out, lse, torch.ones_like(out), None, Needs(False, False), start=start)
+    if name == "forward":
+        launch.forward(problem, x, start=start)
+    else:
+        out, lse = (t.contiguous() for t in tiled.forward(problem, x))
+        launch.backward(problem, x, out, lse, torch.ones_like(out), None, Needs(False, False), start=start)
     return found
 
 
@@ -97,12 +109,12 @@ HARMLESS = {
 def test_every_change_is_found(kernel):
     seen, found = set(), {}
     for case in CASES[kernel]:
-        one = launched(case)[kernel]
-        right = one.run(one.kernel, 0)
-        for mutant in mutants(one.kernel, one.visited):
-            seen.add(str(mutant))
-            if str(mutant) not in found and (kind := fate(one, mutant, right)):
-                found[str(mutant)] = kind
+        for one in launched(case, kernel):
+            right = one.run(one.kernel, 0)
+            for mutant in mutants(one.kernel, one.visited):
+                seen.add(str(mutant))
+                if str(mutant) not in found and (kind := fate(one, mutant, right)):
+                    found[str(mutant)] = kind
     survivors = [text for text in seen - found.keys() if not any(words in text for words in HARMLESS)]
     assert not survivors, "\n".join(survivors)
     assert len(seen) > 60

@@ -46,6 +46,7 @@ class Plan:
     flops           of the matrix products, forward and backward
     read, written   bytes between slow and fast memory, forward, if nothing stays in a cache between tiles
     workspace       bytes beside inputs, outputs and gradients, forward and backward
+    repeatable      whether gradients have the same bits each time
     products        how fp32 inputs are multiplied: "ieee", "tf32x3" or "tf32"
     tables          (shape, pattern) of each lookup of a captured floating tensor: how its gradient is summed
     standard_*      the same for standard attention, which holds the score matrix
@@ -62,6 +63,7 @@ class Plan:
     read: int
     written: int
     workspace: tuple[int, int]
+    repeatable: bool
     products: str
     tables: tuple[tuple[torch.Size, str], ...]
     standard_traffic: int
@@ -88,7 +90,8 @@ class Plan:
             rows.append(("keys", f"in {self.splits} shares, each by programs of its own, merged afterwards"))
         if p.dtype == torch.float32:
             rows.append(("fp32 products", f"{self.products} (torch.set_float32_matmul_precision decides)"))
-        rows.append(("gradients", "none: a cache is for inference" if p.cached else "bitwise repeatable"))
+        rows.append(("gradients", "none: a cache is for inference" if p.cached else "bitwise repeatable" if self.repeatable else
+                     "of q are sums in any order; deterministic=True makes them bitwise repeatable"))
         rows += [("", f"captured {list(shape)}: {PATTERNS[pattern]}") for shape, pattern in self.tables]
         return "\n".join(f"{label:13} {text}" for label, text in rows)
 
@@ -120,7 +123,7 @@ def plan(problem: Problem, x: Operands, backend: str) -> Plan:
     return Plan(
         problem, name, passed_over, tiles, visited, full, in_all, module.splits(problem), flops=(flops, int(2.5 * flops)),
         read=rows * problem.head_dim * size + keys, written=rows * (problem.head_dim_v * size + 4),
-        workspace=module.workspace(problem), products=module.precision(problem),
+        workspace=module.workspace(problem), repeatable=module.repeatable(problem), products=module.precision(problem),
         tables=tuple((x.captured[lookup.slot].shape, lookup.pattern) for lookup in problem.graphs.learned),
         standard_traffic=4 * matrix + inputs + rows * problem.head_dim_v * size, standard_workspace=2 * matrix)
 

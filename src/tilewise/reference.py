@@ -39,6 +39,11 @@ def workspace(problem: Problem) -> tuple[int, int]:
     return 2 * matrix, 4 * matrix
 
 
+def repeatable(problem: Problem) -> bool:
+    """Whether gradients have the same bits each time."""
+    return True
+
+
 def splits(problem: Problem) -> int:
     """Shares of the keys."""
     return max(1, problem.splits)

@@ -7,6 +7,7 @@ A backend is a module with
     tile_sizes(problem) -> (queries, keys)       per tile, forward
     splits(problem) -> int                       shares of the keys, merged afterwards
     workspace(problem) -> (bytes, bytes)         beside inputs, outputs and gradients, forward and backward
+    repeatable(problem) -> bool                  whether gradients have the same bits each time
     precision(problem) -> str                    how fp32 inputs are multiplied
     forward(problem, operands) -> (out, lse)     both [B, H, S_q, ...], sinks included
     backward(problem, operands, out, lse, dout, dlse, needs) -> Gradients

@@ -30,7 +30,8 @@ LANES = {"MUFU": 16, "FMA": 128, "ALU": 64, "CONVERT": 64}  # threads per cycle;
 UNITS = ("tensor", "shared", "issue", *LANES)
 
 WARPGROUP = 128  # threads
-STREAMED = {"forward": ("k_desc", "v_desc"), "backward": ("q_desc", "do_desc")}  # a tile of each comes in a trip, by TMA
+KEYS = "k_desc", "v_desc"
+STREAMED = {"forward": KEYS, "dq": KEYS, "backward": ("q_desc", "do_desc")}  # a tile of each comes in a trip, by TMA
 REDUCED = "dq_desc"  # a tile of it leaves in a trip of a loop that has UTMAREDG
 
 

@@ -14,7 +14,8 @@ from tilewise.backends.cpu import compiler, gradients, launch, sizes, threads
 from tilewise.kv_cache import write
 from tilewise.problem import Operands, Problem
 
-__all__ = ["backward", "forward", "precision", "splits", "supports", "tile_sizes", "volunteers", "workspace", "write"]
+__all__ = ["backward", "forward", "precision", "repeatable", "splits", "supports", "tile_sizes", "volunteers", "workspace",
+           "write"]
 
 
 def supports(problem: Problem) -> str | None:
@@ -41,6 +42,11 @@ def precision(problem: Problem) -> str:
 def tile_sizes(problem: Problem) -> tuple[int, int]:
     """(queries, keys) per tile, forward."""
     return sizes.rows(problem), sizes.PANEL
+
+
+def repeatable(problem: Problem) -> bool:
+    """Whether gradients have the same bits each time."""
+    return True
 
 
 def splits(problem: Problem) -> int:

@@ -18,6 +18,12 @@ def probabilities(s, lse, scale, b, h, rows, cols, nq, nk, BIAS, bias_strides, p
 
 
 @triton.jit
+def through_dropout(dp, keep, t):
+    """dP before dropout, of threshold t, from dP behind it."""
+    return tl.where(keep, dp * (65536.0 / (65536 - t)), 0.0)
+
+
+@triton.jit
 def of_scores(p, s, dp, delta, scale, b, h, rows, cols, nq, nk, program, SCORE_GRADIENT: tl.constexpr, MASKED: tl.constexpr):
     """(d loss / d finished score, d loss / d (scale * q.k)) from dp, the gradient of p."""
     ds = p * (dp - delta)
@@ -45,6 +51,6 @@ def tile_gradients(s, dp, lse, delta, scale, b, h, heads, rows, cols, first_col,
         else:
             keep = philox.keep(RNG, dropout, b, h, heads, rows, groups[None, :], False)
         kept = tl.where(keep, p, 0.0)
-        dp = tl.where(keep, dp * (65536.0 / (65536 - dropout)), 0.0)
+        dp = through_dropout(dp, keep, dropout)
     ds, ds_raw = of_scores(p, s, dp, delta, scale, b, h, rows, cols, nq, nk, program, SCORE_GRADIENT, MASKED)
     return kept, ds, ds_raw

@@ -1,8 +1,11 @@
 """FlashAttention-3 for Hopper GPUs (sm_90) in Gluon: TMA, asynchronous wgmma, specialised warps.
 
-    forward_kernel.py, backward_kernel.py    the kernels          tiles.py          tiles in shared memory
-    configs.py   their variants              launch.py            how they are called
-    preprocess.py   for the backward         gluon_names.py    one set of names for Triton 3.6 to 3.9
+    forward_kernel.py                  attention
+    backward_kernel.py                 gradients, walking from the keys
+    query_gradients_kernel.py          dQ by itself, walking from the queries
+    preprocess.py   for the backward   dropout.py, tiles.py      what they share
+    configs.py   their variants        launch.py                 how they are called
+    gluon_names.py                     one set of names for Triton 3.6 to 3.9
 
 It has run in a simulator of Hopper's asynchrony (`tests/support/hopper/`), but on no GPU yet: until it has, "auto" passes it
 over.
@@ -58,7 +61,6 @@ def unsupported(problem: Problem) -> str | None:
         "rows that do not begin at multiples of 16 bytes, as TMA needs": not problem.aligned or any(
             dim % 8 for dim in (problem.head_dim, problem.head_dim_v)),
         "gradients of captured tensors": problem.learning,
-        "deterministic gradients": problem.deterministic,
     }
     return next((reason for reason, applies in absent.items() if applies), None)
 
@@ -80,15 +82,21 @@ def tile_sizes(problem: Problem) -> tuple[int, int]:
     return config.BLOCK_M, config.BLOCK_N
 
 
+def repeatable(problem: Problem) -> bool:
+    """Whether gradients have the same bits each time: not where dQ is added in any order."""
+    from tilewise.backends.hopper.configs import ADDED, passes
+    return passes(problem) not in ADDED
+
+
 def splits(problem: Problem) -> int:
     """Shares of the keys, merged afterwards."""
     return 1
 
 
 def workspace(problem: Problem) -> tuple[int, int]:
-    """Bytes, forward and backward: lse; lse, also in base 2, delta and dQ in fp32."""
+    """Bytes, forward and backward: lse; lse, also in base 2, delta and, where it is added in any order, dQ in fp32."""
     statistics = 4 * problem.heads * problem.queries
-    return statistics, (3 + problem.head_dim) * statistics
+    return statistics, (3 + (0 if repeatable(problem) else problem.head_dim)) * statistics
 
 
 def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:

@@ -3,28 +3,34 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tilewise import masks, score_mods
 from tilewise.backends import Needs
-from tilewise.backends.gpu_math import elementary, gradients, masking, places, preprocess, rows, scoring, softmax
+from tilewise.backends.gpu_math import elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax
 from tilewise.backends.gpu_math.cases import Case, key, sources_hash, typed
 from tilewise.backends.gpu_math.entry import entry, flatten, source_of
-from tilewise.backends.hopper import backward_kernel, configs, forward_kernel, gluon_names, launch, tiles
+from tilewise.backends.hopper import backward_kernel, backward_producer, configs, dropout, forward_kernel, gluon_names, launch
 from tilewise.backends.hopper import preprocess as with_lse
+from tilewise.backends.hopper import query_gradients_kernel as queries_kernel
+from tilewise.backends.hopper import tiles as shared_tiles
 from tilewise.block_sparse import block_mask
 from tilewise.problem import Layout, Operands, Problem, make, make_unequal
+from tilewise.rng import Rng
 
 ARCH = "sm_90"
-SOURCES = (elementary, gradients, masking, places, preprocess, rows, scoring, softmax, backward_kernel, forward_kernel,
-           gluon_names, tiles, with_lse)
+DIRECTIONS = {"forward": "forward", "query_gradients": "dq"}
+SOURCES = (elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax, backward_kernel,
+           backward_producer, dropout, forward_kernel, gluon_names, queries_kernel, shared_tiles, with_lse)
 N = 256
 
 
 def problems(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, Problem, Operands]]:
-    """What is compiled for a row of the table: "full", "causal", "listed", "packed"; with score functions and sinks, "rich"."""
+    """What is compiled for a row of the table: "full", "causal", "listed", "packed"; with score functions and sinks, "rich";
+    "dropout"."""
     q = torch.zeros(2, N, 2, head_dim, dtype=dtype)
     sequences = torch.zeros(2, 3, dtype=torch.int32)
     sparse = block_mask(torch.ones(2, 4, 4, dtype=torch.bool), block_size=64)
@@ -32,7 +38,8 @@ def problems(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, Problem, 
     two_intervals = masks.causal() | masks.prefix(torch.zeros(2, dtype=torch.int32))
     programs: dict[str, dict[str, Any]] = {
         "full": {}, "causal": dict(causal=True), "listed": dict(mask=sparse),
-        "rich": dict(mask=two_intervals, score_mod=score, sinks=torch.zeros(2))}
+        "rich": dict(mask=two_intervals, score_mod=score, sinks=torch.zeros(2)),
+        "dropout": dict(causal=True, dropout_p=0.1, rng=Rng(0))}
     for name, options in programs.items():
         yield name, *make(q, q, q, **options)
     packed = q.flatten(0, 1)[None].transpose(1, 2)
@@ -49,23 +56,28 @@ def shipped(dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> Iterator[Cas
 
 
 def cases(name: str, problem: Problem, x: Operands) -> Iterator[Case]:
-    """The kernels of a problem, as `launch` calls them."""
-    recorded: list[Case] = []
+    """The kernels of a problem, as `launch` calls them, with dQ added in any order and always in the same."""
+    recorded: dict[str, Case] = {}
 
     def record(kernel, problem, programs, values, warps):
-        recorded.append(case(name, kernel, problem, values, warps))
+        one = case(name, kernel, problem, values, warps)
+        recorded.setdefault(one.name, one)
 
-    out, lse = launch.forward(problem, x, start=record)
-    launch.backward(problem, x, out, lse, out, lse, Needs(False, x.sinks is not None), start=record)
-    return (case for case in recorded if case.kernel.fn.__name__ != "preprocess_entry" or name == "packed")
+    out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
+    if configs.row("forward", problem) in configs.table():
+        launch.forward(problem, x, start=record)
+    for deterministic in (False, True):
+        asked = replace(problem, settings=problem.settings._replace(deterministic=deterministic))
+        launch.backward(asked, x, out, lse, out, lse, Needs(False, x.sinks is not None), start=record)
+    return (case for case in recorded.values() if case.kernel.fn.__name__ != "preprocess_entry" or name == "packed")
 
 
 def case(name: str, kernel: Any, problem: Problem, values: Mapping[str, Any], warps: int) -> Case:
     flat = flatten(kernel, problem.program, values) | {"ALIGN": 16}
     point, called = entry(kernel, problem.program), kernel.fn.__name__
     signature, constants = typed(point, flat)
-    return Case(f"hopper {called}{values.get('PART', '')} d{problem.head_dim} {name}",
-                "forward" if called == "forward" else "backward", ARCH, point, signature, constants, warps, 1,
+    return Case(" ".join(["hopper", called, *values.get("PART", "").split(), f"d{problem.head_dim}", name]),
+                DIRECTIONS.get(called, "backward"), ARCH, point, signature, constants, warps, 1,
                 called != "preprocess",
                 key(sources(), source_of(kernel, problem.program), sorted(signature.items()),
                     sorted(constants.items(), key=str), warps))

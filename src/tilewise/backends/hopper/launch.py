@@ -13,10 +13,11 @@ from tilewise.backends import Gradients, Needs
 from tilewise.backends.gpu_math.arguments import arguments, in_all, padded, strides, visits, work
 from tilewise.backends.gpu_math.entry import OPTIONS, entry, flatten
 from tilewise.backends.hopper.backward_kernel import backward as backward_kernel
-from tilewise.backends.hopper.configs import Config, choose
+from tilewise.backends.hopper.configs import Config, choose, passes
 from tilewise.backends.hopper.forward_kernel import ROWS
 from tilewise.backends.hopper.forward_kernel import forward as forward_kernel
 from tilewise.backends.hopper.preprocess import preprocess
+from tilewise.backends.hopper.query_gradients_kernel import query_gradients
 from tilewise.problem import Operands, Problem, aligned
 from tilewise.state import sink_gradient
 
@@ -36,15 +37,13 @@ def forward(problem: Problem, x: Operands, start: Start = start) -> tuple[Tensor
     c = choose("forward", problem)
     told = arguments(problem, x)
     wide, wide_v = width(problem.head_dim), width(problem.head_dim_v)
-    query_blocks = in_all(problem.packed_q, problem.seqlen_q, problem.batch, 1, c.BLOCK_M) * problem.heads
-    start(forward_kernel, problem, query_blocks, dict(
+    start(forward_kernel, problem, query_blocks(problem, c), dict(
         q_desc=descriptor(x.q, ROWS.value, wide), k_desc=descriptor(x.k, c.BLOCK_N, wide),
         v_desc=descriptor(x.v, c.BLOCK_N, wide_v), o_desc=descriptor(out, ROWS.value, wide_v), OUT=out, LSE=lse, SINKS=x.sinks,
         out_strides=strides(out), together=heads_together(problem), HAS_SINKS=problem.has_sinks,
-        HIDES=problem.packed_k is not None or bool(x.captured), DV=problem.head_dim_v, BLOCK_D=wide, BLOCK_DV=wide_v,
+        HIDES=hides(problem, x), DV=problem.head_dim_v, BLOCK_D=wide, BLOCK_DV=wide_v,
         PINGPONG=bool(c.PINGPONG), EARLY_K_WAIT=bool(c.EARLY_WAIT), CONSUMER_REGISTERS=c.CONSUMER_REGISTERS, **common(told, c),
-        **work(problem, x, "BLOCK_M")(c), **visits(problem, x)(c),
-        **{name: told[name] for name in ("Q_ROWS", "K_ROWS", "RAW")}), WARPS)
+        **work(problem, x, "BLOCK_M")(c), **visits(problem, x)(c)), WARPS)
     return out, lse
 
 
@@ -52,42 +51,60 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
              start: Start = start) -> Gradients:
     if not aligned(dout):               # such as the expanded gradient of a sum
         dout = dout.contiguous()
-    c = choose("backward", problem)
     told, subtrahend, delta = arguments(problem, x), torch.empty_like(lse), torch.empty_like(lse)
-    query_blocks = in_all(problem.packed_q, problem.seqlen_q, problem.batch, 1, c.BLOCK_M) * problem.heads
-    start(preprocess, problem, query_blocks, dict(
+    parts = passes(problem)
+    c = choose(parts[-1], problem)
+    start(preprocess, problem, query_blocks(problem, c), dict(
         OUT=out, DO=dout, DLSE=None if dlse is None else dlse.contiguous(), LSE=lse, SUBTRAHEND=subtrahend, DELTA=delta,
         Q_ROWS=x.q_rows, out_strides=strides(out), do_strides=strides(dout), heads=problem.heads, nq=problem.seqlen_q,
         lse_rows=problem.rows_q[1], HAS_DLSE=dlse is not None, DV=problem.head_dim_v, BLOCK_M=c.BLOCK_M,
         BLOCK_DV=padded(problem.head_dim_v), **work(problem, x, "BLOCK_M")(c)), 4)
     dq, dk, dv = problem.new_q(problem.head_dim), problem.new_k(problem.head_dim), problem.new_k(problem.head_dim_v)
-    sums = torch.zeros(x.q.shape, dtype=torch.float32, device=problem.device)
+    sums = dq if "dq" in parts else torch.zeros(x.q.shape, dtype=torch.float32, device=problem.device)
     wide, wide_v = width(problem.head_dim), width(problem.head_dim_v)
-    key_blocks = in_all(problem.packed_k, problem.seqlen_k, problem.batch, 1, c.BLOCK_N) * problem.kv_heads
-    values = dict(
-        q_desc=descriptor(x.q, c.BLOCK_M, wide), k_desc=descriptor(x.k, c.BLOCK_N, wide),
-        v_desc=descriptor(x.v, c.BLOCK_N, wide_v), do_desc=descriptor(dout, c.BLOCK_M, wide_v),
-        lse_desc=vector(subtrahend, c.BLOCK_M), delta_desc=vector(delta, c.BLOCK_M),
-        dq_desc=descriptor(sums, c.BLOCK_M, wide), dk_desc=descriptor(dk, c.BLOCK_N, wide, 64),
-        dv_desc=descriptor(dv, c.BLOCK_N, wide_v, 64), DK=dk, DV_=dv, dk_strides=strides(dk),
-        dv_strides=strides(dv), D=problem.head_dim, DV=problem.head_dim_v, BLOCK_D=wide, BLOCK_DV=wide_v,
-        EARLY_Q_WAIT=bool(c.EARLY_WAIT), **common(told, c), **work(problem, x, "BLOCK_N", keys=True)(c),
-        **visits(problem, x, transposed=True)(c), **{name: told[name] for name in ("Q_ROWS", "K_ROWS", "RAW")})
-    for part in PARTS[c.PARTS]:
-        start(backward_kernel, problem, key_blocks, values | dict(PART=part), 8)
-    torch.mul(sums, problem.scale, out=dq)
+    for part in parts:
+        c = choose(part, problem)
+        rows = ROWS.value if part == "dq" else c.BLOCK_M
+        values = common(told, c) | dict(
+            q_desc=descriptor(x.q, rows, wide), k_desc=descriptor(x.k, c.BLOCK_N, wide),
+            v_desc=descriptor(x.v, c.BLOCK_N, wide_v), do_desc=descriptor(dout, rows, wide_v),
+            dq_desc=descriptor(sums, rows, wide), D=problem.head_dim, BLOCK_D=wide, BLOCK_DV=wide_v)
+        if part == "dq":
+            start(query_gradients, problem, query_blocks(problem, c), values | dict(
+                DQ=dq, LSE=subtrahend, DELTA=delta, dq_strides=strides(dq), together=heads_together(problem),
+                HIDES=hides(problem, x), EARLY_K_WAIT=bool(c.EARLY_WAIT), CONSUMER_REGISTERS=c.CONSUMER_REGISTERS,
+                **work(problem, x, "BLOCK_M")(c), **visits(problem, x)(c)), WARPS)
+        else:
+            key_blocks = in_all(problem.packed_k, problem.seqlen_k, problem.batch, 1, c.BLOCK_N) * problem.kv_heads
+            start(backward_kernel, problem, key_blocks, values | dict(
+                lse_desc=vector(subtrahend, c.BLOCK_M), delta_desc=vector(delta, c.BLOCK_M),
+                dk_desc=descriptor(dk, c.BLOCK_N, wide, 64), dv_desc=descriptor(dv, c.BLOCK_N, wide_v, 64), DK=dk, DV_=dv,
+                dk_strides=strides(dk), dv_strides=strides(dv), DV=problem.head_dim_v, PART=part,
+                EARLY_Q_WAIT=bool(c.EARLY_WAIT), **work(problem, x, "BLOCK_N", keys=True)(c),
+                **visits(problem, x, transposed=True)(c)), 8)
+    if sums is not dq:
+        torch.mul(sums, problem.scale, out=dq)
     dsinks = sink_gradient(x.sinks, lse, delta) if needs.sinks and x.sinks is not None else None
     return Gradients(dq, dk, dv, None, dsinks, [None] * len(x.captured))
 
 
-PARTS = {1: ("",), 2: (" dk", " dv")}
-NAMES = "scale", "heads", "group", "nq", "nk", "lse_rows", "captured", "ints", "floats"
+NAMES = ("scale", "heads", "group", "nq", "nk", "lse_rows", "captured", "ints", "floats", "Q_ROWS", "K_ROWS", "RAW", "RNG",
+         "dropout", "DROPOUT")
 
 
 def common(told: Mapping[str, Any], c: Config) -> dict[str, Any]:
-    """What both kernels are told about a problem and a configuration."""
+    """What all kernels are told about a problem and a configuration."""
     return {name: told[name] for name in NAMES} | dict(
         BLOCK_M=c.BLOCK_M, BLOCK_N=c.BLOCK_N, STAGES=c.STAGES, PRODUCER_REGISTERS=c.PRODUCER_REGISTERS)
+
+
+def query_blocks(problem: Problem, c: Config) -> int:
+    return in_all(problem.packed_q, problem.seqlen_q, problem.batch, 1, c.BLOCK_M) * problem.heads
+
+
+def hides(problem: Problem, x: Operands) -> bool:
+    """Whether there may be keys, another sequence's or padding, whose values must not reach a sum even times 0."""
+    return problem.packed_k is not None or bool(x.captured)
 
 
 def width(dim: int) -> int:

@@ -23,8 +23,8 @@ from tilewise.sequences import one_by_one, over_sequences
 from tilewise.state import AttentionState, sink_gradient
 from tilewise.trace.graph import leaves
 
-__all__ = ["attention", "backward", "forward", "precision", "splits", "supports", "tile_sizes", "volunteers", "workspace",
-           "write"]
+__all__ = ["attention", "backward", "forward", "precision", "repeatable", "splits", "supports", "tile_sizes", "volunteers",
+           "workspace", "write"]
 
 
 def supports(problem: Problem) -> str | None:
@@ -49,6 +49,11 @@ def workspace(problem: Problem) -> tuple[int, int]:
     together = problem.heads * (1 if problem.unequal else problem.batch)
     tile = together * min(tile_q, problem.seqlen_q) * min(tile_k, problem.seqlen_k)
     return wide * (queries + inputs + 3 * tile), wide * (2 * queries + 2 * inputs + queries * problem.head_dim_v + 6 * tile)
+
+
+def repeatable(problem: Problem) -> bool:
+    """Whether gradients have the same bits each time."""
+    return True
 
 
 def splits(problem: Problem) -> int:

@@ -58,6 +58,11 @@ def workspace(problem: Problem) -> tuple[int, int]:
     return statistics + (parts * statistics * (1 + problem.head_dim_v) if parts > 1 else 0), 2 * statistics
 
 
+def repeatable(problem: Problem) -> bool:
+    """Whether gradients have the same bits each time."""
+    return True
+
+
 def splits(problem: Problem) -> int:
     """Shares of the keys, merged afterwards."""
     from tilewise.backends.triton import configs, launch

@@ -12,6 +12,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from tilewise.bench.peers import discover
 from tilewise.bench.run import WORK, Shape
 from tilewise.bench.timing import Timing, alive, compare, finish
 from tilewise.bench.tuning import CHANNELS, LENGTHS, TOKENS, deviation, geometric_mean
-from tilewise.problem import make
+from tilewise.problem import Problem, make
 
 SECONDS = 1.5                           # for one kernel at one length, all variants and peers together
 PEERS = ("sdpa cudnn", "sdpa flash", "flex")
@@ -33,15 +34,18 @@ CONSUMERS = {2: (240, 24), 3: (160, 32)}        # registers of a consumer's thre
 
 
 def candidates(kernel: str, head_dim: int) -> list[Config]:
-    """The table's variant, then the others to try."""
+    """The table's variant of the forward, or of a pass of the backward, then the others to try."""
     shipped = configs.table()[kernel, head_dim, "plain"]
     if kernel == "forward":
         tiles = ((128, 128), (128, 64), (192, 128), (192, 64)) if head_dim == 64 else ((128, 128), (128, 64), (192, 64))
-        others = [Config(m, n, stages, 1, ping, early, *CONSUMERS[m // 64])
+        others = [Config(m, n, stages, ping, early, *CONSUMERS[m // 64])
                   for (m, n), stages, ping, early in itertools.product(tiles, (2, 3), (1, 0), (1, 0))]
+    elif kernel == "dq":
+        others = [shipped._replace(BLOCK_N=n, STAGES=stages, EARLY_WAIT=early)
+                  for n, stages, early in itertools.product((shipped.BLOCK_N, 2 * shipped.BLOCK_N), (2, 3), (1, 0))]
     else:
-        others = [shipped._replace(BLOCK_M=m, STAGES=stages, PARTS=parts, EARLY_WAIT=early)
-                  for m, stages, parts, early in itertools.product((64, 128), (2, 3), (1, 2), (1, 0))]
+        others = [shipped._replace(BLOCK_M=m, STAGES=stages, EARLY_WAIT=early)
+                  for m, stages, early in itertools.product((shipped.BLOCK_M, 2 * shipped.BLOCK_M), (2, 3), (1, 0))]
     return [shipped, *(config for config in others if config != shipped)]
 
 
@@ -61,27 +65,33 @@ def configured(kernel: str, config: Config) -> Iterator[None]:
 
 
 def measure(shape: Shape, device: torch.device) -> Iterator[dict[str, Any]]:
-    """A row for the forward kernel, then one for the backward kernel: seconds by variant and peer, what came of the others."""
+    """A row for the forward kernel, one for each pass of the backward, with dQ added in any order, then repeatable: seconds of
+    all of the forward or backward by variant of this kernel and by peer, what came of the others."""
     q, k, v, dout = shape.draw(device, 0)
     problem, x = make(*(t.detach() for t in (q, k, v)), causal=shape.causal)
     out, lse = launch.forward(problem, x)
     peers = {c.name: c.attend for c in discover(device) if c.name in PEERS and c.attend is not None}
     outs = {name: attend(q, k, v, shape.causal) for name, attend in peers.items()}
-    runs: dict[str, Callable[[], Sequence[torch.Tensor]]] = {
-        "forward": lambda: launch.forward(problem, x),
-        "backward": lambda: launch.backward(problem, x, out, lse, dout.transpose(1, 2), None, Needs(False, False))[:3]}
+    repeatable = replace(problem, settings=problem.settings._replace(deterministic=True))
+
+    def backward(asked: Problem) -> Callable[[], Sequence[torch.Tensor]]:
+        return lambda: launch.backward(asked, x, out, lse, dout.transpose(1, 2), None, Needs(False, False))[:3]
+
+    runs: dict[str, Callable[[], Sequence[torch.Tensor]]] = {"forward": lambda: launch.forward(problem, x)}
+    runs |= {kernel: backward(asked) for asked in (problem, repeatable) for kernel in configs.passes(asked)}
     of_peers: dict[str, Callable[[str], object]] = {
         "forward": lambda name: peers[name](q, k, v, shape.causal),
         "backward": lambda name: torch.autograd.grad(outs[name], (q, k, v), dout, retain_graph=True)}
     for kernel, run in runs.items():
+        direction = "forward" if kernel == "forward" else "backward"
         right, failed = verified(kernel, shape.head_dim, run, device)
         calls: dict[str, Callable[[int], object]] = {str(tuple(config)): in_variant(kernel, config, run) for config in right}
-        calls |= {name: in_turn(of_peers[kernel], name) for name in peers}
+        calls |= {name: in_turn(of_peers[direction], name) for name in peers}
         found: Mapping[str, Timing] = compare(calls, device, seconds=SECONDS) if right else {}
         yield {"kernel": kernel, "head_dim": shape.head_dim, "causal": shape.causal, "seqlen": shape.seqlen, "failed": failed,
                "shipped": str(tuple(configs.table()[kernel, shape.head_dim, "plain"])),
                "seconds": {name: timing.median for name, timing in found.items()},
-               "tflops": {name: WORK[kernel] * shape.flops() / timing.median / 1e12 for name, timing in found.items()}}
+               "tflops": {name: WORK[direction] * shape.flops() / timing.median / 1e12 for name, timing in found.items()}}
 
 
 def verified(kernel: str, head_dim: int, run: Callable[[], Sequence[torch.Tensor]],
