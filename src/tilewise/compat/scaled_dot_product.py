@@ -178,17 +178,27 @@ def _fastpath_enabled() -> bool:
 torch.backends.mha.get_fastpath_enabled = _fastpath_enabled
 
 
+def _copy(function: Any, **names: Callable) -> Callable:
+    """A copy of a function of torch that asks for no overrides, and to which these names mean something else."""
+    names |= dict.fromkeys(("has_torch_function", "has_torch_function_unary"), lambda tensors: False)
+    within = {name: value for name, value in (function.__globals__ | names).items()
+              if name != "__name__"}  # by which torch.compile would look for them in torch's module
+    copy = FunctionType(function.__code__, within, function.__name__, function.__defaults__, function.__closure__)
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
+
+
 def _replacements(backend: str) -> dict[Callable, Callable]:
     """What stands in for each of REPLACED: for multi_head_attention_forward a copy that calls ours."""
     ours = partial(scaled_dot_product_attention, backend=backend)
-    names = vars(F) | {"scaled_dot_product_attention": ours, "has_torch_function": lambda tensors: False}
-    names["_check_key_padding_mask"] = lambda *shape: None  # torch.compile cannot read it; the mask's view fails if it is wrong
-    del names["__name__"]  # or torch.compile would look for them in torch.nn.functional
-    theirs = F.multi_head_attention_forward
-    return {REPLACED[0]: ours, REPLACED[1]: FunctionType(theirs.__code__, names, theirs.__name__, theirs.__defaults__)}
+    unread: Callable = lambda *shape: None  # noqa: E731  torch.compile cannot read this check; a wrong mask fails in its view
+    return {REPLACED[0]: ours,
+            REPLACED[1]: _copy(REPLACED[1], scaled_dot_product_attention=ours, _check_key_padding_mask=unread)}
 
 
 REPLACEMENTS = {backend: _replacements(backend) for backend in ("auto", *MODULES)}
+# These may compute again what a checkpoint has not kept, for which the mode must be on.
+BACKWARD = {function: _copy(function) for function in (Tensor.backward, torch.autograd.backward, torch.autograd.grad)}
 
 
 def _known(backend: str) -> dict[Callable, Callable]:
@@ -205,8 +215,8 @@ class sdpa(TorchFunctionMode):
     where it was compiled outside. `sdpa.enable()` is for all threads.
 
     What it does not reach: TorchScript and other C++ code; `nn.MultiheadAttention` asked for its weights (need_weights=True,
-    the default), which are of size N² and computed by torch; recomputation by activation checkpointing where backward runs
-    outside. Nothing falls back: what `scaled_dot_product_attention` here refuses raises.
+    the default), which are of size N² and computed by torch; what activation checkpointing computes again where backward runs
+    outside: run it inside. Nothing falls back: what `scaled_dot_product_attention` here refuses raises.
     """
     _undo: ClassVar[list[Callable[[], Any]]] = []
 
@@ -215,7 +225,11 @@ class sdpa(TorchFunctionMode):
         self.replacements = _known(backend)
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        return self.replacements.get(func, func)(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if func in BACKWARD and not torch.compiler.is_compiling():
+            with self:
+                return BACKWARD[func](*args, **kwargs)
+        return self.replacements.get(func, func)(*args, **kwargs)
 
     @classmethod
     def enable(cls, backend: str = "auto") -> None:
