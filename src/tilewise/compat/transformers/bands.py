@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tilewise.masks import LAST_KEY, LAST_QUERY, NQ, ZERO, K, Mask, Q, exact
+from tilewise.masks import LAST_KEY, LAST_QUERY, NK, NQ, ZERO, Band, K, Mask, Q, exact
 from tilewise.trace.graph import Expr, where, wrap
 
 
@@ -24,16 +24,20 @@ class Bound(NamedTuple):
         return self.rest.op == "int" and greatest + self.rest.value <= 0
 
     def mask(self) -> Mask:
-        """As a mask with its bands; k is not 0."""
-        edge = _signed(-self.k, _sum(self.q, Q, self.rest))
-        element = edge >= K if self.k > 0 else edge <= K
-        keys = exact(ZERO, edge) if self.k > 0 else exact(edge, LAST_KEY)
-        if self.q == 0:
-            queries = exact(where(element, ZERO, NQ), LAST_QUERY)
-        else:
-            edge = _signed(-self.q, _sum(self.k, K, self.rest))
-            queries = exact(ZERO, edge) if self.q > 0 else exact(edge, LAST_QUERY)
-        return Mask("bound", element, (keys,), (queries,))
+        """As a mask with its bands; k and q are not both 0."""
+        key, query = (_sum(-sign * other, index, _signed(-sign, self.rest))
+                      for sign, other, index in ((self.k, self.q, Q), (self.q, self.k, K)))
+        sign, index, edge = (self.k, K, key) if self.k else (self.q, Q, query)
+        element = edge >= index if sign > 0 else edge <= index
+        return Mask("bound", element, (_band(self.k, key, LAST_KEY, element, NK),),
+                    (_band(self.q, query, LAST_QUERY, element, NQ),))
+
+
+def _band(sign: int, edge: Expr, last: Expr, element: Expr, count: Expr) -> Band:
+    """The keys of a query, or the queries of a key, up to an edge or from it on; all or none where they do not matter."""
+    if sign == 0:
+        return exact(where(element, ZERO, count), last)
+    return exact(ZERO, edge) if sign > 0 else exact(edge, last)
 
 
 def conditions(visible: Expr) -> Iterator[Bound | Expr]:
@@ -45,7 +49,7 @@ def conditions(visible: Expr) -> Iterator[Bound | Expr]:
         return
     else:
         bounds = _bounds(visible)
-        yield from bounds if bounds and all(bound.k for bound in bounds) else [visible]
+        yield from bounds if any(bound.k or bound.q for bound in bounds) else [visible]
 
 
 def _bounds(condition: Expr) -> list[Bound]:

@@ -104,7 +104,7 @@ class AttentionMask(BlockMask):
     def to_dense(self) -> Tensor:
         """Boolean [B, 1, S_q, S_k], of size N²."""
         batch, _, nq, nk = self.shape
-        return (self.mask or masks.full()).dense(batch, 1, nq, nk, self.device)
+        return (masks.full() if self.mask is None else self.mask).dense(batch, 1, nq, nk, self.device)
 
     def __getitem__(self, index: Any) -> AttentionMask:
         raise TypeError("a Tilewise mask has no elements: call to_dense() for a boolean tensor [B, 1, S_q, S_k]")
