@@ -201,11 +201,12 @@ def assert_like_eager(model, inputs, implementation, tokens=None):
         truth = results(copy.deepcopy(model).double(), "eager", wide, tokens)
     found = results(model, implementation, inputs, tokens)
     assert found.keys() == truth.keys()
+    largest = max(x.abs().max() for name, x in truth.items() if name not in ("logits", "loss"))
     for name, x in found.items():
         assert x.shape == truth[name].shape
-        floor = 4 * torch.finfo(torch.float32).eps * truth[name].abs().max()
         error, eagers = ((y.double() - truth[name]).abs().max() for y in (x, standard[name]))
-        assert error <= (2 if name in ("logits", "loss") else 3) * eagers + floor, (name, float(error), float(eagers))
+        factor, scale = (2, truth[name].abs().max()) if name in ("logits", "loss") else (3, largest)  # some sums cancel
+        assert error <= factor * eagers + 4 * torch.finfo(torch.float32).eps * scale, (name, float(error), float(eagers))
 
 
 @pytest.fixture
@@ -239,7 +240,266 @@ def test_decoders_train_as_in_eager(name, padding, calls):
     assert all(call["bias"] is None and "tensor" not in repr(call["mask"]) for call in calls)
 
 
-@pytest.mark.parametrize("name, padding", [("llama", "left"), ("gemma2", None), ("gpt_oss", "right")])
+@pytest.mark.parametrize("name, padding", [("llama", "left"), ("gpt_oss", "right")])
 def test_decoders_train_by_native_kernels(name, padding):
     inputs, tokens = batch(padding)
     assert_like_eager(build(name).train(), inputs, "tilewise", tokens)
+
+
+OTHERS = {
+    "bert": ("BertConfig", "BertForMaskedLM", dict(WIDTHS, vocab_size=VOCAB, max_position_embeddings=64,
+                                                   hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)),
+    "vit": ("ViTConfig", "ViTModel", dict(WIDTHS, image_size=20, patch_size=4, hidden_dropout_prob=0.0,
+                                          attention_probs_dropout_prob=0.0)),
+    "whisper": ("WhisperConfig", "WhisperForConditionalGeneration", dict(
+        vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
+        encoder_ffn_dim=48, decoder_ffn_dim=48, num_mel_bins=8, max_source_positions=15, max_target_positions=64, dropout=0.0,
+        pad_token_id=0, bos_token_id=1, eos_token_id=None, decoder_start_token_id=1, suppress_tokens=None,
+        begin_suppress_tokens=None)),
+    "t5": ("T5Config", "T5ForConditionalGeneration", dict(
+        vocab_size=VOCAB, d_model=32, d_kv=8, d_ff=48, num_layers=1, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0,
+        eos_token_id=None)),
+}
+
+
+def others_inputs(name):
+    inputs, tokens = batch("right")
+    random = torch.Generator().manual_seed(2)
+    if name == "bert":
+        return inputs, tokens
+    if name == "vit":
+        return dict(pixel_values=torch.randn(B, 3, 20, 20, generator=random)), None
+    if name == "whisper":
+        return dict(input_features=torch.randn(B, 8, 30, generator=random), labels=inputs["input_ids"]), None
+    return dict(inputs, labels=inputs["input_ids"].flip(-1)), None
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_encoders_and_both_train_as_in_eager(name, calls):
+    inputs, tokens = others_inputs(name)
+    assert_like_eager(build(name, OTHERS).train(), inputs, "tilewise-tiled", tokens)
+    assert len(calls) == (2 if name in ("bert", "vit") else 3)
+    assert ["bound" in repr(call["mask"]) or "causal" in repr(call["mask"]) for call in calls].count(True) == (
+        name in ("whisper", "t5"))
+
+
+@pytest.mark.parametrize("given", ["boolean", "added", "of torch"])
+def test_masks_of_the_user(given):
+    inputs, _ = batch()
+    visible = dense(FUNCTIONS["prefix"], PLACES["square"], None)
+    if given == "of torch":
+        function = FUNCTIONS["prefix"]
+        from torch.nn.attention.flex_attention import create_block_mask
+        mask = create_block_mask(function, B, None, S, S, device="cpu", BLOCK_SIZE=8)
+    else:
+        mask = visible if given == "boolean" else torch.where(visible, 0.0, torch.finfo(torch.float32).min)
+    model = build("llama").eval()
+    out = {}
+    for name, it in (("eager", torch.where(visible, 0.0, -torch.inf)), ("tilewise-tiled", mask)):
+        model.set_attn_implementation(name)
+        out[name] = model(**inputs | dict(attention_mask=it)).logits
+    torch.testing.assert_close(out["tilewise-tiled"], out["eager"])
+
+
+def packed_inputs(cu=False):
+    """The first of a batch as three sequences in a row, and the same sequences with padding."""
+    row = batch()[0]["input_ids"][:1]
+    ends = torch.tensor([0, 8, 13, 23], dtype=torch.int32)
+    packed = dict(input_ids=row, position_ids=POSITIONS[:1])
+    if cu:
+        packed |= dict(cu_seq_lens_q=ends, cu_seq_lens_k=ends, max_length_q=10, max_length_k=10)
+    return packed, [dict(input_ids=x) for x in row.split([8, 5, 10], 1)]
+
+
+@pytest.mark.parametrize("cu", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "llama4"])
+def test_packed_sequences_are_apart(name, cu):
+    model = build(name).eval()
+    model.set_attn_implementation("tilewise-tiled")
+    packed, alone = packed_inputs(cu)
+    expected = torch.cat([model(**one, use_cache=False).logits for one in alone], 1)
+    torch.testing.assert_close(model(**packed, use_cache=False).logits, expected)
+
+
+def test_cu_seq_lens_alone_pack():
+    x = [torch.randn(1, 2, S, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    module, ends = torch.nn.Module(), torch.tensor([0, 8, 13, 23], dtype=torch.int32)
+    found = ours.attention(module, *x, None, is_causal=True, cu_seq_lens_q=ends, cu_seq_lens_k=ends)[0]
+    for rows in (slice(0, 8), slice(8, 13), slice(13, 23)):
+        alone = ours.attention(module, *(t[:, :, rows] for t in x), None, is_causal=True)[0]
+        torch.testing.assert_close(found[:, rows], alone)
+    with pytest.raises(ValueError, match="cu_seq_lens_q: expected packed sequences in a batch of 1, got a batch of 2"):
+        ours.attention(module, *(t.expand(2, -1, -1, -1) for t in x), None, cu_seq_lens_q=ends)
+
+
+def test_dropout_follows_the_generator():
+    model = build("llama", attention_dropout=0.4).train()
+    inputs, _ = batch()
+    model.set_attn_implementation("tilewise")
+    losses = []
+    for seed in (1, 1, 2):
+        torch.manual_seed(seed)
+        losses.append(model(**inputs).loss.item())
+    assert losses[0] == losses[1] != losses[2]
+    assert abs(losses[0] - model.eval()(**inputs).loss.item()) > 1e-3
+
+
+# ---- generation -------------------------------------------------------------------------------------------------------
+
+def generate(model, implementation, padding="left", seed=0, **options):
+    model.set_attn_implementation(implementation)
+    inputs, _ = batch(padding)
+    torch.manual_seed(seed)
+    del inputs["labels"]
+    return model.generate(**inputs, max_new_tokens=9, pad_token_id=0, **options)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("name", DECODERS)
+def test_generation_as_in_eager(name, cache, calls):
+    model = build(name, tie_word_embeddings=False).eval()  # else some repeat their last token, whatever they attend to
+    found = generate(model, "tilewise-tiled", cache_implementation=cache)
+    assert len(calls) == 2 * 9
+    assert all(call["bias"] is None and "tensor" not in repr(call["mask"]) for call in calls)
+    assert torch.equal(found, generate(model, "eager", cache_implementation=cache))
+    assert len(found[:, S:].unique()) > 3
+
+
+@pytest.mark.parametrize("options", [dict(do_sample=True, top_k=20), dict(num_beams=3), dict(prompt_lookup_num_tokens=2),
+                                     dict(use_cache=False), dict(prefill_chunk_size=5)], ids=str)
+def test_ways_to_generate(options):
+    padding = None if "prompt_lookup_num_tokens" in options else "left"
+    model = build("gemma3" if padding else "llama").eval()
+    found = generate_one(model, "tilewise-tiled", padding, options)
+    assert torch.equal(found, generate_one(model, "eager", padding, options))
+
+
+def generate_one(model, implementation, padding, options):
+    if padding is not None:
+        return generate(model, implementation, padding, **options)
+    model.set_attn_implementation(implementation)  # one sequence, without padding, at a time
+    return model.generate(batch()[0]["input_ids"][:1], max_new_tokens=9, pad_token_id=0, **options)
+
+
+def test_a_helper_model_drafts():
+    model, helper = build("llama").eval(), build("llama", num_hidden_layers=1).eval()
+    found = {}
+    for name in ("eager", "tilewise-tiled"):
+        helper.set_attn_implementation(name)
+        found[name] = generate_one(model, name, None, dict(assistant_model=helper))
+    assert torch.equal(found["tilewise-tiled"], found["eager"])
+
+
+def test_generation_by_native_kernels():
+    model = build("llama").eval()
+    for cache in ("dynamic", "static"):
+        assert torch.equal(generate(model, "tilewise", cache_implementation=cache),
+                           generate(model, "eager", cache_implementation=cache))
+
+
+@pytest.mark.parametrize("name", ["whisper", "t5"])
+def test_encoder_and_decoder_generate(name):
+    model = build(name, OTHERS).eval()
+    inputs = {k: x for k, x in others_inputs(name)[0].items() if k != "labels"}
+    found = {}
+    for implementation in ("eager", "tilewise-tiled"):
+        model.set_attn_implementation(implementation)
+        found[implementation] = transformers.GenerationMixin.generate(model, **inputs, max_new_tokens=9, pad_token_id=0)
+    assert torch.equal(found["tilewise-tiled"], found["eager"])
+
+
+# ---- memory -----------------------------------------------------------------------------------------------------------
+
+class Largest(TorchDispatchMode):
+    """Bytes of the largest tensor that any operation makes."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.bytes = max(self.bytes, x.untyped_storage().nbytes())
+        return out
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss"])
+def test_memory_is_linear(name):
+    """Padding, causal, window: forward and backward, no tensor comes near S x S, as in eager."""
+    n = 1536
+    model = build(name, max_position_embeddings=n).train()
+    ids = torch.randint(2, VOCAB, (1, n), generator=G)
+    tokens = (torch.arange(n) >= 100)[None].long()
+    found = {}
+    for implementation in ("tilewise", "eager"):
+        model.set_attn_implementation(implementation)
+        with Largest() as largest:
+            model(input_ids=ids, attention_mask=tokens, labels=ids).loss.backward()
+        found[implementation] = largest.bytes
+    assert found["tilewise"] < n * n / 2  # half a boolean mask
+    assert found["eager"] >= 4 * n * n
+
+
+# ---- what is refused ----------------------------------------------------------------------------------------------------
+
+def test_refusals():
+    x = torch.randn(2, 2, 6, 8)
+    call = functools.partial(ours.attention, torch.nn.Module(), x, x, x)
+    with pytest.raises(NotImplementedError, match="output_attentions: .*eager"):
+        call(None, output_attentions=True)
+    with pytest.raises(NotImplementedError, match="cache: the paged cache"):
+        call(None, cache=object())
+    with pytest.raises(TypeError, match=r"attention_mask: expected a boolean or floating tensor .*got torch.int64 \[2, 6\]"):
+        call(torch.ones(2, 6, dtype=torch.int64))
+    with pytest.raises(ValueError, match=r"attention_mask: expected one of \[B, 1, S_q, S_k\] = \[2, 1, 6, 6\]"):
+        call(masking.attention_mask(batch_size=2, q_length=6, kv_length=7, device="cpu"))
+    with pytest.raises(ValueError, match="attention_mask: expected a mask where 4 causal queries meet 6 keys"):
+        ours.attention(torch.nn.Module(), x[:, :, :4], x, x, None)
+    with pytest.raises(tw.trace.capture.CaptureError, match="instead of if"):
+        masking.attention_mask(batch_size=2, q_length=6, kv_length=6, mask_function=lambda b, h, q, k: k <= q if q else k)
+    model = build("llama")
+    model.set_attn_implementation("tilewise")
+    with pytest.raises(NotImplementedError, match="output_attentions"):
+        model(**batch()[0], output_attentions=True)
+
+
+def test_without_a_mask_the_arguments_say_who_sees_whom():
+    x = torch.randn(2, 2, 9, 8, generator=torch.Generator().manual_seed(3))
+    module = torch.nn.Module()
+    module.is_causal = False
+    for options, mask in [(dict(), None), (dict(is_causal=True), tw.causal()), (dict(sliding_window=3), tw.window(2, 2)),
+                          (dict(is_causal=True, sliding_window=3), tw.window(2, 0)), (dict(sliding_window=9), None)]:
+        expected = tw.attention(x, x, x, mask=mask, layout="bhsd", backend="tiled").transpose(1, 2)
+        torch.testing.assert_close(ours.attention(module, x, x, x, None, backend="tiled", **options)[0], expected)
+    last = ours.attention(torch.nn.Module(), x[:, :, -1:], x, x, None, sliding_window=3, backend="tiled")[0]
+    expected = tw.attention(x, x, x, mask=tw.window(2, 0), layout="bhsd", backend="tiled").transpose(1, 2)[:, -1:]
+    torch.testing.assert_close(last, expected)
+
+
+def test_names():
+    functions, mask_functions = transformers.AttentionInterface(), transformers.AttentionMaskInterface()
+    register("another")
+    register("another", backend="tiled")
+    assert functions["another"].keywords == {"backend": "tiled"}
+    assert mask_functions["another"] is masking.attention_mask
+    unregister("another")
+    assert "another" not in functions
+    assert "another" not in mask_functions
+    with pytest.raises(ValueError, match="name: expected one that register"):
+        unregister("another")
+    for name in ("sdpa", "eager", "org/kernel", "paged|tilewise", "flash_tilewise", ""):
+        with pytest.raises(ValueError, match="name: expected"):
+            register(name)
+    with pytest.raises(ValueError, match="backend: expected"):
+        register(backend="fastest")
+
+
+def test_a_missing_or_old_library_is_named(monkeypatch):
+    monkeypatch.setattr(sys.modules["transformers"], "__version__", "4.49.0")
+    with pytest.raises(ImportError, match=r"needs transformers >= 4\.57, found 4\.49\.0"):
+        register()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"pip install 'tilewise\[hf\]'"):
+        register()
