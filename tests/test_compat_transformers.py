@@ -1,7 +1,6 @@
 """Hugging Face models on Tilewise: what `eager` computes, with masks that stay functions of the indices."""
 import copy
 import functools
-import inspect
 import itertools
 import sys
 
@@ -24,7 +23,6 @@ from tilewise.compat.transformers import masking  # noqa: E402
 pytestmark = [pytest.mark.skipif(AVAILABLE == ["triton"], reason="in the interpreter's process only Triton runs"),
               pytest.mark.usefixtures("one_thread", "registered")]
 VOCAB = 61
-NEW_MASKS = "q_length" in inspect.signature(theirs.sdpa_mask).parameters
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +47,8 @@ FUNCTIONS = {
     "bidirectional": getattr(theirs, "bidirectional_mask_function", lambda b, h, q, k: q >= 0),
     "bidirectional window": lambda b, h, q, k: (abs(q - k) <= 4) & (q >= 0),
     "chunked": theirs.chunked_causal_mask_function(5, STARTS),
-    "image blocks": theirs.or_masks(theirs.causal_mask_function, lambda b, h, q, k: (GROUPS[b, q] == GROUPS[b, k]) & (GROUPS[b, q] >= 0)),
+    "image blocks": theirs.or_masks(theirs.causal_mask_function,
+                                    lambda b, h, q, k: (GROUPS[b, q] == GROUPS[b, k]) & (GROUPS[b, q] >= 0)),
     "packed": theirs.and_masks(theirs.packed_sequence_mask_function((POSITIONS == 0).cumsum(-1)), theirs.causal_mask_function),
     "prefix": theirs.or_masks(theirs.causal_mask_function, lambda b, h, q, k: k < STARTS[b]),
     "only itself": lambda b, h, q, k: q == k,
@@ -80,8 +79,9 @@ def test_a_mask_is_what_its_function_and_the_padding_say(name, place):
     nq, nk, first_q, first_k = place = PLACES[place]
     for padding in PADDINGS.values():
         expected = dense(FUNCTIONS[name], place, padding)
-        found = masking.attention_mask(batch_size=B, q_length=nq, kv_length=nk, q_offset=torch.tensor(first_q), kv_offset=first_k,
-                                       mask_function=FUNCTIONS[name], attention_mask=padding, device="cpu")
+        found = masking.attention_mask(
+            batch_size=B, q_length=nq, kv_length=nk, q_offset=torch.tensor(first_q), kv_offset=first_k,
+            mask_function=FUNCTIONS[name], attention_mask=padding, device="cpu")
         assert found.shape == expected.shape
         assert torch.equal(found.to_dense(), expected)
         if found.mask is not None:
@@ -96,7 +96,8 @@ def assert_tiles_hold(classes, visible):
         assert not (~tile.all(2) & (classes[:, :, i, j] == FULL)).any()
 
 
-@pytest.mark.parametrize("name, bands", [("causal", True), ("window", True), ("bidirectional window", True), ("chunked", False)])
+@pytest.mark.parametrize("name, bands", [("causal", True), ("window", True), ("bidirectional window", True),
+                                         ("chunked", False)])
 def test_masks_of_bounds_have_bands(name, bands):
     """So that kernels need no lists of tiles: those are rebuilt when a cache grows, and few queries cannot use them."""
     mask = masking.attention_mask(batch_size=B, q_length=7, q_offset=9, kv_length=16, mask_function=FUNCTIONS[name],
@@ -118,8 +119,8 @@ def test_offsets_do_not_compile_again():
 
 
 def test_a_mask_moves_with_its_tensors():
-    found = masking.attention_mask(batch_size=B, q_length=S, kv_length=S, mask_function=FUNCTIONS["chunked"], attention_mask=LEFT,
-                                   device="cpu")
+    found = masking.attention_mask(batch_size=B, q_length=S, kv_length=S, mask_function=FUNCTIONS["chunked"],
+                                   attention_mask=LEFT, device="cpu")
     assert found.to("cpu", non_blocking=True) is found.contiguous() is found
     q = torch.zeros(B, S, 1, 4, device="meta")
     there = tw.api.make(q, q, q, mask=found.to("meta").mask)[1]
@@ -447,7 +448,7 @@ def test_memory_is_linear(name):
 def test_refusals():
     x = torch.randn(2, 2, 6, 8)
     call = functools.partial(ours.attention, torch.nn.Module(), x, x, x)
-    with pytest.raises(NotImplementedError, match="output_attentions: .*eager"):
+    with pytest.raises(NotImplementedError, match=r"output_attentions: .*eager"):
         call(None, output_attentions=True)
     with pytest.raises(NotImplementedError, match="cache: the paged cache"):
         call(None, cache=object())

@@ -18,8 +18,8 @@ from tilewise.trace.memo import Memo
 # What other implementations act on and this one does not; models pass on much else that no attention function looks at.
 REFUSED = {
     "cache": "the paged cache of continuous batching", "block_table": "a paged cache", "head_mask": "a mask over heads",
-    "layer_head_mask": "a mask over heads", "indices": "keys chosen by an indexer", "block_indices": "keys chosen by an indexer",
-    "sinks": "sinks under this name (s_aux is known)"}
+    "layer_head_mask": "a mask over heads", "indices": "keys chosen by an indexer",
+    "block_indices": "blocks of keys chosen by an indexer", "sinks": "sinks under this name (s_aux is known)"}
 
 
 def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
@@ -34,7 +34,7 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         scores) that broadcasts to [B, H, S_q, S_k]; or torch's BlockMask. It says all about who sees whom: is_causal and
         sliding_window count without it only.
     is_causal: default module.is_causal. sliding_window: keys that a query sees, itself included; to each side if not causal.
-    softcap: `tw.softcap`. s_aux: [H], sinks. position_bias: added to the scores, broadcasts to [B, H, S_q, S_k], differentiable.
+    softcap: `tw.softcap`. s_aux: [H], sinks. position_bias: `tw.attention`'s bias.
     cu_seq_lens_q, cu_seq_lens_k: [sequences + 1]: sequences packed in a batch of one, which do not see each other.
 
     Raises:
@@ -84,13 +84,11 @@ def _implied(causal: bool, sliding_window: int | None, shape: tuple[int, int, in
     """Who sees whom where the model gave no mask."""
     *_, nq, nk = shape
     if causal and nq != nk:
-        raise ValueError(f"attention_mask: expected a mask where {nq} causal queries meet {nk} keys: without one it is not said "
-                         "which key stands at the first query")
-    mask = masks.causal() if causal else None
+        raise ValueError(f"attention_mask: expected a mask where {nq} causal queries meet {nk} keys: without one it is not "
+                         "said which key stands at the first query")
     if sliding_window is not None and nk > sliding_window:
-        near = masks.window(sliding_window - 1, 0 if causal or nq == 1 else sliding_window - 1)
-        return near
-    return mask
+        return masks.window(sliding_window - 1, 0 if causal or nq == 1 else sliding_window - 1)
+    return masks.causal() if causal else None
 
 
 _documents = Memo()

@@ -23,6 +23,10 @@ class Bound(NamedTuple):
         greatest = max(0, self.k * (seqlen_k - 1)) + max(0, self.q * (seqlen_q - 1))
         return self.rest.op == "int" and greatest + self.rest.value <= 0
 
+    def causal(self, seqlen_q: int, seqlen_k: int) -> bool:
+        """Whether it is that of `tw.causal()`, which other calls have compiled already."""
+        return (self.k, self.q, self.rest.value) == (1, -1, seqlen_q - seqlen_k)
+
     def mask(self) -> Mask:
         """As a mask with its bands; k and q are not both 0."""
         key, query = (_sum(-sign * other, index, _signed(-sign, self.rest))

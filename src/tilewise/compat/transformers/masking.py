@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask
 
 from tilewise import masks
 from tilewise.compat.transformers.bands import Bound, conditions
-from tilewise.masks import LAST_KEY, LAST_QUERY, NQ, ZERO, B, Band, K, Mask, exact
+from tilewise.masks import LAST_QUERY, NQ, ZERO, B, Band, K, Mask, exact
 from tilewise.trace.capture import mask_graph
 from tilewise.trace.graph import Captured, Expr, load, where
 
@@ -50,8 +50,7 @@ def attention_mask(*, batch_size: int, kv_length: int, q_length: int | None = No
         if not isinstance(condition, Bound):
             functions.append(condition)
         elif not condition.always(q_length, kv_length):
-            aligned = condition.k > 0 > condition.q and condition.rest.op == "int" and condition.rest.value == q_length - kv_length
-            parts.append(masks.causal() if aligned else condition.mask())
+            parts.append(masks.causal() if condition.causal(q_length, kv_length) else condition.mask())
     if functions:
         parts.append(Mask("function", functools.reduce(operator.and_, functions), (), ()))
     if attention_mask is not None:
