@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from support.backends import AVAILABLE
+from torch.nn.attention.flex_attention import create_block_mask
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -79,7 +80,7 @@ def test_a_mask_is_what_its_function_and_the_padding_say(name, place):
     nq, nk, first_q, first_k = place = PLACES[place]
     for padding in PADDINGS.values():
         expected = dense(FUNCTIONS[name], place, padding)
-        found = masking.attention_mask(
+        found = masking.index_mask(
             batch_size=B, q_length=nq, kv_length=nk, q_offset=torch.tensor(first_q), kv_offset=first_k,
             mask_function=FUNCTIONS[name], attention_mask=padding, device="cpu")
         assert found.shape == expected.shape
@@ -100,10 +101,10 @@ def assert_tiles_hold(classes, visible):
                                          ("chunked", False)])
 def test_masks_of_bounds_have_bands(name, bands):
     """So that kernels need no lists of tiles: those are rebuilt when a cache grows, and few queries cannot use them."""
-    mask = masking.attention_mask(batch_size=B, q_length=7, q_offset=9, kv_length=16, mask_function=FUNCTIONS[name],
+    mask = masking.index_mask(batch_size=B, q_length=7, q_offset=9, kv_length=16, mask_function=FUNCTIONS[name],
                                   attention_mask=LEFT[:, :16], device="cpu").mask
     assert bool(mask.keys) == bool(mask.queries) == bands
-    found = masking.attention_mask(batch_size=B, q_length=1, q_offset=15, kv_length=16, mask_function=FUNCTIONS["causal"],
+    found = masking.index_mask(batch_size=B, q_length=1, q_offset=15, kv_length=16, mask_function=FUNCTIONS["causal"],
                                    attention_mask=torch.ones(B, 16), device="cpu")
     assert found.mask is None  # one query with all keys before it
 
@@ -111,7 +112,7 @@ def test_masks_of_bounds_have_bands(name, bands):
 def test_offsets_do_not_compile_again():
     programs = set()
     for offset in (9, 11):
-        mask = masking.attention_mask(batch_size=B, q_length=2, q_offset=offset, kv_length=S, mask_function=FUNCTIONS["window"],
+        mask = masking.index_mask(batch_size=B, q_length=2, q_offset=offset, kv_length=S, mask_function=FUNCTIONS["window"],
                                       attention_mask=LEFT, device="cpu").mask
         q, k = torch.zeros(B, 2, 1, 4), torch.zeros(B, S, 1, 4)
         programs.add(tw.explain(q, k, k, mask=mask).problem.program)
@@ -119,7 +120,7 @@ def test_offsets_do_not_compile_again():
 
 
 def test_a_mask_moves_with_its_tensors():
-    found = masking.attention_mask(batch_size=B, q_length=S, kv_length=S, mask_function=FUNCTIONS["chunked"],
+    found = masking.index_mask(batch_size=B, q_length=S, kv_length=S, mask_function=FUNCTIONS["chunked"],
                                    attention_mask=LEFT, device="cpu")
     assert found.to("cpu", non_blocking=True) is found.contiguous() is found
     q = torch.zeros(B, S, 1, 4, device="meta")
@@ -219,7 +220,7 @@ def calls(monkeypatch):
     def recorded(*args, **options):
         made.append(options)
         return tw.attention(*args, **options)
-    monkeypatch.setattr(ours, "tilewise_attention", recorded)
+    monkeypatch.setattr(ours, "attention", recorded)
     return made
 
 
@@ -284,14 +285,35 @@ def test_encoders_and_both_train_as_in_eager(name, calls):
         name in ("whisper", "t5"))
 
 
+def test_a_compiled_model_serves_every_padding():
+    """Only where the mask is made there is a break; another padding is another input, not another graph."""
+    model = build("mistral", num_hidden_layers=1).eval()
+    model.set_attn_implementation("tilewise-tiled")
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    graphs = []
+    for padding in ("left", "right", "holes"):
+        inputs, _ = batch(padding)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(**inputs).logits, model(**inputs).logits)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs[0] == graphs[1] == graphs[2] > 0
+
+
+def test_checkpointed_layers_have_the_same_gradients():
+    model, (inputs, _) = build("gemma3").train(), batch("left")
+    expected = results(model, "tilewise-tiled", inputs)
+    (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    found = results(model, "tilewise-tiled", inputs | dict(use_cache=False))
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize("given", ["boolean", "added", "of torch"])
 def test_masks_of_the_user(given):
     inputs, _ = batch()
     visible = dense(FUNCTIONS["prefix"], PLACES["square"], None)
     if given == "of torch":
-        function = FUNCTIONS["prefix"]
-        from torch.nn.attention.flex_attention import create_block_mask
-        mask = create_block_mask(function, B, None, S, S, device="cpu", BLOCK_SIZE=8)
+        mask = create_block_mask(FUNCTIONS["prefix"], B, None, S, S, device="cpu", BLOCK_SIZE=8)
     else:
         mask = visible if given == "boolean" else torch.where(visible, 0.0, torch.finfo(torch.float32).min)
     model = build("llama").eval()
@@ -325,12 +347,12 @@ def test_packed_sequences_are_apart(name, cu):
 def test_cu_seq_lens_alone_pack():
     x = [torch.randn(1, 2, S, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     module, ends = torch.nn.Module(), torch.tensor([0, 8, 13, 23], dtype=torch.int32)
-    found = ours.attention(module, *x, None, is_causal=True, cu_seq_lens_q=ends, cu_seq_lens_k=ends)[0]
+    found = ours.attention_forward(module, *x, None, is_causal=True, cu_seq_lens_q=ends, cu_seq_lens_k=ends)[0]
     for rows in (slice(0, 8), slice(8, 13), slice(13, 23)):
-        alone = ours.attention(module, *(t[:, :, rows] for t in x), None, is_causal=True)[0]
+        alone = ours.attention_forward(module, *(t[:, :, rows] for t in x), None, is_causal=True)[0]
         torch.testing.assert_close(found[:, rows], alone)
     with pytest.raises(ValueError, match="cu_seq_lens_q: expected packed sequences in a batch of 1, got a batch of 2"):
-        ours.attention(module, *(t.expand(2, -1, -1, -1) for t in x), None, cu_seq_lens_q=ends)
+        ours.attention_forward(module, *(t.expand(2, -1, -1, -1) for t in x), None, cu_seq_lens_q=ends)
 
 
 def test_dropout_follows_the_generator():
@@ -447,7 +469,7 @@ def test_memory_is_linear(name):
 
 def test_refusals():
     x = torch.randn(2, 2, 6, 8)
-    call = functools.partial(ours.attention, torch.nn.Module(), x, x, x)
+    call = functools.partial(ours.attention_forward, torch.nn.Module(), x, x, x)
     with pytest.raises(NotImplementedError, match=r"output_attentions: .*eager"):
         call(None, output_attentions=True)
     with pytest.raises(NotImplementedError, match="cache: the paged cache"):
@@ -455,11 +477,11 @@ def test_refusals():
     with pytest.raises(TypeError, match=r"attention_mask: expected a boolean or floating tensor .*got torch.int64 \[2, 6\]"):
         call(torch.ones(2, 6, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"attention_mask: expected one of \[B, 1, S_q, S_k\] = \[2, 1, 6, 6\]"):
-        call(masking.attention_mask(batch_size=2, q_length=6, kv_length=7, device="cpu"))
+        call(masking.index_mask(batch_size=2, q_length=6, kv_length=7, device="cpu"))
     with pytest.raises(ValueError, match="attention_mask: expected a mask where 4 causal queries meet 6 keys"):
-        ours.attention(torch.nn.Module(), x[:, :, :4], x, x, None)
+        ours.attention_forward(torch.nn.Module(), x[:, :, :4], x, x, None)
     with pytest.raises(tw.trace.capture.CaptureError, match="instead of if"):
-        masking.attention_mask(batch_size=2, q_length=6, kv_length=6, mask_function=lambda b, h, q, k: k <= q if q else k)
+        masking.index_mask(batch_size=2, q_length=6, kv_length=6, mask_function=lambda b, h, q, k: k <= q if q else k)
     model = build("llama")
     model.set_attn_implementation("tilewise")
     with pytest.raises(NotImplementedError, match="output_attentions"):
@@ -473,8 +495,8 @@ def test_without_a_mask_the_arguments_say_who_sees_whom():
     for options, mask in [(dict(), None), (dict(is_causal=True), tw.causal()), (dict(sliding_window=3), tw.window(2, 2)),
                           (dict(is_causal=True, sliding_window=3), tw.window(2, 0)), (dict(sliding_window=9), None)]:
         expected = tw.attention(x, x, x, mask=mask, layout="bhsd", backend="tiled").transpose(1, 2)
-        torch.testing.assert_close(ours.attention(module, x, x, x, None, backend="tiled", **options)[0], expected)
-    last = ours.attention(torch.nn.Module(), x[:, :, -1:], x, x, None, sliding_window=3, backend="tiled")[0]
+        torch.testing.assert_close(ours.attention_forward(module, x, x, x, None, backend="tiled", **options)[0], expected)
+    last = ours.attention_forward(torch.nn.Module(), x[:, :, -1:], x, x, None, sliding_window=3, backend="tiled")[0]
     expected = tw.attention(x, x, x, mask=tw.window(2, 0), layout="bhsd", backend="tiled").transpose(1, 2)[:, -1:]
     torch.testing.assert_close(last, expected)
 
@@ -484,7 +506,7 @@ def test_names():
     register("another")
     register("another", backend="tiled")
     assert functions["another"].keywords == {"backend": "tiled"}
-    assert mask_functions["another"] is masking.attention_mask
+    assert mask_functions["another"] is masking.index_mask
     unregister("another")
     assert "another" not in functions
     assert "another" not in mask_functions

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from tilewise import masks
-from tilewise.api import attention as tilewise_attention
+from tilewise.api import attention
 from tilewise.compat.flex import from_torch
 from tilewise.compat.transformers.masking import AttentionMask
 from tilewise.masks import Mask
@@ -22,15 +22,16 @@ REFUSED = {
     "block_indices": "blocks of keys chosen by an indexer", "sinks": "sinks under this name (s_aux is known)"}
 
 
-def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
-              attention_mask: AttentionMask | BlockMask | Tensor | None, scaling: float | None = None, dropout: float = 0.0, *,
-              is_causal: bool | None = None, sliding_window: int | None = None, softcap: float | None = None,
-              s_aux: Tensor | None = None, position_bias: Tensor | None = None, cu_seq_lens_q: Tensor | None = None,
-              cu_seq_lens_k: Tensor | None = None, output_attentions: bool | None = None, deterministic: bool | None = None,
-              backend: str = "auto", **others: Any) -> tuple[Tensor, None]:
+def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
+                      attention_mask: AttentionMask | BlockMask | Tensor | None, scaling: float | None = None,
+                      dropout: float = 0.0, *, is_causal: bool | None = None, sliding_window: int | None = None,
+                      softcap: float | None = None, s_aux: Tensor | None = None, position_bias: Tensor | None = None,
+                      cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None,
+                      output_attentions: bool | None = None, deterministic: bool | None = None, backend: str = "auto",
+                      **others: Any) -> tuple[Tensor, None]:
     """(out [B, S_q, H, D_v], None) of query [B, H, S_q, D], key [B, H_kv, S_k, D] and value [B, H_kv, S_k, D_v].
 
-    attention_mask: made by `masking.attention_mask`; or a boolean tensor (True: visible) or a floating one (added to the
+    attention_mask: made by `masking.index_mask`; or a boolean tensor (True: visible) or a floating one (added to the
         scores) that broadcasts to [B, H, S_q, S_k]; or torch's BlockMask. It says all about who sees whom: is_causal and
         sliding_window count without it only.
     is_causal: default module.is_causal. sliding_window: keys that a query sees, itself included; to each side if not causal.
@@ -58,8 +59,8 @@ def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor,
         own = packed(cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k, shape)
         mask = own if mask is None else mask & own
     q, k, v = (x.transpose(1, 2) if x.stride(-1) == 1 else x.transpose(1, 2).contiguous() for x in (query, key, value))
-    out = tilewise_attention(q, k, v, mask=mask, score_mod=None if softcap is None else capped(softcap), bias=bias, sinks=s_aux,
-                             scale=scaling, dropout_p=dropout, deterministic=deterministic, backend=backend)
+    out = attention(q, k, v, mask=mask, score_mod=None if softcap is None else capped(softcap), bias=bias, sinks=s_aux,
+                    scale=scaling, dropout_p=dropout, deterministic=deterministic, backend=backend)
     return out, None
 
 

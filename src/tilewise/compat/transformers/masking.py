@@ -23,25 +23,26 @@ def causal(b, h, q_idx, kv_idx):
 
 
 @torch.compiler.disable
-def attention_mask(*, batch_size: int, kv_length: int, q_length: int | None = None, q_offset: int | Tensor = 0,
-                   kv_offset: int | Tensor = 0, cache_position: Tensor | None = None, mask_function: Callable = causal,
-                   attention_mask: Tensor | None = None, device: torch.device | str | None = None, **_: Any) -> AttentionMask:
+def index_mask(*, batch_size: int, kv_length: int, q_length: int | None = None, q_offset: int | Tensor = 0,
+               kv_offset: int | Tensor = 0, cache_position: Tensor | None = None, mask_function: Callable = causal,
+               attention_mask: Tensor | None = None, device: torch.device | str | None = None, **_: Any) -> AttentionMask:
     """The mask of one forward pass, as transformers' AttentionMaskInterface asks for it.
 
     Key j at position j + kv_offset is visible to query i at position i + q_offset where mask_function(batch_idx, head_idx,
     position of i, position of j) is True and attention_mask [B, positions] is not 0; positions beyond it are padding.
 
-    q_length, q_offset, device: since transformers 5.4; before, cache_position [q_length] tells all three. Other arguments are
-    about dense masks and have nothing to act on.
+    q_length, q_offset, device: in transformers 5; before, cache_position [q_length] tells all three. Other arguments are about
+    dense masks and have nothing to act on.
 
     Raises CaptureError where mask_function is no function of indices (`tw.mask_mod`).
     """
     if cache_position is not None:
         q_length, q_offset, device = len(cache_position), cache_position[0], cache_position.device
     if q_length is None:
-        raise TypeError("attention_mask: expected q_length or cache_position, got neither")
+        raise TypeError("q_length: expected it, or cache_position, got neither")
     first_q, first_k = int(q_offset), int(kv_offset)    # a static cache counts in place: its tensor is read before it moves on
 
+    @functools.wraps(mask_function)
     def shifted(b, h, q_idx, kv_idx):
         return mask_function(b, h, q_idx + first_q, kv_idx + first_k)
 
@@ -84,7 +85,7 @@ class AttentionMask(BlockMask):
         self.mask, self.device = mask, device
         self._shape = torch.Size(shape)
 
-    shape = property(lambda self: self._shape)  # type: ignore[assignment]
+    shape = property(lambda self: self._shape)
     ndim = 4
 
     def dim(self) -> int:
@@ -93,7 +94,7 @@ class AttentionMask(BlockMask):
     def contiguous(self) -> AttentionMask:
         return self
 
-    def to(self, device: torch.device | str, **_: Any) -> AttentionMask:  # type: ignore[override]
+    def to(self, device: torch.device | str, **_: Any) -> AttentionMask:
         """With its tensors on another device."""
         device = torch.device(device)
         if device == self.device:
