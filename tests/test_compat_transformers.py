@@ -308,6 +308,18 @@ def test_checkpointed_layers_have_the_same_gradients():
     torch.testing.assert_close(found, expected)
 
 
+def test_images_see_themselves_both_ways():
+    vision = dict(WIDTHS, num_hidden_layers=1, image_size=28, patch_size=7)
+    model = build("gemma3", {"gemma3": ("Gemma3Config", "Gemma3ForConditionalGeneration", dict(
+        text_config=dict(DECODERS["gemma3"][2]), vision_config=vision, mm_tokens_per_image=4, image_token_index=VOCAB - 1,
+        boi_token_index=VOCAB - 2, eoi_token_index=VOCAB - 3))}).eval()
+    inputs, tokens = batch("left")
+    inputs["input_ids"][:, 13:17] = VOCAB - 1
+    pixels = torch.randn(B, 3, 28, 28, generator=torch.Generator().manual_seed(2))
+    inputs |= dict(pixel_values=pixels, token_type_ids=(inputs["input_ids"] == VOCAB - 1).long())
+    assert_like_eager(model, inputs, "tilewise-tiled", tokens)
+
+
 @pytest.mark.parametrize("given", ["boolean", "added", "of torch"])
 def test_masks_of_the_user(given):
     inputs, _ = batch()
@@ -346,13 +358,19 @@ def test_packed_sequences_are_apart(name, cu):
 
 def test_cu_seq_lens_alone_pack():
     x = [torch.randn(1, 2, S, 8, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
-    module, ends = torch.nn.Module(), torch.tensor([0, 8, 13, 23], dtype=torch.int32)
-    found = ours.attention_forward(module, *x, None, is_causal=True, cu_seq_lens_q=ends, cu_seq_lens_k=ends)[0]
-    for rows in (slice(0, 8), slice(8, 13), slice(13, 23)):
-        alone = ours.attention_forward(module, *(t[:, :, rows] for t in x), None, is_causal=True)[0]
-        torch.testing.assert_close(found[:, rows], alone)
+    ends = torch.tensor([0, 8, 13, 23], dtype=torch.int32)
+    bias = torch.randn(1, 2, S, S, generator=torch.Generator().manual_seed(4))
+    call = functools.partial(ours.attention_forward, torch.nn.Module(), backend="tiled", sliding_window=4)
+    for more in (False, True):
+        def bias_of(rows, more=more):
+            return dict(position_bias=bias[:, :, rows, rows]) if more else {}
+        for causal in (False, True):
+            found = call(*x, None, is_causal=causal, cu_seq_lens_q=ends, cu_seq_lens_k=ends, **bias_of(slice(0, S)))[0]
+            for rows in (slice(0, 8), slice(8, 13), slice(13, 23)):
+                alone = call(*(t[:, :, rows] for t in x), None, is_causal=causal, **bias_of(rows))[0]
+                torch.testing.assert_close(found[:, rows], alone)
     with pytest.raises(ValueError, match="cu_seq_lens_q: expected packed sequences in a batch of 1, got a batch of 2"):
-        ours.attention_forward(module, *(t.expand(2, -1, -1, -1) for t in x), None, cu_seq_lens_q=ends)
+        call(*(t.expand(2, -1, -1, -1) for t in x), None, cu_seq_lens_q=ends)
 
 
 def test_dropout_follows_the_generator():
@@ -478,7 +496,7 @@ def test_refusals():
         call(torch.ones(2, 6, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"attention_mask: expected one of \[B, 1, S_q, S_k\] = \[2, 1, 6, 6\]"):
         call(masking.index_mask(batch_size=2, q_length=6, kv_length=7, device="cpu"))
-    with pytest.raises(ValueError, match="attention_mask: expected a mask where 4 causal queries meet 6 keys"):
+    with pytest.raises(ValueError, match="attention_mask: expected a mask where 4 queries meet 6 keys"):
         ours.attention_forward(torch.nn.Module(), x[:, :, :4], x, x, None)
     with pytest.raises(tw.trace.capture.CaptureError, match="instead of if"):
         masking.index_mask(batch_size=2, q_length=6, kv_length=6, mask_function=lambda b, h, q, k: k <= q if q else k)

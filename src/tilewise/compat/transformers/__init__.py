@@ -24,7 +24,7 @@ __all__ = ["register", "unregister"]
 
 
 def register(name: str = "tilewise", *, backend: str = "auto") -> None:
-    """Makes attn_implementation=name run `tw.attention`; again with the same name: with the backend named last.
+    """Makes attn_implementation=name run `tw.attention`, from now on; again with the same name: with the backend named last.
 
     name: no implementation of transformers' own, without / and |, which mean kernels from the hub and paged caches there.
     backend: as in `tw.attention`.
@@ -39,7 +39,7 @@ def register(name: str = "tilewise", *, backend: str = "auto") -> None:
     if not isinstance(name, str) or not name or set(name) & set("/|") or "flash" in name:
         raise ValueError(f"name: expected a name without / and |, and without \"flash\", which has a meaning of its own to "
                          f"transformers, got {name!r}")
-    if name == "eager" or library.AttentionMaskInterface().get(name, index_mask) is not index_mask:
+    if name == "eager" or (name in library.AttentionInterface() and not _ours(library, name)):
         raise ValueError(f"name: expected one that is free, got {name!r}, an implementation that is there already")
     library.AttentionInterface.register(name, functools.partial(attention_forward, backend=backend))
     library.AttentionMaskInterface.register(name, index_mask)
@@ -48,10 +48,14 @@ def register(name: str = "tilewise", *, backend: str = "auto") -> None:
 def unregister(name: str = "tilewise") -> None:
     """Takes a name registered here away again; a model that was made with it can no longer run."""
     library = _transformers()
-    if library.AttentionMaskInterface().get(name) is not index_mask:
+    if not _ours(library, name):
         raise ValueError(f"name: expected one that register() was called with, got {name!r}")
     for interface in (library.AttentionInterface, library.AttentionMaskInterface):
         del interface._global_mapping[name]    # `register` writes to it, nothing public takes away
+
+
+def _ours(library: ModuleType, name: str) -> bool:
+    return getattr(library.AttentionInterface().get(name), "func", None) is attention_forward
 
 
 def _transformers() -> ModuleType:

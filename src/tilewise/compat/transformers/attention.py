@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from tilewise import masks
-from tilewise.api import attention
+from tilewise.api import attention, attention_varlen
 from tilewise.compat.flex import from_torch
 from tilewise.compat.transformers.masking import AttentionMask
 from tilewise.masks import Mask
@@ -48,20 +48,24 @@ def attention_forward(module: nn.Module, query: Tensor, key: Tensor, value: Tens
     for name, what in REFUSED.items():
         if others.get(name) is not None:
             raise NotImplementedError(f"{name}: {what}, which attn_implementation=\"tilewise\" does not know")
+    q, k, v = (x.transpose(1, 2) if x.stride(-1) == 1 else x.transpose(1, 2).contiguous() for x in (query, key, value))
     shape = (query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+    ends = _ends(cu_seq_lens_q, cu_seq_lens_k, shape)
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+    options: dict[str, Any] = dict(score_mod=None if softcap is None else capped(softcap), sinks=s_aux, scale=scaling,
+                                   dropout_p=dropout, deterministic=deterministic, backend=backend)
+    if ends is not None and attention_mask is None and position_bias is None:
+        mask = _near(causal, sliding_window)
+        return attention_varlen(q[0], k[0], v[0], *ends, causal=causal, mask=mask, **options)[None], None
     mask, bias = _mask_and_bias(attention_mask, shape, query.device)
     if attention_mask is None:
-        causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
-        mask = _implied(causal and shape[2] > 1, sliding_window, shape)
+        mask = _implied(causal, sliding_window, shape)
     if position_bias is not None:
         bias = position_bias if bias is None else bias + position_bias
-    if cu_seq_lens_q is not None:
-        own = packed(cu_seq_lens_q, cu_seq_lens_q if cu_seq_lens_k is None else cu_seq_lens_k, shape)
+    if ends is not None:
+        own = _apart(ends, shape)
         mask = own if mask is None else mask & own
-    q, k, v = (x.transpose(1, 2) if x.stride(-1) == 1 else x.transpose(1, 2).contiguous() for x in (query, key, value))
-    out = attention(q, k, v, mask=mask, score_mod=None if softcap is None else capped(softcap), bias=bias, sinks=s_aux,
-                    scale=scaling, dropout_p=dropout, deterministic=deterministic, backend=backend)
-    return out, None
+    return attention(q, k, v, mask=mask, bias=bias, **options), None
 
 
 def _mask_and_bias(given: Any, shape: tuple[int, int, int, int], device: torch.device) -> tuple[Mask | None, Tensor | None]:
@@ -84,24 +88,35 @@ def _mask_and_bias(given: Any, shape: tuple[int, int, int, int], device: torch.d
 def _implied(causal: bool, sliding_window: int | None, shape: tuple[int, int, int, int]) -> Mask | None:
     """Who sees whom where the model gave no mask."""
     *_, nq, nk = shape
-    if causal and nq != nk:
-        raise ValueError(f"attention_mask: expected a mask where {nq} causal queries meet {nk} keys: without one it is not "
-                         "said which key stands at the first query")
-    if sliding_window is not None and nk > sliding_window:
-        return masks.window(sliding_window - 1, 0 if causal or nq == 1 else sliding_window - 1)
-    return masks.causal() if causal else None
+    if sliding_window is not None and nk <= sliding_window:
+        sliding_window = None
+    if nq not in (1, nk) and (causal or sliding_window is not None):
+        raise ValueError(f"attention_mask: expected a mask where {nq} queries meet {nk} keys, causal or in a window: without "
+                         "one it is not said which key stands at the first query")
+    if sliding_window is None:
+        return masks.causal() if causal and nq > 1 else None
+    return _near(causal, sliding_window)
+
+
+def _near(causal: bool, sliding_window: int | None) -> Mask | None:
+    return None if sliding_window is None else masks.window(sliding_window - 1, 0 if causal else sliding_window - 1)
+
+
+def _ends(cu_q: Tensor | None, cu_k: Tensor | None, shape: tuple[int, int, int, int]) -> tuple[Tensor, Tensor] | None:
+    """Where packed sequences end, in queries and in keys."""
+    if cu_q is None:
+        return None
+    if shape[0] != 1:
+        raise ValueError(f"cu_seq_lens_q: expected packed sequences in a batch of 1, got a batch of {shape[0]}")
+    return cu_q, cu_q if cu_k is None else cu_k
 
 
 _documents = Memo()
 
 
-def packed(cu_q: Tensor, cu_k: Tensor, shape: tuple[int, int, int, int]) -> Mask:
-    """Sequences packed in a batch of one; the same mask for all layers of a forward pass."""
-    batch, _, nq, nk = shape
-    if batch != 1:
-        raise ValueError(f"cu_seq_lens_q: expected packed sequences in a batch of 1, got a batch of {batch}")
-
+def _apart(ends: tuple[Tensor, Tensor], shape: tuple[int, int, int, int]) -> Mask:
+    """Packed sequences as documents; the same mask for all layers of a forward pass."""
     def ids(ends: Tensor, n: int) -> Tensor:
         return torch.searchsorted(ends, torch.arange(n, device=ends.device, dtype=ends.dtype), right=True)
 
-    return _documents.get((nq, nk), (cu_q, cu_k), lambda: masks.documents(ids(cu_q, nq), ids(cu_k, nk)))
+    return _documents.get(shape[2:], ends, lambda: masks.documents(*map(ids, ends, shape[2:])))

@@ -92,7 +92,15 @@ def _linear(x: Expr) -> Bound | None:
 
 def _indexed(x: Expr) -> bool:
     """Whether a graph depends on key or query."""
-    return (x.op == "var" and x.value in ("k", "p", "q")) or any(map(_indexed, x.args))
+    seen: dict[int, Expr] = {}
+    waiting = [x]
+    while waiting:
+        node = waiting.pop()
+        if node.op == "var" and node.value in ("k", "p", "q"):
+            return True
+        waiting += [a for a in node.args if id(a) not in seen]
+        seen |= {id(a): a for a in node.args}
+    return False
 
 
 def _sum(factor: int, index: Expr, rest: Expr) -> Expr:

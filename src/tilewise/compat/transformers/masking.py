@@ -82,7 +82,7 @@ class AttentionMask(BlockMask):
     """
 
     def __init__(self, mask: Mask | None, shape: tuple[int, int, int, int], device: torch.device):
-        self.mask, self.device = mask, device
+        self.mask, self.device = mask, device   # and nothing of what a BlockMask holds: its lists of blocks are not made
         self._shape = torch.Size(shape)
 
     shape = property(lambda self: self._shape)
