@@ -52,6 +52,8 @@ FUNCTIONS = {
                                     lambda b, h, q, k: (GROUPS[b, q] == GROUPS[b, k]) & (GROUPS[b, q] >= 0)),
     "packed": theirs.and_masks(theirs.packed_sequence_mask_function((POSITIONS == 0).cumsum(-1)), theirs.causal_mask_function),
     "prefix": theirs.or_masks(theirs.causal_mask_function, lambda b, h, q, k: k < STARTS[b]),
+    "from a start on": lambda b, h, q, k: (k >= STARTS[b]) & (k - STARTS[b] <= q) & (q - k < STARTS[b]),
+    "late queries": lambda b, h, q, k: (q > 3) & (k + 2 >= q),
     "only itself": lambda b, h, q, k: q == k,
     "strictly before": lambda b, h, q, k: (k < q) & (2 * k != q),
 }
@@ -80,9 +82,10 @@ def test_a_mask_is_what_its_function_and_the_padding_say(name, place):
     nq, nk, first_q, first_k = place = PLACES[place]
     for padding in PADDINGS.values():
         expected = dense(FUNCTIONS[name], place, padding)
-        found = masking.index_mask(
-            batch_size=B, q_length=nq, kv_length=nk, q_offset=torch.tensor(first_q), kv_offset=first_k,
-            mask_function=FUNCTIONS[name], attention_mask=padding, device="cpu")
+        offset = torch.tensor(first_q)
+        found = masking.index_mask(batch_size=B, q_length=nq, kv_length=nk, q_offset=offset, kv_offset=first_k,
+                                   mask_function=FUNCTIONS[name], attention_mask=padding, device="cpu")
+        offset += nq  # as a static cache counts on
         assert found.shape == expected.shape
         assert torch.equal(found.to_dense(), expected)
         if found.mask is not None:
