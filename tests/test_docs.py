@@ -8,6 +8,7 @@ import torch
 from support.backends import AVAILABLE
 
 DOCS = Path(__file__).parents[1] / "docs"
+pytestmark = pytest.mark.skipif(AVAILABLE == ["triton"], reason="in the interpreter's process only Triton runs")
 
 
 def run(page: str, count: int) -> dict:
@@ -18,9 +19,6 @@ def run(page: str, count: int) -> dict:
     for block in blocks:
         exec(compile(block, f"docs/{page}", "exec"), names)
     return names
-
-
-pytestmark = pytest.mark.skipif(AVAILABLE == ["triton"], reason="in the interpreter's process only Triton runs")
 
 
 def test_serving():
@@ -35,3 +33,10 @@ def test_pytorch(monkeypatch):
     names = run("pytorch.md", 7)
     assert names["cache"].lengths.tolist() == [0, 0]
     assert torch.nn.functional.scaled_dot_product_attention is torch._C._nn.scaled_dot_product_attention
+
+
+def test_transformers():
+    pytest.importorskip("transformers")
+    names = run("transformers.md", 2)
+    assert names["answer"].shape == (2, 48)
+    assert all(p.grad.isfinite().all() for p in names["model"].parameters())

@@ -87,6 +87,8 @@ class Recorder(TorchFunctionMode):
             raise self.error(f"{name}: random numbers are not supported (for dropout use dropout_p)")
         if name in IN_PLACE or (name.endswith("_") and not name.endswith("__")):
             raise self.error(f"{name}: writing into tensors is not supported")
+        if any(isinstance(x, torch.device) and x == NOWHERE for x in _flat((args, kwargs.values()))):
+            raise self.error("device: make tensors outside the function")
         return func(*args, **kwargs)
 
     def call(self, name: str, args: Sequence, kwargs: dict) -> Any:
@@ -233,6 +235,9 @@ class Rows:
         raise rows.recorder.error(f"{func.__name__} of a whole row of a captured tensor: index it, down to one number")
 
 
+NOWHERE = torch.device("meta")          # where stand-ins are: others may be sent `.to` it, tensors cannot be made on it
+
+
 class Traced:
     """Stands for an argument, or what became of it: a zero-dimensional tensor whose value is not known."""
 
@@ -253,7 +258,7 @@ class Traced:
 
     @property
     def device(self) -> torch.device:
-        raise self.recorder.error("device: make tensors outside the function")
+        return NOWHERE
 
     def dim(self) -> int:
         return 0
