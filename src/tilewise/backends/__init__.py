@@ -9,6 +9,7 @@ A backend is a module with
     workspace(problem) -> (bytes, bytes)         beside inputs, outputs and gradients, forward and backward
     precision(problem) -> str                    how fp32 inputs are multiplied
     forward(problem, operands) -> (out, lse)     both [B, H, S_q, ...], sinks included
+    forward_with_statistics(problem, operands) -> (out, lse, Statistics)     what problem.statistics names beside them
     backward(problem, operands, out, lse, dout, dlse, needs) -> Gradients
     write(...)                                   new keys and values into a cache (`kv_cache.write`)
 
