@@ -1,8 +1,9 @@
 """The entropy of a row of probabilities, beside the online softmax (`softmax.py`), whose statistics m_i and l_i it takes.
 
-w_i  running sum of exp(s - m_i) * log(exp(s - m_i)), the logarithm in the unit of m_i          [BLOCK_M]
+w_i  running sum of p log(p), p = exp(s - m_i), the logarithm in the unit of m_i                [BLOCK_M]
 
 The entropy is log(l_i) - w_i / l_i: two numbers of one sign, where lse less the mean score would be the difference of large ones.
+The logarithm is taken of p: s would cost registers, to keep it so long.
 """
 import triton
 import triton.language as tl
@@ -18,12 +19,12 @@ def rescaled(w_i, m_before, l_before, pivot, NATURAL: tl.constexpr):
 
 
 @triton.jit
-def weighted(w_i, m_before, l_before, m_i, s, p, unit, NATURAL: tl.constexpr):
-    """Takes in a tile of scores, of which `softmax.update` has made m_i and p."""
-    pivot = finite_or_zero(m_i)
-    logs = s - pivot[:, None] if NATURAL else s * unit - pivot[:, None]
-    logs = tl.where(p == 0.0, 0.0, logs)
-    return rescaled(w_i, m_before, l_before, pivot, NATURAL) + tl.sum(p * logs, 1)
+def weighted(w_i, m_before, l_before, m_i, p, NATURAL: tl.constexpr):
+    """Takes in a tile of which `softmax.update` has made m_i and p."""
+    own = tl.sum(p * tl.log2(tl.where(p == 0.0, 1.0, p)), 1)
+    if NATURAL:
+        own *= LN2
+    return rescaled(w_i, m_before, l_before, finite_or_zero(m_i), NATURAL) + own
 
 
 @triton.jit

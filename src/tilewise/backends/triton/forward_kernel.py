@@ -142,7 +142,7 @@ def attend(r, q, q_tail, K, V, BIAS, RNG, LIST, PAGES, V_SCALE, k_strides, v_str
             m_before, l_before = m_i, l_i
             m_i, l_i, acc, p = softmax.update(m_i, l_i, acc, s, unit, NATURAL)
             if WEIGHTED:
-                w_i = statistics.weighted(w_i, m_before, l_before, m_i, s, p, unit, NATURAL)
+                w_i = statistics.weighted(w_i, m_before, l_before, m_i, p, NATURAL)
             if DROPOUT:
                 drawn = rows + (nk - nq if CACHED else 0)
                 groups = first_col // 8 + tl.arange(0, BLOCK_N // 8)
