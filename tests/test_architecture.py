@@ -17,7 +17,7 @@ SOURCE = ROOT / "src" / "tilewise"
 LAYERS = [
     ["trace"],
     ["rng", "masks", "score_mods", "block_sparse", "patterns", "state", "draw", "packing", "rotary"],
-    ["kv_cache", "paged_cache"],
+    ["kv_cache", "paged_cache", "statistics"],
     ["problem"],
     ["sequences", "sharding"],
     ["backends"],

@@ -94,5 +94,8 @@ def test_auxiliary_outputs():
     q, k, v = inputs()
     _, aux = flex.flex_attention(q, k, v, return_aux=theirs.AuxRequest(lse=True))
     torch.testing.assert_close(aux.lse, flex.flex_attention(q, k, v, return_lse=True)[1])
-    with pytest.raises(NotImplementedError, match="max_scores"):
-        flex.flex_attention(q, k, v, return_aux=theirs.AuxRequest(max_scores=True))
+    assert aux.max_scores is None
+    _, aux = flex.flex_attention(q, k, v, score_mod=cap, return_aux=theirs.AuxRequest(max_scores=True))
+    _, expected = theirs.flex_attention(q, k, v, score_mod=cap, return_aux=theirs.AuxRequest(max_scores=True))
+    assert aux.lse is None
+    torch.testing.assert_close(aux.max_scores, expected.max_scores)

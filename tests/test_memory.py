@@ -21,6 +21,12 @@ def test_double_backward_at_most_doubles():
     assert all(ratio <= 2.2 for ratio in growth), growth
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_statistics_at_most_double():
+    growth = peak_growth("statistics", (4096, 8192, 16384))
+    assert all(ratio <= 2.2 for ratio in growth), growth
+
+
 @pytest.mark.parametrize("backend", AVAILABLE)
 def test_offsets_beyond_32_bits(backend):
     """Views whose second sequence starts 2^31 elements after the first; only touched pages are real memory."""

@@ -20,6 +20,7 @@ from tilewise.rotary import Rotary
 from tilewise.score_mods import Mods
 from tilewise.sequences import packed_rows
 from tilewise.state import AttentionState, merge_states
+from tilewise.statistics import Statistics
 from tilewise.trace.graph import leaves
 
 
@@ -27,7 +28,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ma
               score_mod: Mods = None, bias: Tensor | None = None,
               sinks: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0, return_lse: bool = False,
               rng: Rng | None = None, deterministic: bool | None = None, batch_invariant: bool = False,
-              layout: str = "bshd", backend: str = "auto") -> Any:
+              return_stats: Sequence[str] = (), layout: str = "bshd", backend: str = "auto") -> Any:
     """Exact attention, softmax(scale * q k^T + ...) v, in memory linear in the sequence lengths.
 
     FlashAttention (Dao et al. 2022) with the schedule of FlashAttention-2 (Dao 2023). For query i and key j:
@@ -57,13 +58,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ma
         deterministic: whether gradients must be bitwise repeatable (the forward always is). Default:
             `torch.are_deterministic_algorithms_enabled()`.
         batch_invariant: a row's bits do not depend on which other queries and sequences share the call.
+        return_stats: names of statistics to return as well, among "max_score", "entropy" and "key_mass" (`tw.Statistics`).
+            The first two are computed in the same pass, key_mass takes one more product of q and k.
         layout: "bshd" or "bhsd".
         backend: "auto", "triton", "cpu", "tiled" or "reference"; a backend named runs or raises.
 
     Returns:
         out [B, S_q, H, D_v] (or [B, H, S_q, D_v]) in q's dtype; with return_lse, (out, lse), lse [B, H, S_q] in fp32
         (fp64 for fp64), natural logarithm, differentiable. A row that sees no key gives out 0, lse -inf (with a sink: the
-        sink) and gradients 0.
+        sink) and gradients 0. With return_stats, a `tw.Statistics` comes last; it has no gradient, and changes no other
+        result.
 
     Under autocast, fp32 inputs are cast to the autocast dtype.
 
@@ -74,11 +78,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ma
     q, k, v = autocast(q, k, v)
     problem, operands = make(q, k, v, causal=causal, mask=mask, score_mod=score_mod, bias=bias, sinks=sinks, scale=scale,
                              dropout_p=dropout_p, rng=rng, deterministic=deterministic, batch_invariant=batch_invariant,
-                             layout=layout)
-    out, lse = ops.attention(problem, operands, backend)
+                             layout=layout, return_stats=return_stats)
+    out, lse, found = _computed(problem, operands, backend)
     if layout == "bshd":
         out = out.transpose(1, 2)
-    return (out, lse) if return_lse else out
+    return _results(out, lse, found, return_lse)
 
 
 def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | None = None, cu_seqlens_k: Tensor | None = None, *,
@@ -86,8 +90,8 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | Non
                      seqused_k: Tensor | None = None, causal: bool = False, mask: Mask | Callable | Tensor | None = None,
                      score_mod: Mods = None, bias: Tensor | None = None, sinks: Tensor | None = None,
                      scale: float | None = None, dropout_p: float = 0.0, return_lse: bool = False, rng: Rng | None = None,
-                     deterministic: bool | None = None, batch_invariant: bool = False, backend: str = "auto",
-                     check: bool = False) -> Any:
+                     deterministic: bool | None = None, batch_invariant: bool = False, return_stats: Sequence[str] = (),
+                     backend: str = "auto", check: bool = False) -> Any:
     """Attention over packed sequences of unequal length, each with itself: no padding is computed or stored.
 
     Args:
@@ -107,7 +111,8 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | Non
     are those of sequence b of a batch.
 
     Returns:
-        out [total_q, H, D_v] (or nested); with return_lse (out, lse), lse [H, total_q].
+        out [total_q, H, D_v] (or nested); with return_lse (out, lse), lse [H, total_q]; with return_stats a `tw.Statistics`
+        last, of [H, total_q] and [H, total_k].
 
     Raises:
         TypeError, ValueError, NotImplementedError: as `attention`.
@@ -115,12 +120,12 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | Non
     problem, operands = _of_packed(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_q=seqused_q,
         seqused_k=seqused_k, check=check, causal=causal, mask=mask, score_mod=score_mod, bias=bias, sinks=sinks, scale=scale,
-        dropout_p=dropout_p, rng=rng, deterministic=deterministic, batch_invariant=batch_invariant)
-    out, lse = ops.attention(problem, operands, backend)
+        dropout_p=dropout_p, rng=rng, deterministic=deterministic, batch_invariant=batch_invariant, return_stats=return_stats)
+    out, lse, found = _computed(problem, operands, backend)
     out = out[0].transpose(0, 1)
     if q.is_nested:
         out = to_nested(out, q)
-    return (out, lse[0]) if return_lse else out
+    return _results(out, lse[0], found and Statistics(*(None if x is None else x[0] for x in found)), return_lse)
 
 
 def attention_with_kv_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Tensor | None = None,
@@ -130,8 +135,8 @@ def attention_with_kv_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Ten
                             causal: bool = False, mask: Mask | Callable | Tensor | None = None, score_mod: Mods = None,
                             bias: Tensor | None = None, sinks: Tensor | None = None, scale: float | None = None,
                             dropout_p: float = 0.0, return_lse: bool = False, rng: Rng | None = None,
-                            batch_invariant: bool = False, num_splits: int | None = None, backend: str = "auto",
-                            check: bool = False) -> Any:
+                            batch_invariant: bool = False, num_splits: int | None = None, return_stats: Sequence[str] = (),
+                            backend: str = "auto", check: bool = False) -> Any:
     """Appends new keys and values to a cache, then attends to all it holds: decoding, speculative decoding, chunked prefill.
 
     Few queries are computed by Flash-Decoding (Dao et al. 2023): the keys are split among programs and the parts merged, and
@@ -156,7 +161,8 @@ def attention_with_kv_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Ten
     i, their columns kv_idx, up to the longest sequence (on a GPU: the capacity). Dropout's rows are positions.
 
     Returns:
-        out like q with D_v; with return_lse (out, lse), lse [B, H, S_q] or [H, total].
+        out like q with D_v; with return_lse (out, lse), lse [B, H, S_q] or [H, total]; with return_stats a `tw.Statistics`
+        last, whose key_mass [B, H, longest] counts each sequence's keys from its first and is 0 behind its last.
 
     Raises:
         TypeError, ValueError, IndexError: an argument is not as described; then nothing has been written.
@@ -166,9 +172,10 @@ def attention_with_kv_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Ten
     problem, operands, backend = _appended(
         q, cache, k_new, v_new, backend, rotary, extended, cache_batch_idx=cache_batch_idx, cu_seqlens_q=cu_seqlens_q,
         max_seqlen_q=max_seqlen_q, check=check, causal=causal, mask=mask, score_mod=score_mod, bias=bias, sinks=sinks,
-        scale=scale, dropout_p=dropout_p, rng=rng, batch_invariant=batch_invariant, num_splits=num_splits)
-    out, lse = ops.attention(problem, operands, backend)
-    return _as_given(AttentionState(out, lse), cu_seqlens_q is not None, return_lse)
+        scale=scale, dropout_p=dropout_p, rng=rng, batch_invariant=batch_invariant, num_splits=num_splits,
+        return_stats=return_stats)
+    out, lse, found = _computed(problem, operands, backend)
+    return _as_given(AttentionState(out, lse), cu_seqlens_q is not None, return_lse, found)
 
 
 def cascade_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, cache: KVCache | PagedKVCache, k_new: Tensor | None = None,
@@ -314,11 +321,26 @@ def _appended(q: Any, cache: Any, k_new: Any, v_new: Any, backend: str, rotary: 
     return problem, x._replace(q=_heads_first(turned), k_rows=stored.rows, pages=stored.pages), backend
 
 
-def _as_given(state: AttentionState, packed: bool, return_lse: bool) -> Any:
+def _as_given(state: AttentionState, packed: bool, return_lse: bool, found: Statistics | None = None) -> Any:
     """out, and lse, in the shapes of the caller's q."""
     out, lse = (state.out[0], state.lse[0]) if packed else (state.out, state.lse)
-    out = out.transpose(-3, -2)
-    return (out, lse) if return_lse else out
+    if found is not None and packed:
+        of_rows = (None if x is None else x[0] for x in found[:2])
+        found = Statistics(*of_rows, found.key_mass)
+    return _results(out.transpose(-3, -2), lse, found, return_lse)
+
+
+def _computed(problem: Problem, operands: Operands, backend: str) -> tuple[Tensor, Tensor, Statistics | None]:
+    if problem.statistics:
+        return ops.attention_with_statistics(problem, operands, backend)
+    return *ops.attention(problem, operands, backend), None
+
+
+def _results(out: Tensor, lse: Tensor, found: Statistics | None, return_lse: bool) -> Any:
+    """What a call returns: out alone, or a tuple."""
+    if found is None:
+        return (out, lse) if return_lse else out
+    return (out, lse, found) if return_lse else (out, found)
 
 
 def _check_cache(cache: Any) -> None:

@@ -18,6 +18,7 @@ from tilewise import backends, reference, sharding
 from tilewise.backends import Gradients, Needs, flat_dims, over_leading
 from tilewise.plan import choose
 from tilewise.problem import TENSORS, Graphs, Operands, Problem, Settings, describe
+from tilewise.statistics import Statistics
 from tilewise.trace.memo import abstract
 
 
@@ -38,6 +39,25 @@ def attention(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tens
     return Native.apply(module, problem, (x.ints, x.floats), *x[:TENSORS], *x.captured)
 
 
+def attention_with_statistics(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor, Statistics]:
+    """The same, and what `problem.statistics` names, which has no gradient."""
+    if sharding.sharded(x.q, x.k, x.v):
+        raise NotImplementedError("return_stats: statistics are not computed of DTensors: ask for them of .to_local()")
+    if backend == "reference":
+        return reference.attention_with_statistics(problem, x)
+    if abstract(x.q, x.k, x.v):
+        out, lse, found = torch.ops.tilewise.attention_with_statistics(*x, *problem.settings, backend)
+        named = zip(problem.statistics.split(), found, strict=True)
+        return out, lse, Statistics(**{name: t.detach() for name, t in named})
+    module = backends.load(choose(problem, backend))
+    if hasattr(module, "attention"):
+        return module.attention_with_statistics(problem, x)
+    if not tracked(x):
+        return module.forward_with_statistics(problem, x)
+    out, lse, *found = Native.apply(module, problem, (x.ints, x.floats), *x[:TENSORS], *x.captured)
+    return out, lse, Statistics(*found)
+
+
 def tracked(x: Operands) -> bool:
     """Whether autograd or torch.func follows what is computed from these operands; `apply` costs more than a small kernel."""
     tensors = (x.q, x.k, x.v, x.bias, x.sinks, *x.captured)
@@ -53,16 +73,21 @@ class Native(torch.autograd.Function):
 
     @staticmethod
     def forward(module: ModuleType, problem: Problem, numbers: Sequence, *tensors: Tensor | None):
-        return module.forward(problem, operands(tensors, numbers))
+        if not problem.statistics:
+            return module.forward(problem, operands(tensors, numbers))
+        out, lse, found = module.forward_with_statistics(problem, operands(tensors, numbers))
+        return out, lse, *found
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.module, ctx.problem, ctx.numbers, *tensors = inputs
-        ctx.save_for_backward(*output, *tensors)
+        out, lse, *statistics = output
+        ctx.save_for_backward(out, lse, *tensors)
+        ctx.mark_non_differentiable(*(x for x in statistics if x is not None))
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, dout, dlse):
+    def backward(ctx, dout, dlse, *_statistics):
         out, lse, *tensors = ctx.saved_tensors
         dout = torch.zeros_like(out) if dout is None else dout
         needs = Needs(ctx.needs_input_grad[6], ctx.needs_input_grad[7], tuple(ctx.needs_input_grad[3 + TENSORS:]))
@@ -137,6 +162,15 @@ def attention_op(*arguments) -> tuple[Tensor, Tensor]:
     return arranged(out, problem.new_q(problem.head_dim_v)), lse
 
 
+@torch.library.custom_op("tilewise::attention_with_statistics", mutates_args=(),
+                         schema=f"({ARGUMENTS}, str backend) -> (Tensor, Tensor, Tensor[])")
+def attention_with_statistics_op(*arguments) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The same, and the statistics that are named, in that order."""
+    problem, x, backend = described(arguments)
+    out, lse, found = backends.load(choose(problem, backend)).forward_with_statistics(problem, x)
+    return arranged(out, problem.new_q(problem.head_dim_v)), lse, [t for t in found if t is not None]
+
+
 def arranged(x: Tensor, promised: Tensor) -> Tensor:
     """x [.., H, .., D] with the memory order that was promised; itself where it has it."""
     return x if x.stride() == promised.stride() else promised.copy_(x)
@@ -146,6 +180,13 @@ def arranged(x: Tensor, promised: Tensor) -> Tensor:
 def _(*arguments):
     problem, _, _ = described(arguments)
     return problem.new_q(problem.head_dim_v), problem.new_lse()
+
+
+@attention_with_statistics_op.register_fake
+def _(*arguments):
+    problem, _, _ = described(arguments)
+    found = problem.new_statistics()
+    return problem.new_q(problem.head_dim_v), problem.new_lse(), [t for t in found if t is not None]
 
 
 @torch.library.custom_op(
@@ -176,11 +217,11 @@ def _(dout, dlse, out, lse, needs_bias, needs_sinks, needs_captured, *arguments)
 
 def _save(ctx, inputs, output):
     ctx.captured = len(inputs[TENSORS])
-    ctx.save_for_backward(*inputs[:TENSORS], *inputs[TENSORS], *output)
+    ctx.save_for_backward(*inputs[:TENSORS], *inputs[TENSORS], *output[:2])
     ctx.rest = inputs[TENSORS + 1:]
 
 
-def _backward(ctx, dout, dlse):
+def _backward(ctx, dout, dlse, *_statistics):
     saved = ctx.saved_tensors
     tensors, captured, (out, lse) = saved[:TENSORS], saved[TENSORS:TENSORS + ctx.captured], saved[TENSORS + ctx.captured:]
     learned = {lookup.slot for lookup in Graphs.of(Settings(*ctx.rest[2:-1]).program).learned}
@@ -194,4 +235,5 @@ def _backward(ctx, dout, dlse):
     return dq, dk, dv, dbias, dsinks, *[None] * (TENSORS - 5), dcaptured, *nothing
 
 
-attention_op.register_autograd(_backward, setup_context=_save)
+for of in (attention_op, attention_with_statistics_op):
+    of.register_autograd(_backward, setup_context=_save)

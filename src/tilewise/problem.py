@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tilewise import masks, rng
+from tilewise import masks, rng, statistics
 from tilewise.masks import Mask
 from tilewise.score_mods import Mods, ScoreMod, compose
+from tilewise.statistics import Statistics
 from tilewise.trace.checks import check_indices
 from tilewise.trace.derive import derivative, lookups
 from tilewise.trace.graph import Graph, Node, Program, lower, parse, wrap
@@ -99,6 +100,7 @@ class Settings(NamedTuple):
     cached: bool = False                # keys are in a cache: rows of dropout's bits are positions
     shared: bool = False                # v is the first columns of k in memory (multi-head latent attention)
     splits: int = 0                     # of the keys (Flash-Decoding); 0: the backend chooses
+    statistics: str = ""                # names of those wanted beside out and lse (`statistics.Statistics`)
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,7 @@ class Problem:
     cached = property(lambda self: self.settings.cached)
     shared = property(lambda self: self.settings.shared)
     splits = property(lambda self: self.settings.splits)
+    statistics = property(lambda self: self.settings.statistics)
 
     @property
     def graphs(self) -> Graphs:
@@ -184,6 +187,13 @@ class Problem:
         new = torch.empty((slots, self.heads, rows), dtype=dtype, device=self.device)
         return new if self.packed_q is None else new.fill_(-torch.inf)
 
+    def new_statistics(self) -> Statistics:
+        """Those that are wanted, of no keys: max_score and entropy [.., heads, ..] like lse, key_mass [.., heads, keys]."""
+        wanted, dtype = self.statistics.split(), torch.promote_types(self.dtype, torch.float32)
+        of_rows, of_keys = ((slots, self.heads, rows) for slots, rows in (self.rows_q, self.rows_k))
+        shapes_and_fills = dict(max_score=(of_rows, -torch.inf), entropy=(of_rows, 0.0), key_mass=(of_keys, 0.0))
+        return Statistics(**{name: torch.full(*shapes_and_fills[name], dtype=dtype, device=self.device) for name in wanted})
+
 
 class Layout(NamedTuple):
     """Where the sequences of a call lie, and how long they are at most. The default: q, k and v hold one per entry."""
@@ -211,7 +221,7 @@ def make_unequal(where: Layout, q: Tensor, k: Tensor, v: Tensor, *, causal: bool
                  mask: Mask | Callable | Tensor | None = None, score_mod: Mods = None, bias: Tensor | None = None,
                  sinks: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0, rng: Any = None,
                  deterministic: bool | None = None, batch_invariant: bool = False, num_splits: int | None = None,
-                 layout: str = "bshd") -> tuple[Problem, Operands]:
+                 layout: str = "bshd", return_stats: Sequence[str] = ()) -> tuple[Problem, Operands]:
     """The same for sequences that lie where a checked `Layout` says; q, k, v [slots, heads, rows, head_dim]."""
     _check_tensors(q, k, v, where)
     batch = q.shape[0] if where.q_rows is None else len(where.q_rows)
@@ -230,7 +240,8 @@ def make_unequal(where: Layout, q: Tensor, k: Tensor, v: Tensor, *, causal: bool
         precision=_precision(),
         deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic),
         batch_invariant=bool(batch_invariant), max_seqlen_q=where.max_seqlen_q, max_seqlen_k=where.max_seqlen_k,
-        cached=where.cached, shared=where.shared, splits=_check_splits(num_splits, batch_invariant))
+        cached=where.cached, shared=where.shared, splits=_check_splits(num_splits, batch_invariant),
+        statistics=statistics.checked(return_stats))
     operands = Operands(q, k, v, bias, sinks, _rng_tensor(rng, settings.dropout, q.device), *where[:5], program.captured,
                         program.ints, program.floats)
     return describe(operands, settings), operands

@@ -13,8 +13,9 @@ from torch import Tensor
 from tilewise import rng
 from tilewise.kv_cache import write as write
 from tilewise.problem import Operands, Problem
-from tilewise.sequences import over_sequences
-from tilewise.state import AttentionState, merge_states
+from tilewise.sequences import over_sequences, statistics_of_sequences
+from tilewise.state import AttentionState, exp_difference, merge_states
+from tilewise.statistics import Statistics
 from tilewise.trace.evaluate import evaluate, leaf_values, slot_values
 
 
@@ -54,21 +55,8 @@ def attention(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
     if problem.unequal:
         return over_sequences(attention, problem, x)
     wide = torch.promote_types(problem.dtype, torch.float32)
-    q, k, v = x.q, *(t.repeat_interleave(problem.group, dim=1) for t in (x.k, x.v))
     leaves = index_leaves(problem, x)
-    if problem.graphs.mask is not None:
-        visible = torch.as_tensor(evaluate(problem.graphs.mask, leaves), device=q.device)
-        visible = visible.expand(*visible.shape[:-2], problem.seqlen_q, problem.seqlen_k)
-        idle = ~visible.any(-1)[..., None]   # queries without keys and keys without queries may be padding, which may
-        hidden = ~visible.any(-2)[..., None] # hold anything: they come into no product
-        q, k, v = torch.where(idle, 0.0, q), torch.where(hidden, 0.0, k), torch.where(hidden, 0.0, v)
-    s = (q @ k.mT) * problem.scale
-    if problem.graphs.score is not None:
-        s = evaluate(problem.graphs.score, leaves | {"s": s}).to(problem.dtype)
-    if x.bias is not None:
-        s = (s + x.bias).to(problem.dtype)
-    if problem.graphs.mask is not None:
-        s = torch.where(visible, s, -torch.inf)
+    s, v, idle = scores(problem, x, leaves)
     kept = None if x.rng is None else rng.keep(x.rng, problem.dropout, leaves["b"], leaves["h"], problem.heads,
                                                leaves["q"] + problem.row, leaves["k"])
     size = max(1, -(-problem.seqlen_k // max(1, problem.splits)))
@@ -80,11 +68,52 @@ def attention(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
             p = torch.where(kept[..., own], p, 0.0) * rng.rescale(problem.dropout)
         states.append(AttentionState(p.to(problem.dtype) @ v[:, :, own], lse))
     state = states[0] if len(states) == 1 else merge_states(states)
-    if problem.graphs.mask is not None:
+    if idle is not None:
         state = AttentionState(torch.where(idle, 0.0, state.out), state.lse)
     if x.sinks is not None:
         state = state.with_sink(x.sinks)
     return state.out, state.lse
+
+
+def scores(problem: Problem, x: Operands, leaves: dict) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Finished scores [B, H, S_q, S_k], -inf where hidden; values, one for each query head; which queries see no key."""
+    q, k, v = x.q, *(t.repeat_interleave(problem.group, dim=1) for t in (x.k, x.v))
+    idle = None
+    if problem.graphs.mask is not None:
+        visible = torch.as_tensor(evaluate(problem.graphs.mask, leaves), device=q.device)
+        visible = visible.expand(*visible.shape[:-2], problem.seqlen_q, problem.seqlen_k)
+        idle = ~visible.any(-1)[..., None]   # queries without keys and keys without queries may be padding, which may
+        hidden = ~visible.any(-2)[..., None] # hold anything: they come into no product
+        q, k, v = torch.where(idle, 0.0, q), torch.where(hidden, 0.0, k), torch.where(hidden, 0.0, v)
+    s = (q @ k.mT) * problem.scale
+    if problem.graphs.score is not None:
+        s = evaluate(problem.graphs.score, leaves | {"s": s}).to(problem.dtype)
+    if x.bias is not None:
+        s = (s + x.bias).to(problem.dtype)
+    return s if problem.graphs.mask is None else torch.where(visible, s, -torch.inf), v, idle
+
+
+def attention_with_statistics(problem: Problem, x: Operands) -> tuple[Tensor, Tensor, Statistics]:
+    """out, lse and what `problem.statistics` names."""
+    out, lse = attention(problem, x)
+    with torch.no_grad():
+        return out, lse, statistics(problem, x, lse)
+
+
+def statistics(problem: Problem, x: Operands, lse: Tensor) -> Statistics:
+    """Their definition, from the matrix of probabilities."""
+    if problem.unequal:
+        return statistics_of_sequences(statistics, problem, x, lse)
+    s = scores(problem, x, index_leaves(problem, x))[0].to(lse.dtype)
+    p, of_keys = softmax(s)
+    found = problem.new_statistics()
+    if found.max_score is not None and problem.seqlen_k:
+        found = found._replace(max_score=s.amax(-1))
+    if found.entropy is not None:
+        found = found._replace(entropy=torch.special.entr(p).sum(-1))
+    if found.key_mass is not None:
+        found = found._replace(key_mass=(p * exp_difference(of_keys, lse)[..., None]).sum(-2))
+    return found
 
 
 def softmax(s: Tensor) -> tuple[Tensor, Tensor]:

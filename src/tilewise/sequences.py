@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tilewise.problem import Operands, Problem
+from tilewise.statistics import Statistics
 from tilewise.trace.memo import Memo, abstract
 
 _rows = Memo()
@@ -172,6 +173,21 @@ def over_sequences(attention: Callable[[Problem, Operands], tuple[Tensor, Tensor
         whole = torch.cat([piece.transpose(1, 2) if swap else piece for piece in out])
         return whole.transpose(1, 2) if swap else whole, torch.cat(lse)
     return joined(out, where, problem.packed_q, 0.0), joined(lse, where, problem.packed_q, -torch.inf)
+
+
+def statistics_of_sequences(statistics: Callable[[Problem, Operands, Tensor], Statistics], problem: Problem, x: Operands,
+                            lse: Tensor) -> Statistics:
+    """Those of all sequences by the statistics of one, given lse."""
+    found = problem.new_statistics()
+    for part in one_by_one(problem, x):
+        (slot, rows), (k_slot, keys) = part.q, part.k
+        if problem.cached:
+            k_slot, keys = part.problem.first - problem.first, slice(0, part.problem.seqlen_k)
+        own = statistics(part.problem, part.operands, lse[slot:slot + 1, :, rows])
+        for whole, of_part, at, here in zip(found, own, (slot, slot, k_slot), (rows, rows, keys), strict=True):
+            if whole is not None and of_part is not None:
+                whole[at, :, here] = of_part[0]
+    return found
 
 
 def joined(x: Sequence[Tensor], where: Sequence[tuple[int, slice]], rows: int, fill: float) -> Tensor:

@@ -10,6 +10,7 @@ A backend is a module with
     repeatable(problem) -> bool                  whether gradients have the same bits each time
     precision(problem) -> str                    how fp32 inputs are multiplied
     forward(problem, operands) -> (out, lse)     both [B, H, S_q, ...], sinks included
+    forward_with_statistics(problem, operands) -> (out, lse, Statistics)     what problem.statistics names beside them
     backward(problem, operands, out, lse, dout, dlse, needs) -> Gradients
     write(...)                                   new keys and values into a cache (`kv_cache.write`)
 

@@ -2,8 +2,8 @@
 
     max|x - truth| <= m * max|standard - truth| + 4 eps max(1, max|truth|)
 
-per tensor, over finite entries, infinities in the same places; m is 2 for out and lse, 3 for gradients; lse has fp32's eps;
-sums over rows (sinks, broadcast bias, tables) have eps times the square root of the rows summed.
+per tensor, over finite entries, infinities in the same places; m is 2 for out, lse and statistics, 3 for gradients; lse and
+statistics have fp32's eps; sums over rows (sinks, broadcast bias, tables) have eps times the square root of the rows summed.
 """
 from __future__ import annotations
 
@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 from tilewise.bench.cases import Call
+from tilewise.statistics import Statistics
+
+
+IN_FP32 = ("lse", *Statistics._fields)
 
 
 class Results(NamedTuple):
-    """out, lse and gradients by name, of one run."""
+    """out, lse and gradients, or statistics, by name, of one run."""
     tensors: dict[str, Tensor]
 
 
@@ -61,7 +65,7 @@ def judge(call: Call, results: Results, truth: Results, standard: Results) -> li
 
 
 def _verdict(name: str, x: Tensor, truth: Tensor, standard: Tensor, dtype: torch.dtype, rows: int, call: Call) -> Verdict:
-    eps = torch.finfo(torch.float32 if name == "lse" and dtype != torch.float64 else dtype).eps
+    eps = torch.finfo(torch.float32 if name in IN_FP32 and dtype != torch.float64 else dtype).eps
     if name in ("dsinks", "dtable") or (name == "dbias" and call.options["bias"].numel() < call.scores):
         eps *= rows ** 0.5
     if x.shape != truth.shape:
@@ -74,7 +78,7 @@ def _verdict(name: str, x: Tensor, truth: Tensor, standard: Tensor, dtype: torch
         return Verdict(name, 0.0, 0.0)
     error = (x - truth)[finite].abs().max().item()
     of_standard = (standard - truth)[finite].abs().max().item()
-    factor = 2 if name in ("out", "lse") else 3
+    factor = 2 if name in ("out", *IN_FP32) else 3
     floor = 4 * eps * max(1.0, truth[finite].abs().max().item())
     return Verdict(name, error, factor * of_standard + floor)
 

@@ -29,25 +29,25 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, score_mod: Callabl
     """Attention [B, H, S_q, D_v] of query [B, H, S_q, D], key [B, H_kv, S_k, D] and value [B, H_kv, S_k, D_v].
 
     score_mod(score, b, h, q_idx, kv_idx); block_mask: from `create_block_mask` here or in torch, or any `tw.Mask`.
-    Returns out; (out, lse) with return_lse, lse [B, H, S_q] natural; (out, AuxOutput) with return_aux=AuxRequest(lse=True).
+    Returns out; (out, lse) with return_lse, lse [B, H, S_q] natural; (out, AuxOutput) with return_aux=AuxRequest(lse=True,
+    max_scores=True), max_scores [B, H, S_q] without gradient.
     """
     if kernel_options:
         raise ValueError(f"kernel_options: expected None: Tilewise chooses its own tiles, got {dict(kernel_options)}")
     if not enable_gqa and query.shape[1] != key.shape[1]:
         raise ValueError(f"enable_gqa: expected True, as query has {query.shape[1]} heads and key {key.shape[1]}")
-    if return_aux is not None and return_aux.max_scores:
-        raise NotImplementedError("return_aux: max_scores are not computed: ask for lse")
     mask = from_torch(block_mask) if isinstance(block_mask, TorchBlockMask) else block_mask
-    out, lse = attention(query, key, value, mask=mask, score_mod=score_mod, scale=scale, return_lse=True, layout="bhsd",
-                         backend=backend)
+    wanted = ("max_score",) if return_aux is not None and return_aux.max_scores else ()
+    out, lse, *found = attention(query, key, value, mask=mask, score_mod=score_mod, scale=scale, return_lse=True,
+                                 return_stats=wanted, layout="bhsd", backend=backend)
     if return_aux is not None:
-        return out, _aux(lse if return_aux.lse else None)
+        return out, _aux(lse if return_aux.lse else None, found[0].max_score if found else None)
     return (out, lse) if return_lse else out
 
 
-def _aux(lse: Tensor | None) -> Any:
+def _aux(lse: Tensor | None, max_scores: Tensor | None) -> Any:
     from torch.nn.attention.flex_attention import AuxOutput  # torch 2.10 and newer
-    return AuxOutput(lse=lse)
+    return AuxOutput(lse=lse, max_scores=max_scores)
 
 
 def create_block_mask(mask_mod: Callable, B: int | None, H: int | None, Q_LEN: int, KV_LEN: int,

@@ -13,9 +13,10 @@ from tilewise.backends import Gradients, Needs
 from tilewise.backends.cpu import compiler, gradients, launch, sizes, threads
 from tilewise.kv_cache import write
 from tilewise.problem import Operands, Problem
+from tilewise.statistics import Statistics
 
-__all__ = ["backward", "forward", "precision", "repeatable", "splits", "supports", "tile_sizes", "volunteers", "workspace",
-           "write"]
+__all__ = ["backward", "forward", "forward_with_statistics", "precision", "repeatable", "splits", "supports", "tile_sizes",
+           "volunteers", "workspace", "write"]
 
 
 def supports(problem: Problem) -> str | None:
@@ -61,6 +62,10 @@ def workspace(problem: Problem) -> tuple[int, int]:
 
 def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
     return launch.forward(problem, operands)
+
+
+def forward_with_statistics(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor, Statistics]:
+    return launch.forward_with_statistics(problem, operands)
 
 
 def backward(problem: Problem, operands: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,

@@ -7,12 +7,12 @@ from typing import NamedTuple
 import torch
 
 POINTERS = ("q", "k", "v", "bias", "sinks", "rng", "q_rows", "k_rows", "pages", "k_scale", "v_scale", "list", "order", "out",
-            "lse", "dout", "dlse", "delta", "dq", "dk", "dv", "dbias", "sums", "sums_strides",
+            "lse", "max_score", "entropy", "key_mass", "dout", "dlse", "delta", "dq", "dk", "dv", "dbias", "sums", "sums_strides",
             "sums_sizes", "captured", "ints", "floats", "parallel", "scratch")
 NUMBERS = ("batch", "heads", "kv_heads", "nq", "nk", "dim", "dim_v", "lse_rows", "page_size", "pages_row", "dropout", "cached",
            "q_kind", "k_kind", "bias_kind", "sinks_kind", "list_rows", "list_batch", "list_heads", "threads", "block_rows",
            "panels", "fold", "splits", "few_rows", "units_together", "parts", "span", "lists", "aligned", "bias_pattern",
-           "dbias_kind")
+           "dbias_kind", "key_mass_rows")
 STRIDES = ("q_strides", "k_strides", "v_strides", "out_strides", "dout_strides", "dq_strides", "dk_strides", "dv_strides",
            "bias_strides", "dbias_strides")
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3, torch.float8_e4m3fn: 4}   # rows.h: Kind

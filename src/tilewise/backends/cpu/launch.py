@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,20 +12,32 @@ from tilewise.backends.cpu import abi, compiler, sizes, threads
 from tilewise.backends.cpu.abi import KINDS, POINTERS, Compiled
 from tilewise.problem import Operands, Problem
 from tilewise.sequences import all_rows
+from tilewise.statistics import Statistics
 from tilewise.trace.tile_lists import Question, TileList, tile_list
 
 
-def forward(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
+NOTHING: Mapping[str, Tensor | None] = {}
+
+
+def forward(problem: Problem, x: Operands, of_rows: Mapping[str, Tensor | None] = NOTHING) -> tuple[Tensor, Tensor]:
+    """of_rows: where max_score and entropy go."""
     out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
     if problem.queries and problem.batch and problem.seqlen_q:
-        numbers = sizes.forward(problem)
+        numbers, results = sizes.forward(problem), dict(out=out, lse=lse, **of_rows)
         if numbers["few_rows"]:
-            call("decode", problem, x, dict(out=out, lse=lse), dict(out_strides=out), numbers,
-                 compiled=Compiled(KINDS[x.k.dtype], paired(x)))
+            call("decode", problem, x, results, dict(out_strides=out), numbers, compiled=Compiled(KINDS[x.k.dtype], paired(x)))
         if numbers["units_together"]:
-            call("forward", problem, x, dict(out=out, lse=lse), dict(out_strides=out), numbers,
-                 compiled=Compiled(paired=paired(x)))
+            call("forward", problem, x, results, dict(out_strides=out), numbers, compiled=Compiled(paired=paired(x)))
     return out, lse
+
+
+def forward_with_statistics(problem: Problem, x: Operands) -> tuple[Tensor, Tensor, Statistics]:
+    found = problem.new_statistics()
+    out, lse = forward(problem, x, dict(max_score=found.max_score, entropy=found.entropy))
+    if found.key_mass is not None and found.key_mass.numel() and problem.queries:
+        call("key_mass", problem, x, dict(lse=lse, key_mass=found.key_mass), {},
+             sizes.key_mass(problem) | dict(key_mass_rows=found.key_mass.shape[2]), compiled=Compiled(paired=paired(x)))
+    return out, lse, found
 
 
 def call(kernel: str, problem: Problem, x: Operands, tensors: dict[str, Tensor | None], strides: dict[str, Tensor | None],

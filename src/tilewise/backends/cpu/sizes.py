@@ -90,6 +90,12 @@ def backward(problem: Problem, shared: bool, listed: bool) -> dict[str, int]:
                 lists=workers if shared or listed else 0)
 
 
+def key_mass(problem: Problem) -> dict[str, int]:
+    """Fields of `abi.Problem`: blocks of keys and queries as backward."""
+    cut = backward(problem, False, False)
+    return dict(block_rows=cut["block_rows"], panels=cut["panels"], fold=cut["fold"], splits=1)
+
+
 def workspace(problem: Problem) -> tuple[int, int]:
     """Bytes beside inputs, outputs and gradients, forward and backward: scratch of the threads, packed keys and values, parts
     of a split; dQ, delta. As the kernels lay them out (`Memory` in each), up to the rounding of rows to vectors."""
@@ -102,7 +108,7 @@ def workspace(problem: Problem) -> tuple[int, int]:
     if units:
         of_forward += units * panels * PANEL * dims + workers * (m * (dims + PANELS * PANEL) + PANEL * dims + panels)
     if cut["splits"] > 1:
-        of_forward += cut["splits"] * (problem.head_dim_v + 2) * (units * blocks(problem, m) * m + problem.batch * few)
+        of_forward += cut["splits"] * (problem.head_dim_v + 3) * (units * blocks(problem, m) * m + problem.batch * few)
     of_forward += workers * few * dims
     back = backward(problem, False, False)
     n, m = back["panels"] * PANEL, back["block_rows"]

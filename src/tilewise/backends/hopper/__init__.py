@@ -56,6 +56,7 @@ def unsupported(problem: Problem) -> str | None:
         "dropout": problem.dropout > 0,
         "keys from a cache": problem.cached,
         "batch_invariant": problem.batch_invariant,
+        "statistics of rows and keys": problem.statistics != "",
         "num_splits": problem.splits > 1,
         "tensors without rows or heads": 0 in (*problem.rows_q, *problem.rows_k, problem.heads, problem.batch),
         "rows that do not begin at multiples of 16 bytes, as TMA needs": not problem.aligned or any(

@@ -6,8 +6,8 @@ whose own derivatives are again such sums: nothing of size N² is kept at any or
 
 Products and sums are fp32 (fp64 for fp64).
 
-    walk.py     which tiles, and the scores of one        sums.py   sums over tiles and their derivatives
-    passes.py   forward, backward, forward mode
+    walk.py     which tiles, and the scores of one        sums.py         sums over tiles and their derivatives
+    passes.py   forward, backward, forward mode           statistics.py   statistics of rows and keys
 """
 from __future__ import annotations
 
@@ -16,15 +16,17 @@ from torch import Tensor
 
 from tilewise.backends import Gradients, Needs
 from tilewise.backends.tiled.passes import Tiled, gradients_of
+from tilewise.backends.tiled.statistics import TiledStatistics
 from tilewise.backends.tiled.walk import TILE_ELEMENTS, tile_sizes
 from tilewise.kv_cache import write
 from tilewise.problem import Operands, Problem
-from tilewise.sequences import one_by_one, over_sequences
+from tilewise.sequences import one_by_one, over_sequences, statistics_of_sequences
 from tilewise.state import AttentionState, sink_gradient
+from tilewise.statistics import Statistics
 from tilewise.trace.graph import leaves
 
-__all__ = ["attention", "backward", "forward", "precision", "repeatable", "splits", "supports", "tile_sizes", "volunteers",
-           "workspace", "write"]
+__all__ = ["attention", "attention_with_statistics", "backward", "forward", "forward_with_statistics", "precision",
+           "repeatable", "splits", "supports", "tile_sizes", "volunteers", "workspace", "write"]
 
 
 def supports(problem: Problem) -> str | None:
@@ -82,6 +84,23 @@ def apart(problem: Problem) -> bool:
 def forward(problem: Problem, x: Operands) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
         return attention(problem, x)
+
+
+def attention_with_statistics(problem: Problem, x: Operands) -> tuple[Tensor, Tensor, Statistics]:
+    """The same, and what `problem.statistics` names."""
+    out, lse = attention(problem, x)
+    return out, lse, statistics(problem, x, lse)
+
+
+def statistics(problem: Problem, x: Operands, lse: Tensor) -> Statistics:
+    if apart(problem):
+        return statistics_of_sequences(statistics, problem, x, lse)
+    return Statistics(*TiledStatistics.apply(problem, (x.ints, x.floats), lse, x.q, x.k, x.v, x.bias, *x.captured))
+
+
+def forward_with_statistics(problem: Problem, x: Operands) -> tuple[Tensor, Tensor, Statistics]:
+    with torch.no_grad():
+        return attention_with_statistics(problem, x)
 
 
 def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,

@@ -1,6 +1,6 @@
 """Portable GPU kernels in Triton: FlashAttention-2 for NVIDIA GPUs from sm_80 and AMD's gfx942.
 
-Kernels: `forward_kernel.py`, `backward_kernels.py`; tile sizes: `configs.py`; how they are called: `launch.py`, `entry.py`.
+Kernels: `forward_kernel.py`, `backward_kernels.py`, `key_mass_kernel.py`; tile sizes: `configs.py`; how they are called: `launch.py`, `entry.py`.
 """
 from __future__ import annotations
 
@@ -79,6 +79,11 @@ def precision(problem: Problem) -> str:
 def forward(problem, operands):
     from tilewise.backends.triton import launch
     return launch.forward(problem, operands)
+
+
+def forward_with_statistics(problem, operands):
+    from tilewise.backends.triton import launch
+    return launch.forward_with_statistics(problem, operands)
 
 
 def write(stored, new, k_new, v_new, q, q_rows, rotary):

@@ -11,10 +11,21 @@ from typing import Any
 import torch
 
 from tilewise import backends, masks, score_mods
-from tilewise.backends.gpu_math import elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax
+from tilewise.backends.gpu_math import (
+    elementary,
+    gradients,
+    masking,
+    philox,
+    places,
+    preprocess,
+    rows,
+    scoring,
+    softmax,
+    statistics,
+)
 from tilewise.backends.gpu_math.cases import Case, key, sources_hash, typed
 from tilewise.backends.gpu_math.entry import entry, flatten, source_of
-from tilewise.backends.triton import append, append_kernel, backward_kernels, forward_kernel, launch
+from tilewise.backends.triton import append, append_kernel, backward_kernels, forward_kernel, key_mass_kernel, launch
 from tilewise.backends.triton.configs import ARCHITECTURES, DECODE_ROWS, HEAD_DIMS, WIDTHS, Config, choose, missing
 from tilewise.block_sparse import block_mask
 from tilewise.kv_cache import KVCache
@@ -22,15 +33,20 @@ from tilewise.paged_cache import PagedKVCache
 from tilewise.problem import MAX_HEAD_DIM, Layout, Operands, Problem, make, make_unequal
 from tilewise.rng import Rng
 from tilewise.rotary import Rotary
+from tilewise.statistics import Statistics
 
-SOURCES = (elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax, append_kernel, backward_kernels,
-           forward_kernel)
+SOURCES = (elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax, statistics, append_kernel,
+           backward_kernels, forward_kernel, key_mass_kernel)
 
 # What is compiled for each kind of row: a forward and a backward pass, of equal sequences ("") or packed ones, which takes more
-# registers; `summed_gradient` alone ("tables"); forward passes alone, from a cache or batch-invariant.
+# registers; `summed_gradient` alone ("tables"); forward passes alone, from a cache, batch-invariant or with statistics.
 CACHED = ("decode", "decode pages", "prefill pages", "invariant pages")
-VARIANTS = {"plain": ("", "packed", "invariant", *CACHED[:3]), "listed": ("",), "rich": ("packed", "tables", *CACHED[1:])}
-ONLY = {"preprocess": ("plain", "rich packed"), "merge": ("plain decode", "rich decode pages")}
+STATISTICS = ("statistics packed", *(f"statistics {cached}" for cached in CACHED[1:]))
+VARIANTS = {"plain": ("", "packed", "invariant", *CACHED[:3], *STATISTICS), "listed": ("", "statistics"),
+            "rich": ("packed", "tables", *CACHED[1:], *STATISTICS)}
+ONLY = {"preprocess": ("plain", "rich packed"), "merge": ("plain decode", "rich decode pages"),
+        "key_mass": tuple(f"{row} {variant}" for row, variants in VARIANTS.items() for variant in variants
+                          if variant in ("statistics", "statistics packed", "statistics prefill pages"))}
 
 
 def shipped() -> Iterator[Case]:
@@ -40,7 +56,7 @@ def shipped() -> Iterator[Case]:
             for head_dim in HEAD_DIMS:
                 for features, variants in VARIANTS.items():
                     for variant in variants:
-                        if head_dim <= MAX_HEAD_DIM or variant in CACHED:
+                        if head_dim <= MAX_HEAD_DIM or variant.removeprefix("statistics ") in CACHED:
                             if missing(example(width, head_dim, features, variant)[0], arch) is None:
                                 yield from cases(arch, width, head_dim, features, variant)
         for head_dim in HEAD_DIMS:
@@ -59,8 +75,8 @@ def cases(arch: str, width: str, head_dim: int, features: str, variant: str = ""
         if label in ONLY.get(name, (label,)) and (variant != "tables" or name == "summed_gradient"):
             recorded.append((kernel, problem, values))
 
-    out, lse = launch.forward(problem, x, run=record)
-    if not problem.cached and not problem.batch_invariant:
+    out, lse, _found = launch.forward_with_statistics(problem, x, run=record)
+    if not problem.cached and not problem.batch_invariant and not problem.statistics:
         needs = backends.Needs(x.bias is not None, x.sinks is not None, tuple(t.is_floating_point() for t in x.captured))
         launch.backward(problem, x, out, lse, out, lse, needs, run=record)
     for kernel, of, values in recorded:
@@ -85,6 +101,8 @@ def example(width: str, head_dim: int, features: str, variant: str = "") -> tupl
         "rich tables": dict(causal=True, score_mod=lambda s, b, h, i, j: s + table[h, i - j + n] + table[h, ids[i] + ids[j]]),
     }
     options = programs.get(f"{features} {variant}", programs[features])
+    if variant.startswith("statistics"):
+        options, variant = {**options, "return_stats": Statistics._fields}, variant.removeprefix("statistics").strip()
     kind, _, pages = variant.partition(" ")
     if kind in ("packed", "decode", "prefill", "invariant") and variant != "invariant":
         problem, x = unequal(kind, bool(pages), head_dim, dtype, options)
@@ -137,7 +155,8 @@ def _case(kernel: Any, problem: Problem, values: Mapping[str, Any], arch: str, r
     flat = flatten(kernel, problem.program, {**values, **launch.settled(problem, values, config)})
     name, pattern = kernel.fn.__name__, values.get("PATTERN", "direct")
     label = launch.config_name(kernel, values) + ("" if pattern == "direct" else f" {pattern}")
-    return _compiled(f"{label} d{problem.head_dim} {row}", "forward" if name in ("forward", "merge") else "backward", kernel,
+    return _compiled(f"{label} d{problem.head_dim} {row}",
+                     "forward" if name in ("forward", "merge", "key_mass") else "backward", kernel,
                      problem.program, values.get("LOOKUP"), flat, arch, config,
                      tensor_cores and name not in ("preprocess", "merge"))
 

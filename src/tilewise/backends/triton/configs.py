@@ -123,9 +123,10 @@ def missing(problem: Problem, arch: str) -> str | None:
 
 def needed(problem: Problem) -> list[str]:
     """The kernels of a forward pass, and of a backward pass where there is one."""
+    of_keys = ["key_mass"] if "key_mass" in problem.statistics else []
     if problem.cached:
-        return [forward_row(problem), "merge"]
-    return [forward_row(problem), *(["merge"] if few_queries(problem) else []), "preprocess",
+        return [forward_row(problem), "merge", *of_keys]
+    return [forward_row(problem), *(["merge"] if few_queries(problem) else []), *of_keys, "preprocess",
             *("key_gradients" + part for part in parts(problem)), "query_gradients",
             *(["summed_gradient"] if problem.bias_shape is not None or problem.graphs.learned else [])]
 

@@ -28,12 +28,15 @@ from tilewise.backends.triton.configs import (
 )
 from tilewise.backends.triton.forward_kernel import forward as forward_kernel
 from tilewise.backends.triton.forward_kernel import merge as merge_kernel
+from tilewise.backends.triton.key_mass_kernel import key_mass
 from tilewise.problem import MAX_SPLITS, Operands, Problem
 from tilewise.sequences import all_lengths
 from tilewise.state import sink_gradient
+from tilewise.statistics import Statistics, merge_rows
 from tilewise.trace.evaluate import leaf_values, slot_values
 from tilewise.trace.learned import Learned, contiguous_tables, from_offset_tiles, gather, sums_shape
 
+NONE = Statistics()
 Run = Callable[[Any, Problem, Callable[[Config], tuple[int, ...]], Mapping[str, Any]], None]
 
 
@@ -74,15 +77,16 @@ def config_name(kernel: Any, values: Mapping[str, Any]) -> str:
     return values.get("ROW", kernel.fn.__name__) + values.get("PART", "")
 
 
-def forward(problem: Problem, x: Operands, run: Run = run) -> tuple[Tensor, Tensor]:
+def forward(problem: Problem, x: Operands, run: Run = run, found: Statistics = NONE) -> tuple[Tensor, Tensor]:
+    """out and lse; max_score and entropy go into `found`."""
     out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
     if problem.seqlen_q == 0:
         return out, lse
     row, fold = forward_row(problem), folds(problem)
     splits = splits_of(problem, choose(row, problem, architecture(problem.device)))
     values = arguments(problem, x) | dict(
-        OUT=out, LSE=lse, SINKS=x.sinks, out_strides=strides(out), HAS_SINKS=problem.has_sinks, ROW=row, FOLD=fold,
-        PAGES=x.pages, K_SCALE=x.k_scale, V_SCALE=x.v_scale, SHARED=problem.shared, CACHED=problem.cached,
+        OUT=out, LSE=lse, MAX_SCORE=found.max_score, ENTROPY=found.entropy, SINKS=x.sinks,
+        out_strides=strides(out), HAS_SINKS=problem.has_sinks, ROW=row, FOLD=fold, PAGES=x.pages, K_SCALE=x.k_scale, V_SCALE=x.v_scale, SHARED=problem.shared, CACHED=problem.cached,
         page_size=problem.page_size or 1, pages_row=0 if x.pages is None else x.pages.stride(0),
         splits=splits, out_split=0, lse_split=0, SPLIT=False,
         ASCENDING=int(problem.batch_invariant), visits=visits(problem, x, ascending=problem.batch_invariant),
@@ -92,10 +96,15 @@ def forward(problem: Problem, x: Operands, run: Run = run) -> tuple[Tensor, Tens
         return out, lse
     parts = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
     part_lse = torch.full((splits, *lse.shape), -torch.inf, device=lse.device)
+    of_parts = Statistics(*(None if t is None else t.expand(splits, *t.shape).clone() for t in found[:2]))
     shares = dict(splits=splits, out_split=parts.stride(0), lse_split=part_lse.stride(0))
     per_block = per_query_block(problem, fold)
     run(forward_kernel, problem, lambda c: (*per_block(c), splits), values | shares | dict(
-        OUT=parts, LSE=part_lse, out_strides=strides(parts[0]), SINKS=None, HAS_SINKS=False, SPLIT=True))
+        OUT=parts, LSE=part_lse, MAX_SCORE=of_parts.max_score, ENTROPY=of_parts.entropy, out_strides=strides(parts[0]),
+        SINKS=None, HAS_SINKS=False, SPLIT=True))
+    for whole, merged in zip(found, merge_rows(of_parts, part_lse), strict=False):
+        if whole is not None and merged is not None:
+            whole.copy_(merged)
     slots, rows = problem.rows_q
     run(merge_kernel, problem, lambda c: (blocks(rows, c.BLOCK_M) * slots * problem.heads,), shares | dict(
         PARTS=parts, PART_LSE=part_lse, SINKS=x.sinks, OUT=out, LSE=lse, out_strides=strides(out), heads=problem.heads, nq=rows,
@@ -103,6 +112,18 @@ def forward(problem: Problem, x: Operands, run: Run = run) -> tuple[Tensor, Tens
     if problem.has_sinks and x.q_rows is not None:
         lse.masked_fill_(~in_use(x.q_rows, rows), -torch.inf)  # which rows no sequence has, the merge does not know
     return out, lse
+
+
+def forward_with_statistics(problem: Problem, x: Operands, run: Run = run) -> tuple[Tensor, Tensor, Statistics]:
+    found = problem.new_statistics()
+    out, lse = forward(problem, x, run, found)
+    if found.key_mass is not None:
+        run(key_mass, problem, per_key_block(problem), arguments(problem, x) | dict(
+            LSE=lse, MASS=found.key_mass, mass_rows=found.key_mass.shape[2], PAGES=x.pages, K_SCALE=x.k_scale,
+            SHARED=problem.shared, CACHED=problem.cached, page_size=problem.page_size or 1,
+            pages_row=0 if x.pages is None else x.pages.stride(0), visits=visits(problem, x, transposed=True),
+            work=work(problem, x, "BLOCK_N", keys=True)))
+    return out, lse, found
 
 
 def in_use(q_rows: Tensor, rows: int) -> Tensor:

@@ -103,7 +103,7 @@ struct Memory {
   Workers<Scratch> workers;
 
   Memory(const Problem& x, Arena arena)
-      : part(x.few_rows * (width(x.dim_v) + 2)),
+      : part(part_size(x, x.few_rows)),
         parts(arena.take<float>(x.splits > 1 ? x.batch * x.kv_heads * x.splits * part : 0)), workers(x, arena) {}
 };
 

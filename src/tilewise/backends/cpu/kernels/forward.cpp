@@ -75,7 +75,7 @@ struct Memory {
 
   Memory(const Problem& x, Arena arena)
       : unit_size(panels_of((int)x.nk) * ((long)PANEL * words(x.dim) + (long)words(PANEL) * width(x.dim_v))),
-        part(x.block_rows * (width(x.dim_v) + 2)), packed(arena.take<float>(x.units_together * unit_size)),
+        part(part_size(x, x.block_rows)), packed(arena.take<float>(x.units_together * unit_size)),
         parts(arena.take<float>(x.splits > 1 ? x.units_together * blocks_of(x, (int)x.nq) * x.splits * part : 0)),
         workers(x, arena) {}
 };
