@@ -4,8 +4,16 @@ from support.hopper.language import named_barrier
 from support.hopper.launch import launch
 from support.hopper.translate import simulate
 from tilewise.backends.gpu_math.entry import entry, flatten
-from tilewise.backends.hopper import gluon_names
+from tilewise.backends.hopper import gluon_names, tiles
 
+
+def piece(tile, desc, i, panel):
+    """`tiles.piece`, where a tile's rows lie one behind another."""
+    rows, columns = desc.block_shape[2:]
+    return tile.panel_piece(i * rows, rows, panel * columns, columns)
+
+
+simulate(tiles.piece, piece)
 simulate(gluon_names.named_barrier, named_barrier)
 simulate(gluon_names.tma_add, tma_reduce_add)
 

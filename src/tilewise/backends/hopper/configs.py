@@ -41,4 +41,4 @@ def choose(kernel: str, problem: Problem) -> Config:
     """The configuration of a kernel for a problem."""
     dim = max(problem.head_dim, problem.head_dim_v)
     features = "rich" if problem.graphs.score is not None else "listed" if problem.graphs.listed else "plain"
-    return table()[kernel, min(d for d in HEAD_DIMS if d >= dim), features]
+    return table()[kernel, min(d for of, d, _ in table() if of == kernel and d >= dim), features]
