@@ -4,18 +4,19 @@ from support.hopper.language import named_barrier
 from support.hopper.launch import launch
 from support.hopper.translate import simulate
 from tilewise.backends.gpu_math.entry import entry, flatten
-from tilewise.backends.hopper import gluon_names, tiles
+from tilewise.backends.hopper import gluon_names, pieces
 
 
 def piece(tile, desc, i, panel):
-    """`tiles.piece`, where a tile's rows lie one behind another."""
+    """`pieces.piece`, where a tile's rows lie one behind another."""
     rows, columns = desc.block_shape[2:]
     return tile.panel_piece(i * rows, rows, panel * columns, columns)
 
 
-simulate(tiles.piece, piece)
+simulate(pieces.piece, piece)
 simulate(gluon_names.named_barrier, named_barrier)
 simulate(gluon_names.tma_add, tma_reduce_add)
+simulate(gluon_names.reinterpret, lambda tile, dtype, shape, layout: tile._reinterpret(dtype, shape, layout))
 
 
 def simulated(kernel, problem, programs, values, warps, seed=0):

@@ -35,6 +35,7 @@ SCALARS = {"scale": "fp32", "heads": "i32", "group": "i32", "nq": "i32", "nk": "
            "out_split": "i64", "lse_split": "i64", "kv_heads": "i32", "room": "i32", "slots": "i32", "blocks": "i32",
            "positions": "i32", "together": "i32"}
 MAX_ALIGN = 16
+OPTIONS = {"enable_fp_fusion": True}    # of the compiler: a * b + c rounds once; no longer its default from Triton 3.10 on
 
 
 class Parameter(NamedTuple):
@@ -80,7 +81,7 @@ def flatten(kernel: Any, program: str, values: Mapping[str, Any]) -> dict[str, A
 def start(point: Any, grid: tuple[int, ...], flat: Mapping[str, Any], device: torch.device, **options: int) -> None:
     """Launches an entry point. Triton does so on the current device, whatever device the tensors are on."""
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        point[grid](**flat, **options)
+        point[grid](**flat, **options, **OPTIONS)
 
 
 @functools.lru_cache(maxsize=512)

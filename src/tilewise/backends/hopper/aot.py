@@ -9,18 +9,31 @@ import torch
 
 from tilewise import masks, score_mods
 from tilewise.backends import Needs
-from tilewise.backends.gpu_math import elementary, gradients, masking, places, preprocess, rows, scoring, softmax
+from tilewise.backends.gpu_math import elementary, gradients, masking, merge, places, preprocess, rows, scoring, softmax
 from tilewise.backends.gpu_math.cases import Case, key, sources_hash, typed
 from tilewise.backends.gpu_math.entry import entry, flatten, source_of
-from tilewise.backends.hopper import backward_kernel, configs, forward_kernel, gluon_names, launch, tiles
+from tilewise.backends.hopper import (
+    backward_kernel,
+    configs,
+    decode_kernel,
+    decoding,
+    forward_kernel,
+    gluon_names,
+    launch,
+    pieces,
+    tiles,
+)
 from tilewise.backends.hopper import preprocess as with_lse
 from tilewise.block_sparse import block_mask
+from tilewise.kv_cache import KVCache
+from tilewise.paged_cache import PagedKVCache
 from tilewise.problem import Layout, Operands, Problem, make, make_unequal
 
 ARCH = "sm_90"
-SOURCES = (elementary, gradients, masking, places, preprocess, rows, scoring, softmax, backward_kernel, forward_kernel,
-           gluon_names, tiles, with_lse)
+SOURCES = (elementary, gradients, masking, merge, places, preprocess, rows, scoring, softmax, backward_kernel, decode_kernel,
+           forward_kernel, gluon_names, pieces, tiles, with_lse)
 N = 256
+DIRECTIONS = {"forward": "forward", "decode": "decode", "merge": "decode"}
 
 
 def problems(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, Problem, Operands]]:
@@ -46,6 +59,39 @@ def shipped(dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> Iterator[Cas
         for head_dim in configs.HEAD_DIMS:
             for name, problem, x in problems(dtype, head_dim):
                 yield from cases(name, problem, x)
+        for head_dim in configs.DECODE_HEAD_DIMS:
+            for name, problem, x in cached(dtype, head_dim):
+                yield from decode_cases(name, problem, x)
+
+
+def cached(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, Problem, Operands]]:
+    """What is compiled of decoding: a cache in one piece per sequence, pages in the queries' type and in fp8, "rich" as above."""
+    rows, q = torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, 4, 1, head_dim, dtype=dtype)
+    score = [score_mods.alibi(torch.zeros(4)), score_mods.softcap(30.0)]
+    two_intervals = masks.causal() | masks.prefix(torch.zeros(2, dtype=torch.int32))
+    flat = KVCache(2, N, 2, head_dim, dtype=dtype)
+    found = {"": flat.stored()}
+    for name, stored in (("pages", dtype), ("fp8", torch.float8_e4m3fn)):
+        pages = PagedKVCache(4, 16, 2, head_dim, max_sequences=2, dtype=stored)
+        found[name] = pages.stored([pages.new(), pages.new()])
+    for name, kv, options in (
+            ("", found[""], dict(causal=True, num_splits=2)), ("pages", found["pages"], dict(causal=True)),
+            ("fp8", found["fp8"], dict(causal=True)),
+            *((f"{name} rich".strip(), kv, dict(mask=two_intervals, score_mod=score, sinks=torch.zeros(4)))
+              for name, kv in found.items() if name != "pages")):
+        where = Layout(None, kv.rows, kv.pages, kv.k_scale, kv.v_scale, 0, N, cached=True)
+        yield name, *make_unequal(where, q, kv.k, kv.v, **options)
+
+
+def decode_cases(name: str, problem: Problem, x: Operands) -> Iterator[Case]:
+    """The kernels of a problem with few queries, as `decoding` calls them."""
+    recorded: list[Case] = []
+
+    def record(kernel, problem, programs, values, warps):
+        recorded.append(case(name, kernel, problem, values, warps))
+
+    decoding.forward(problem, x, start=record)
+    yield from recorded
 
 
 def cases(name: str, problem: Problem, x: Operands) -> Iterator[Case]:
@@ -64,11 +110,12 @@ def case(name: str, kernel: Any, problem: Problem, values: Mapping[str, Any], wa
     flat = flatten(kernel, problem.program, values) | {"ALIGN": 16}
     point, called = entry(kernel, problem.program), kernel.fn.__name__
     signature, constants = typed(point, flat)
-    return Case(f"hopper {called}{values.get('PART', '')} d{problem.head_dim} {name}",
-                "forward" if called == "forward" else "backward", ARCH, point, signature, constants, warps, 1,
-                called != "preprocess",
+    maxnreg = values.get("maxnreg")
+    return Case(f"hopper {called}{values.get('PART', '')} d{problem.head_dim} {name}".strip(),
+                DIRECTIONS.get(called, "backward"), ARCH, point, signature, constants, warps, 1,
+                called not in ("preprocess", "merge"),
                 key(sources(), source_of(kernel, problem.program), sorted(signature.items()),
-                    sorted(constants.items(), key=str), warps))
+                    sorted(constants.items(), key=str), warps, maxnreg), maxnreg=maxnreg)
 
 
 @functools.cache

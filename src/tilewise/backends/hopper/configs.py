@@ -15,6 +15,7 @@ from tilewise.problem import Problem
 
 TABLE = Path(__file__).with_name("configs.tsv")
 HEAD_DIMS = (64, 128)
+DECODE_HEAD_DIMS = (64, 128, 256)
 
 
 class Config(NamedTuple):

@@ -25,10 +25,11 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from tilewise.backends.gpu_math import masking, scoring, softmax
 from tilewise.backends.gpu_math.places import sequence
 from tilewise.backends.gpu_math.rows import located
-from tilewise.backends.hopper.forward_kernel import ROWS, operand, products
 from tilewise.backends.hopper.gluon_names import thread_barrier
-from tilewise.backends.hopper.tiles import first_of, hide_rows, load_pieces, reaches_out
+from tilewise.backends.hopper.pieces import load_pieces, located_pieces
+from tilewise.backends.hopper.tiles import first_of, hide_rows
 
+ROWS = gl.constexpr(64)                 # (query, head of the group)
 WIDE = gl.constexpr(2)                  # tiles of keys, and of values, that the converter has written or writes to
 CONVERTER_REGISTERS = gl.constexpr(64)
 
@@ -43,27 +44,10 @@ def producer(descs, tiles, barriers, where, r, masked, total, PAGES, page_size, 
     for t in range(total):
         stage = t % STAGES
         first = first_of(r, t, masked, None, VISIT, BLOCK_N)
-        slots, rows = pieces(first, r, slot, start, PAGES, page_size, BLOCK_N // k_desc.block_type.shape[2],
-                             k_desc.block_type.shape[2])
+        slots, rows = located_pieces(first, r, slot, start, PAGES, page_size, BLOCK_N, k_desc.block_type.shape[2])
         mbarrier.wait(empty.index(stage), (t // STAGES & 1) ^ 1)
         load_pieces(k_desc, slots, h_kv, rows, k_full.index(stage), k_tiles.index(stage))
         load_pieces(v_desc, slots, h_kv, rows, v_full.index(stage), v_tiles.index(stage))
-
-
-@gluon.jit
-def pieces(first, r, slot, start, PAGES, page_size, COUNT: gl.constexpr, ROWS_OF_ONE: gl.constexpr):
-    """Where the tile at row `first` lies in memory: (slots or pages, first rows) of its COUNT pieces. Of pages that have no
-    visible row nothing is known: -1, which TMA fills with 0."""
-    slots, rows = (), ()
-    for i in gl.static_range(COUNT):
-        row = first + i * ROWS_OF_ONE
-        if PAGES is None:
-            slots, rows = slots + (slot,), rows + (start + row,)
-        else:
-            seen = (row < r[9]) & (row + ROWS_OF_ONE > r[8])
-            slots = slots + (gl.load(PAGES + row // page_size, mask=seen, other=-1),)
-            rows = rows + (row % page_size,)
-    return slots, rows
 
 
 @gluon.jit
@@ -106,8 +90,11 @@ def attend(q, tiles, barriers, state, t, first, r, where, rows, scale, program, 
     b, h, nq, nk = where
     stage, phase = t % STAGES, t // STAGES & 1
     mbarrier.wait(k_full.index(stage), phase)
-    s = warpgroup_mma_wait(0, deps=[products(q, k_tiles.index(stage))])
-    cols = first + gl.arange(0, s.shape[1], gl.SliceLayout(0, s.type.layout))
+    k = k_tiles.index(stage)
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, k.shape[0], 16])
+    s = gl.zeros([ROWS, k.shape[0]], gl.float32, S_LAYOUT)
+    s = warpgroup_mma_wait(0, deps=[warpgroup_mma(q, k.permute((1, 0)), s, use_acc=False, is_async=True)])
+    cols = first + gl.arange(0, s.shape[1], gl.SliceLayout(0, S_LAYOUT))
     s = scoring.finish(s, scale, b, h[:, None], rows[:, None], cols[None, :], nq, nk, None, None, program, SCORE, MASK, None,
                        RAW, MASKED)
     m_i, l_i, alpha, p = softmax.step(m_i, l_i, s, softmax.LOG2E * (scale if RAW else 1.0), False)
@@ -115,12 +102,12 @@ def attend(q, tiles, barriers, state, t, first, r, where, rows, scale, program, 
     v = v_tiles.index(stage)
     mbarrier.wait(v_full.index(stage), phase)
     if MASKED and HIDES:
-        if reaches_out(v, first, r):
+        if (first < r[8]) | (first + v.shape[0] > r[9]):
             hide_rows(v, first, r[8], r[9], 0, 1)
             fence_async_shared()
             thread_barrier()
-    acc = warpgroup_mma(operand(p, acc, v.dtype), v, acc, is_async=True)
-    acc = warpgroup_mma_wait(0, deps=[acc])
+    weights = gl.convert_layout(p.to(v.dtype), gl.DotOperandLayout(0, acc.type.layout, 2), assert_trivial=True)
+    acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(weights, v, acc, is_async=True)])
     mbarrier.arrive(empty.index(stage), count=1)
     return m_i, l_i, acc
 

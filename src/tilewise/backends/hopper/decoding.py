@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from tilewise.backends.gpu_math.arguments import arguments, blocks, padded, strides, visits
