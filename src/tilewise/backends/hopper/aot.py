@@ -65,8 +65,8 @@ def shipped(dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> Iterator[Cas
 
 
 def cached(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, Problem, Operands]]:
-    """What is compiled of decoding: a cache in one piece per sequence, pages in the queries' type and in fp8, "rich" as above."""
-    rows, q = torch.zeros(2, 3, dtype=torch.int32), torch.zeros(2, 4, 1, head_dim, dtype=dtype)
+    """What is compiled of decoding: a cache in one piece, in pages, in pages in fp8; "rich" as above."""
+    q = torch.zeros(2, 4, 1, head_dim, dtype=dtype)
     score = [score_mods.alibi(torch.zeros(4)), score_mods.softcap(30.0)]
     two_intervals = masks.causal() | masks.prefix(torch.zeros(2, dtype=torch.int32))
     flat = KVCache(2, N, 2, head_dim, dtype=dtype)

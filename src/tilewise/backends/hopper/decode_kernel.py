@@ -3,8 +3,8 @@
 A program has all queries of a group of heads, at most 64 rows (query, head of the group), and one of `splits` shares of the
 keys; the parts are merged by `gpu_math/merge.py`. One warp, the producer, copies keys and values by TMA into a ring of STAGES
 tiles each; one warpgroup, the consumer, computes scores, softmax and P V, one after another: that takes less time than memory
-does, and two programs share a multiprocessor where the rings leave room. Keys in fp8 come as bytes; a further warpgroup, the
-converter, turns them into the queries' type, into a ring of WIDE tiles of its own, from which the consumer takes them.
+does, and two programs share a multiprocessor where the rings leave room. Keys in fp8 come as bytes; two further warps, the
+converter, turn them into the queries' type, into a ring of WIDE tiles of its own, from which the consumer takes them.
 
 Barriers, of which each stage has its own; phase of tile t: t // STAGES % 2
     k_full, v_full  the producer's TMA -> the consumer (fp8: the converter), each tile
@@ -31,7 +31,6 @@ from tilewise.backends.hopper.tiles import first_of, hide_rows
 
 ROWS = gl.constexpr(64)                 # (query, head of the group)
 WIDE = gl.constexpr(2)                  # tiles of keys, and of values, that the converter has written or writes to
-CONVERTER_REGISTERS = gl.constexpr(64)
 
 
 @gluon.jit
@@ -91,10 +90,11 @@ def attend(q, tiles, barriers, state, t, first, r, where, rows, scale, program, 
     stage, phase = t % STAGES, t // STAGES & 1
     mbarrier.wait(k_full.index(stage), phase)
     k = k_tiles.index(stage)
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, k.shape[0], 16])
-    s = gl.zeros([ROWS, k.shape[0]], gl.float32, S_LAYOUT)
+    BLOCK_N: gl.constexpr = k.shape[0]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    s = gl.zeros([ROWS, BLOCK_N], gl.float32, S_LAYOUT)
     s = warpgroup_mma_wait(0, deps=[warpgroup_mma(q, k.permute((1, 0)), s, use_acc=False, is_async=True)])
-    cols = first + gl.arange(0, s.shape[1], gl.SliceLayout(0, S_LAYOUT))
+    cols = first + gl.arange(0, BLOCK_N, gl.SliceLayout(0, S_LAYOUT))
     s = scoring.finish(s, scale, b, h[:, None], rows[:, None], cols[None, :], nq, nk, None, None, program, SCORE, MASK, None,
                        RAW, MASKED)
     m_i, l_i, alpha, p = softmax.step(m_i, l_i, s, softmax.LOG2E * (scale if RAW else 1.0), False)
@@ -102,7 +102,7 @@ def attend(q, tiles, barriers, state, t, first, r, where, rows, scale, program, 
     v = v_tiles.index(stage)
     mbarrier.wait(v_full.index(stage), phase)
     if MASKED and HIDES:
-        if (first < r[8]) | (first + v.shape[0] > r[9]):
+        if (first < r[8]) | (first + BLOCK_N > r[9]):
             hide_rows(v, first, r[8], r[9], 0, 1)
             fence_async_shared()
             thread_barrier()
@@ -230,7 +230,7 @@ def decode(k_desc, v_desc, Q, OUT, LSE, SINKS, Q_ROWS, K_ROWS, PAGES, K_SCALE, V
                         group, scale, program, SCORE, MASK, VISIT, HAS_SINKS, RAW, HIDES, WIDE, BLOCK_N, D, DV)),
             (converter, (raw, raw_barriers, tiles, barriers, total, STAGES)),
             (producer, (descs, raw, raw_barriers, loads, r, masked, total, PAGES, page_size, VISIT, STAGES, BLOCK_N)),
-        ], [4, 1], [CONVERTER_REGISTERS, PRODUCER_REGISTERS])
+        ], [2, 1], [PRODUCER_REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
             (consumer, (q_tile, tiles, barriers, queries, r, masked, total, Q, OUT, LSE, SINKS, q_strides, out_strides, v_scale,

@@ -1,4 +1,4 @@
-"""From a problem with few queries to the launches of `decode_kernel.py`: which problems, how many shares, how large its rings."""
+"""From a problem with few queries to the launches of `decode_kernel.py`: which problems, how many shares, how large rings."""
 from __future__ import annotations
 
 import math
@@ -9,12 +9,13 @@ from tilewise.backends.gpu_math.arguments import arguments, blocks, padded, stri
 from tilewise.backends.gpu_math.merge import merge
 from tilewise.backends.gpu_math.splits import few_queries, folds, hide_unused, merging, new_parts, planned
 from tilewise.backends.hopper.configs import Config, choose
-from tilewise.backends.hopper.decode_kernel import CONVERTER_REGISTERS, ROWS, WIDE
+from tilewise.backends.hopper.decode_kernel import ROWS, WIDE
 from tilewise.backends.hopper.decode_kernel import decode as decode_kernel
 from tilewise.backends.hopper.launch import WARPS, Start, descriptor, start, width
 from tilewise.problem import Operands, Problem
 
 REGISTERS, SHARED, RESERVED = 65536, 233472, 1024       # of a multiprocessor; bytes that each program takes beside its own
+THREADS = 256                           # of a program
 MERGED_ROWS = 16                        # of a program that merges
 
 
@@ -35,14 +36,13 @@ def splits(problem: Problem) -> int:
 
 def together(problem: Problem, config: Config) -> int:
     """Programs that a multiprocessor runs at a time."""
-    of_registers = REGISTERS // (128 * sum(registers(problem, config)))
+    of_registers = REGISTERS // (THREADS * registers(config))
     return max(1, min(of_registers, SHARED // (shared_bytes(problem, config) + RESERVED)))
 
 
-def registers(problem: Problem, config: Config) -> list[int]:
-    """Of a thread in each warpgroup."""
-    converter = [] if problem.stored is None else [CONVERTER_REGISTERS.value]
-    return [config.CONSUMER_REGISTERS, *converter, config.PRODUCER_REGISTERS]
+def registers(config: Config) -> int:
+    """Of a thread when a program starts: then the warpgroup of the consumer takes some from that of the producer."""
+    return (config.CONSUMER_REGISTERS + config.PRODUCER_REGISTERS) // 2
 
 
 def shared_bytes(problem: Problem, config: Config) -> int:
@@ -61,14 +61,14 @@ def rows_together(problem: Problem, config: Config) -> int:
 def forward(problem: Problem, x: Operands, start: Start = start) -> tuple[Tensor, Tensor]:
     out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
     c, shares = chosen(problem), splits(problem)
-    told, each = arguments(problem, x), registers(problem, c)
+    told = arguments(problem, x)
     values = {name: told[name] for name in NAMES} | visits(problem, x)(c) | dict(
         k_desc=panels(told["K"], rows_together(problem, c)), v_desc=panels(told["V"], rows_together(problem, c)), OUT=out,
         LSE=lse, SINKS=x.sinks, PAGES=x.pages, K_SCALE=x.k_scale, V_SCALE=x.v_scale, out_strides=strides(out),
         page_size=problem.page_size or 1, pages_row=0 if x.pages is None else x.pages.stride(0), splits=shares, out_split=0,
         lse_split=0, HAS_SINKS=problem.has_sinks, HIDES=problem.unequal or bool(x.captured), D=problem.head_dim,
         DV=problem.head_dim_v, BLOCK_N=c.BLOCK_N, BLOCK_D=width(problem.head_dim), BLOCK_DV=width(problem.head_dim_v),
-        STAGES=c.STAGES, PRODUCER_REGISTERS=c.PRODUCER_REGISTERS, maxnreg=sum(each) // len(each) // 8 * 8)
+        STAGES=c.STAGES, PRODUCER_REGISTERS=c.PRODUCER_REGISTERS, maxnreg=registers(c))
     programs = shares * problem.batch * problem.kv_heads
     if shares == 1:
         start(decode_kernel, problem, programs, values, WARPS)
