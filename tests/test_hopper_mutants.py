@@ -16,9 +16,12 @@ from support.hopper.product import simulated
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 import tilewise as tw
+from tilewise import api
 from tilewise.backends import Needs
-from tilewise.backends.hopper import launch
+from tilewise.backends.hopper import decoding, launch
 from tilewise.bench.cases import Case, draw, packed
+from tilewise.bench.hopper import cached
+from tilewise.bench.hopper.cached import CachedCase
 
 SEEDS = 6
 WRITTEN = "o_desc", "OUT", "dq_desc", "dk_desc", "dv_desc", "DK", "DV_"     # the outputs, and LSE of the forward pass
@@ -37,6 +40,9 @@ CASES = {                               # each further one for what those before
         Case("padded keys", seqlen_q=300, seqlen_k=300, **SMALL, options=lambda m: dict(mask=tw.key_lengths(m.values([100])))),
         Case("score function", seqlen_q=200, seqlen_k=100, **SMALL, options=lambda m: dict(
             score_mod=lambda s, b, h, q, k: s * torch.exp(-0.01 * (q - k).abs())))],
+    "decode": [
+        CachedCase("pages", (700,), 1, 2, 1, page_size=64),
+        CachedCase("fp8", (440,), 2, 2, 1, head_dim=128, fp8=True, options=lambda m: dict(causal=True))],
 }
 
 
@@ -51,7 +57,7 @@ class Launched(NamedTuple):
     def run(self, kernel, seed):
         """What a version of the kernel writes into fresh memory."""
         fresh, written = dict(self.values), {}
-        for name in (*WRITTEN, *(["LSE"] if "o_desc" in fresh else [])):
+        for name in (*WRITTEN, *(["LSE"] if "o_desc" in fresh or "PAGES" in fresh else [])):
             if name not in fresh:
                 continue
             given = fresh[name]
@@ -63,14 +69,18 @@ class Launched(NamedTuple):
 
 
 def launched(case):
-    """The launches of a forward and a backward pass, by kernel."""
-    problem, x = draw(case, torch.bfloat16).described()
+    """The launches of a forward and a backward pass, or of decoding, by kernel."""
     found = {}
 
     def start(kernel, problem, programs, values, warps):
         point, flat, report = simulated(kernel, problem, programs, values, warps)
         found[kernel.fn.__name__] = Launched(point, programs, warps, flat, report.visited)
 
+    if isinstance(case, CachedCase):
+        call = cached.draw(case, torch.bfloat16)
+        decoding.forward(*api._of_cache(call.q, call.cache, None, **call.options), start=start)
+        return found
+    problem, x = draw(case, torch.bfloat16).described()
     out, lse = launch.forward(problem, x, start=start)
     launch.backward(problem, x, out, lse, torch.ones_like(out), None, Needs(False, False), start=start)
     return found

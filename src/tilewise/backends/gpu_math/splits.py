@@ -25,6 +25,11 @@ def folds(problem: Problem) -> bool:
     return (problem.cached or few_queries(problem)) and not problem.graphs.listed
 
 
+def decodes(problem: Problem) -> bool:
+    """Whether a kernel for few queries serves a problem."""
+    return few_queries(problem) and folds(problem)
+
+
 def planned(problem: Problem, config: Tiles, together: int = 1) -> int:
     """How many shares the keys are cut into. together: programs that a multiprocessor runs at a time."""
     if problem.splits:

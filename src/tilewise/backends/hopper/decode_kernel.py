@@ -43,10 +43,10 @@ def producer(descs, tiles, barriers, where, r, masked, total, PAGES, page_size, 
     for t in range(total):
         stage = t % STAGES
         first = first_of(r, t, masked, None, VISIT, BLOCK_N)
-        slots, rows = located_pieces(first, r, slot, start, PAGES, page_size, BLOCK_N, k_desc.block_type.shape[2])
+        places = located_pieces(first, r, slot, start, PAGES, page_size, BLOCK_N, k_desc.block_type.shape[2])
         mbarrier.wait(empty.index(stage), (t // STAGES & 1) ^ 1)
-        load_pieces(k_desc, slots, h_kv, rows, k_full.index(stage), k_tiles.index(stage))
-        load_pieces(v_desc, slots, h_kv, rows, v_full.index(stage), v_tiles.index(stage))
+        load_pieces(k_desc, places, h_kv, k_full.index(stage), k_tiles.index(stage))
+        load_pieces(v_desc, places, h_kv, v_full.index(stage), v_tiles.index(stage))
 
 
 @gluon.jit
@@ -102,14 +102,20 @@ def attend(q, tiles, barriers, state, t, first, r, where, rows, scale, program, 
     v = v_tiles.index(stage)
     mbarrier.wait(v_full.index(stage), phase)
     if MASKED and HIDES:
-        if (first < r[8]) | (first + BLOCK_N > r[9]):
-            hide_rows(v, first, r[8], r[9], 0, 1)
-            fence_async_shared()
-            thread_barrier()
+        hide(v, first, r)
     weights = gl.convert_layout(p.to(v.dtype), gl.DotOperandLayout(0, acc.type.layout, 2), assert_trivial=True)
     acc = warpgroup_mma_wait(0, deps=[warpgroup_mma(weights, v, acc, is_async=True)])
     mbarrier.arrive(empty.index(stage), count=1)
     return m_i, l_i, acc
+
+
+@gluon.jit
+def hide(v, first, r):
+    """Hides the values that no query sees, if the tile has some."""
+    if (first < r[8]) | (first + v.shape[0] > r[9]):
+        hide_rows(v, first, r[8], r[9], 0, 1)
+        fence_async_shared()
+        thread_barrier()
 
 
 @gluon.jit

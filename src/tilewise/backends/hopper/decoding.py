@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tilewise.backends.gpu_math.arguments import arguments, blocks, padded, strides, visits
 from tilewise.backends.gpu_math.merge import merge
-from tilewise.backends.gpu_math.splits import few_queries, folds, hide_unused, merging, new_parts, planned
+from tilewise.backends.gpu_math.splits import hide_unused, merging, new_parts, planned
 from tilewise.backends.hopper.configs import Config, choose
 from tilewise.backends.hopper.decode_kernel import ROWS, WIDE
 from tilewise.backends.hopper.decode_kernel import decode as decode_kernel
@@ -17,11 +17,6 @@ from tilewise.problem import Operands, Problem
 REGISTERS, SHARED, RESERVED = 65536, 233472, 1024       # of a multiprocessor; bytes that each program takes beside its own
 THREADS = 256                           # of a program
 MERGED_ROWS = 16                        # of a program that merges
-
-
-def decodes(problem: Problem) -> bool:
-    """Whether this kernel serves a problem: the queries of a group fit into a tile."""
-    return few_queries(problem) and folds(problem)
 
 
 def chosen(problem: Problem) -> Config:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from tilewise.backends.gpu_math.splits import few_queries, folds
+from tilewise.backends.gpu_math.splits import decodes, few_queries
 from tilewise.problem import Problem
 
 TABLE = Path(__file__).with_name("configs.tsv")
@@ -82,7 +82,7 @@ def forward_row(problem: Problem) -> str:
     """What the table calls the forward kernel: by what is compiled into it, and by how many queries it works on."""
     if problem.batch_invariant:
         return "invariant"
-    if folds(problem) and few_queries(problem):
+    if decodes(problem):
         return "decode"
     return "prefill" if problem.cached else "forward"
 
