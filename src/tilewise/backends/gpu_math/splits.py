@@ -1,14 +1,14 @@
-"""Flash-Decoding (Dao et al. 2023): which problems have their keys split, into how many shares, how the parts are merged."""
+"""Flash-Decoding (Dao et al. 2023): which problems have their keys split, and into how many shares."""
 from __future__ import annotations
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from tilewise.backends.gpu_math.arguments import Tiles, blocks, strides
+from tilewise.backends.gpu_math.arguments import Tiles, blocks
 from tilewise.problem import MAX_SPLITS, Operands, Problem
 
 DECODE_ROWS = 64                        # queries of a group up to which its keys are split rather than walked at once
@@ -71,14 +71,6 @@ def new_parts(splits: int, out: Tensor, lse: Tensor) -> Parts:
     """Memory for them; lse is -inf where nothing will be written."""
     return Parts(torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device),
                  torch.full((splits, *lse.shape), -torch.inf, device=lse.device))
-
-
-def merging(problem: Problem, x: Operands, parts: Parts, out: Tensor, lse: Tensor) -> dict[str, Any]:
-    """What `merge.py` is told, but for its tiles; `hide_unused` comes after it."""
-    return dict(
-        PARTS=parts.out, PART_LSE=parts.lse, SINKS=x.sinks, OUT=out, LSE=lse, out_strides=strides(out), heads=problem.heads,
-        nq=problem.rows_q[1], splits=len(parts.out), out_split=parts.out.stride(0), lse_split=parts.lse.stride(0),
-        HAS_SINKS=problem.has_sinks, NATURAL=problem.dtype == torch.float32)
 
 
 def hide_unused(problem: Problem, x: Operands, lse: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from tilewise import masks, score_mods
 from tilewise.backends import Needs
-from tilewise.backends.gpu_math import elementary, gradients, masking, merge, places, preprocess, rows, scoring, softmax
+from tilewise.backends.gpu_math import elementary, gradients, masking, places, preprocess, rows, scoring, softmax
 from tilewise.backends.gpu_math.cases import Case, key, sources_hash, typed
 from tilewise.backends.gpu_math.entry import entry, flatten, source_of
 from tilewise.backends.hopper import (
@@ -20,6 +20,7 @@ from tilewise.backends.hopper import (
     forward_kernel,
     gluon_names,
     launch,
+    merge_kernel,
     pieces,
     tiles,
 )
@@ -30,8 +31,8 @@ from tilewise.paged_cache import PagedKVCache
 from tilewise.problem import Layout, Operands, Problem, make, make_unequal
 
 ARCH = "sm_90"
-SOURCES = (elementary, gradients, masking, merge, places, preprocess, rows, scoring, softmax, backward_kernel, decode_kernel,
-           forward_kernel, gluon_names, pieces, tiles, with_lse)
+SOURCES = (elementary, gradients, masking, places, preprocess, rows, scoring, softmax, backward_kernel, decode_kernel,
+           forward_kernel, gluon_names, merge_kernel, pieces, tiles, with_lse)
 N = 256
 DIRECTIONS = {"forward": "forward", "decode": "decode", "merge": "decode"}
 

@@ -5,18 +5,18 @@ import math
 
 from torch import Tensor
 
-from tilewise.backends.gpu_math.arguments import arguments, blocks, padded, strides, visits
-from tilewise.backends.gpu_math.merge import merge
-from tilewise.backends.gpu_math.splits import hide_unused, merging, new_parts, planned
+from tilewise.backends.gpu_math.arguments import arguments, padded, strides, visits
+from tilewise.backends.gpu_math.splits import hide_unused, new_parts, planned
 from tilewise.backends.hopper.configs import Config, choose
 from tilewise.backends.hopper.decode_kernel import ROWS, WIDE
 from tilewise.backends.hopper.decode_kernel import decode as decode_kernel
 from tilewise.backends.hopper.launch import WARPS, Start, descriptor, start, width
-from tilewise.problem import Operands, Problem
+from tilewise.backends.hopper.merge_kernel import merge
+from tilewise.problem import MAX_SPLITS, Operands, Problem
 
 REGISTERS, SHARED, RESERVED = 65536, 233472, 1024       # of a multiprocessor; bytes that each program takes beside its own
 THREADS = 256                           # of a program
-MERGED_ROWS = 16                        # of a program that merges
+MERGED = 8192                           # elements of parts that a program reads at once
 
 
 def chosen(problem: Problem) -> Config:
@@ -69,12 +69,15 @@ def forward(problem: Problem, x: Operands, start: Start = start) -> tuple[Tensor
         start(decode_kernel, problem, programs, values, WARPS)
         return out, lse
     parts = new_parts(shares, out, lse)
-    start(decode_kernel, problem, programs, values | dict(
-        OUT=parts.out, LSE=parts.lse, out_strides=strides(parts.out[0]), out_split=parts.out.stride(0),
-        lse_split=parts.lse.stride(0), SINKS=None, HAS_SINKS=False), WARPS)
+    of_parts = dict(out_split=parts.out.stride(0), lse_split=parts.lse.stride(0))
+    start(decode_kernel, problem, programs, values | of_parts | dict(
+        OUT=parts.out, LSE=parts.lse, out_strides=strides(parts.out[0]), SINKS=None, HAS_SINKS=False), WARPS)
     slots, rows = problem.rows_q
-    start(merge, problem, blocks(rows, MERGED_ROWS) * slots * problem.heads, merging(problem, x, parts, out, lse) | dict(
-        DV=problem.head_dim_v, BLOCK_M=MERGED_ROWS, BLOCK_DV=padded(problem.head_dim_v)), WARPS)
+    wide = padded(problem.head_dim_v)
+    start(merge, problem, slots * problem.heads * rows, of_parts | dict(
+        PARTS=parts.out, PART_LSE=parts.lse, SINKS=x.sinks, OUT=out, LSE=lse, out_strides=strides(out), heads=problem.heads,
+        nq=rows, splits=shares, HAS_SINKS=problem.has_sinks, DV=problem.head_dim_v, BLOCK_DV=wide,
+        ALL=MAX_SPLITS, BLOCK=MERGED // wide), WARPS)
     hide_unused(problem, x, lse)
     return out, lse
 

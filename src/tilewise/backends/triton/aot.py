@@ -17,7 +17,6 @@ from tilewise.backends.gpu_math import (
     elementary,
     gradients,
     masking,
-    merge,
     philox,
     places,
     preprocess,
@@ -37,8 +36,8 @@ from tilewise.problem import MAX_HEAD_DIM, Layout, Operands, Problem, make, make
 from tilewise.rng import Rng
 from tilewise.rotary import Rotary
 
-SOURCES = (elementary, gradients, masking, merge, philox, places, preprocess, rows, scoring, softmax, append_kernel,
-           backward_kernels, forward_kernel)
+SOURCES = (elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax, append_kernel, backward_kernels,
+           forward_kernel)
 
 # What is compiled for each kind of row: a forward and a backward pass, of equal sequences ("") or packed ones, which takes more
 # registers; `summed_gradient` alone ("tables"); forward passes alone, from a cache or batch-invariant.

@@ -10,8 +10,8 @@ Legend
 
 FOLD: the queries of all heads of a group are the rows of one block, so that a key is read once for all of them; h then
 differs from row to row. SHARED: V is the first DV columns of K, read once; BLOCK_D is for the other columns.
-SPLIT: program_id(1) takes one of `splits` shares of the keys; OUT and LSE are parts in fp32, for `gpu_math/merge.py`. SPAN:
-keys are taken in spans of so many tiles, merged in order, so that a row's bits do not depend on how the work is divided.
+SPLIT: program_id(1) takes one of `splits` shares of the keys; OUT and LSE are parts in fp32, merged by `merge`. SPAN: keys are
+taken in spans of so many tiles, merged in order, so that a row's bits do not depend on how the work is divided.
 """
 import triton
 import triton.language as tl
@@ -149,3 +149,26 @@ def wide(x, TYPE: tl.constexpr):
         return from_e4m3(x).to(TYPE)
     else:
         return x
+
+
+@triton.jit
+def merge(PARTS, PART_LSE, SINKS, OUT, LSE, out_strides, heads, nq, splits, out_split, lse_split, HAS_SINKS: tl.constexpr,
+          NATURAL: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_DV: tl.constexpr):
+    """Flash-Decoding's second step: the parts [splits, slots, H, rows, DV] of a split merged in order (`tilewise/state.py`)."""
+    slot, h, _, first = place(tl.program_id(0), None, tl.cdiv(nq, BLOCK_M), heads, 1, BLOCK_M, False)
+    rows = first + tl.arange(0, BLOCK_M)
+    of_rows = (slot * heads + h).to(tl.int64) * nq + rows
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for split in range(splits):
+        lse = tl.load(PART_LSE + tl.cast(split, tl.int64) * lse_split + of_rows, mask=rows < nq, other=float("-inf"))
+        of_part = PARTS + tl.cast(split, tl.int64) * out_split + (of_rows * DV)[:, None]
+        part = load_at(of_part, (lse > float("-inf"))[:, None], DV, BLOCK_DV, True)
+        m_i, l_i, acc = softmax.merge(m_i, l_i, acc, part, lse, NATURAL)
+    if HAS_SINKS:
+        m_i, l_i, acc = softmax.add_sink(m_i, l_i, acc, tl.load(SINKS + h).to(tl.float32), NATURAL)
+    out, lse = softmax.finalize(m_i, l_i, acc, NATURAL)
+    OUT = located(OUT, out_strides, slot, h, 0)
+    store_at(OUT + (rows.to(tl.int64) * out_strides[2])[:, None], (rows < nq)[:, None], out, DV, BLOCK_DV)
+    tl.store(LSE + of_rows, lse, mask=rows < nq)

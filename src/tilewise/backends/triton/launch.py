@@ -10,9 +10,8 @@ from torch import Tensor
 from tilewise.backends import Gradients, Needs
 from tilewise.backends.gpu_math.arguments import arguments, blocks, in_all, padded, strides, visits, work
 from tilewise.backends.gpu_math.entry import entry, flatten, start
-from tilewise.backends.gpu_math.merge import merge as merge_kernel
 from tilewise.backends.gpu_math.preprocess import preprocess
-from tilewise.backends.gpu_math.splits import few_queries, folds, hide_unused, merging, new_parts, planned
+from tilewise.backends.gpu_math.splits import few_queries, folds, hide_unused, new_parts, planned
 from tilewise.backends.triton import backward_kernels as bwd
 from tilewise.backends.triton.configs import (
     Config,
@@ -24,6 +23,7 @@ from tilewise.backends.triton.configs import (
     span_of,
 )
 from tilewise.backends.triton.forward_kernel import forward as forward_kernel
+from tilewise.backends.triton.forward_kernel import merge as merge_kernel
 from tilewise.problem import Operands, Problem
 from tilewise.sequences import all_lengths
 from tilewise.state import sink_gradient
@@ -82,13 +82,14 @@ def forward(problem: Problem, x: Operands, run: Run = run) -> tuple[Tensor, Tens
         run(forward_kernel, problem, per_query_block(problem, fold), values)
         return out, lse
     parts = new_parts(splits, out, lse)
+    shares = dict(splits=splits, out_split=parts.out.stride(0), lse_split=parts.lse.stride(0))
     per_block = per_query_block(problem, fold)
-    run(forward_kernel, problem, lambda c: (*per_block(c), splits), values | dict(
-        OUT=parts.out, LSE=parts.lse, out_split=parts.out.stride(0), lse_split=parts.lse.stride(0),
-        out_strides=strides(parts.out[0]), SINKS=None, HAS_SINKS=False, SPLIT=True))
+    run(forward_kernel, problem, lambda c: (*per_block(c), splits), values | shares | dict(
+        OUT=parts.out, LSE=parts.lse, out_strides=strides(parts.out[0]), SINKS=None, HAS_SINKS=False, SPLIT=True))
     slots, rows = problem.rows_q
-    merged = merging(problem, x, parts, out, lse)
-    run(merge_kernel, problem, lambda c: (blocks(rows, c.BLOCK_M) * slots * problem.heads,), merged)
+    run(merge_kernel, problem, lambda c: (blocks(rows, c.BLOCK_M) * slots * problem.heads,), shares | dict(
+        PARTS=parts.out, PART_LSE=parts.lse, SINKS=x.sinks, OUT=out, LSE=lse, out_strides=strides(out), heads=problem.heads,
+        nq=rows, HAS_SINKS=problem.has_sinks, NATURAL=values["NATURAL"]))
     hide_unused(problem, x, lse)
     return out, lse
 
