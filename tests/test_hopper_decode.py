@@ -16,8 +16,10 @@ import tilewise as tw
 from tilewise import api
 from tilewise.backends import hopper
 from tilewise.backends.gpu_math import splits
-from tilewise.backends.hopper import decoding
+from tilewise.backends.hopper import configs, decoding
+from tilewise.bench.hopper import decoding as bench
 from tilewise.bench.hopper.cached import CASES, draw
+from tilewise.bench.serving.rivals import Setting
 
 BF16, FP16 = torch.bfloat16, torch.float16
 SCHEDULED = "several tiles", "head dim 128", "packed shares", "pages of 16", "fp8, shares"
@@ -152,3 +154,37 @@ def test_room(name, monkeypatch):
     monkeypatch.setattr(splits, "multiprocessors", lambda device: 132)
     one = replace(problem, batch=1, kv_heads=1, heads=1, seqlen_k=2**17, settings=problem.settings._replace(splits=0))
     assert 0.8 * places * 132 < decoding.splits(one) <= places * 132
+
+
+# ---- the command that checks and times it on a GPU --------------------------------------------------------------------------
+
+def test_the_command(simulated, monkeypatch, tmp_path):
+    """It says what is wrong, and how fast what is right."""
+    monkeypatch.setattr(bench, "CASES", (case("one key"), case("queries")))
+    monkeypatch.setattr(bench, "DTYPES", (BF16,))
+    monkeypatch.setattr(bench, "SETTINGS", (Setting(1, 130, 4, 2, 64, 64),))
+    monkeypatch.setattr(bench, "TUNED", (Setting(1, 130, 2, 1, 64, 64),))
+    monkeypatch.setattr(bench, "SECONDS", 0.0)
+    result = bench.run(torch.device("cpu"), seconds=100, repeats=1, out=tmp_path / "found.json")
+    assert (result["right"], result["failures"]) == (2, {})
+    row, tuned = result["rows"][0], result["tuned"][0]
+    assert {name for name, state in row["states"].items() if state["state"] == "timed"} == {
+        "hopper", "hopper pages 16", "hopper fp8", "sdpa"}
+    assert row["of_copy"]["hopper"] > 0
+    assert not tuned["failed"]
+    assert len(tuned["seconds"]) == len(bench.candidates(64))
+    fields = result["lines"][-1].split("   ")[0].split("\t")
+    assert len(fields) == len(configs.TABLE.read_text().splitlines()[0].split("\t"))
+    right = hopper.forward
+
+    def sometimes_wrong(problem, x):
+        out, lse = right(problem, x)
+        out[0, 0, 0] += len(simulated.launched) % 2
+        return out, lse
+
+    monkeypatch.setattr(hopper, "forward", sometimes_wrong)
+    simulated.launched.append("one more")
+    monkeypatch.setattr(bench, "SETTINGS", ())
+    monkeypatch.setattr(bench, "TUNED", ())
+    result = bench.run(torch.device("cpu"), seconds=100, repeats=1)
+    assert "repeat 0: out has other bits" in result["failures"]["one key bfloat16"]

@@ -13,7 +13,7 @@ from tilewise.backends.hopper.gluon_names import reinterpret, tma_load
 @gluon.jit
 def located_pieces(first, r, slot, start, PAGES, page_size, ROWS: gl.constexpr, TOGETHER: gl.constexpr):
     """Where ROWS rows from `first` on lie: (slot or page, first row in it) of each TOGETHER of them."""
-    places = ()
+    places: tuple = ()
     for i in gl.static_range(ROWS // TOGETHER):
         one = (located_piece(first + i * TOGETHER, r, slot, start, PAGES, page_size, TOGETHER),)
         places = places + one
