@@ -13,10 +13,10 @@ from tilewise.backends.hopper.gluon_names import reinterpret, tma_load
 @gluon.jit
 def located_pieces(first, r, slot, start, PAGES, page_size, ROWS: gl.constexpr, TOGETHER: gl.constexpr):
     """Where ROWS rows from `first` on lie: (slot or page, first row in it) of each TOGETHER of them."""
-    places: tuple = ()
+    places = ()
     for i in gl.static_range(ROWS // TOGETHER):
         one = (located_piece(first + i * TOGETHER, r, slot, start, PAGES, page_size, TOGETHER),)
-        places = places + one
+        places = places + one           # type: ignore[assignment]
     return places
 
 
