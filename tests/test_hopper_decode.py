@@ -1,4 +1,5 @@
 """Decoding on the `hopper` backend, in the simulator: caches of all kinds, each way to miss a key or to read one too many."""
+import re
 from dataclasses import replace
 
 import pytest
@@ -11,12 +12,17 @@ if INTERPRETING:
 
 from support.hopper.product import install
 from support.hopper.product import simulated as simulated_run
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 import tilewise as tw
-from tilewise import api
+from tilewise import api, inspect
 from tilewise.backends import hopper
 from tilewise.backends.gpu_math import splits
+from tilewise.backends.gpu_math.cases import Case
 from tilewise.backends.hopper import configs, decoding
+from tilewise.backends.hopper.pieces import load_pieces
 from tilewise.bench.hopper import decoding as bench
 from tilewise.bench.hopper.cached import CASES, draw
 from tilewise.bench.serving.rivals import Setting
@@ -154,6 +160,32 @@ def test_room(name, monkeypatch):
     monkeypatch.setattr(splits, "multiprocessors", lambda device: 132)
     one = replace(problem, batch=1, kv_heads=1, heads=1, seqlen_k=2**17, settings=problem.settings._replace(splits=0))
     assert 0.8 * places * 132 < decoding.splits(one) <= places * 132
+
+
+# ---- what the simulator does not model ------------------------------------------------------------------------------------
+
+@gluon.jit
+def copied_and_read(desc, OUT):
+    """A tile that comes in pieces of 16 rows; a thread reads 8 columns of each."""
+    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    tile = gl.allocate_shared_memory(desc.dtype, [64, 128], gl.NVMMASharedLayout(128, 16))
+    barrier = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    load_pieces(desc, ((0, 0), (1, 0), (2, 0), (3, 0)), 0, barrier, tile)
+    rows, columns = gl.arange(0, 64, gl.SliceLayout(1, LAYOUT)), gl.arange(0, 128, gl.SliceLayout(0, LAYOUT))
+    gl.store(OUT + rows[:, None] * 128 + columns[None, :], tile.load(LAYOUT))
+
+
+def test_pieces_lie_where_the_tile_is_read():
+    """In the machine's memory, not the simulator's: offsets in the assembly."""
+    block = "tensordesc<bf16[1, 1, 16, 64],NVMMASharedLayout(128, 16, rank=4)>"
+    case = Case("pieces", "decode", "sm_90", copied_and_read, {"desc": block, "OUT": "*bf16"}, {}, 4, 1, False, "")
+    assembly = inspect.build(case).asm["ptx"]
+    moved = {name: int(step) for name, step in re.findall(r"add\.s32\s+(%r\d+), %r\d+, (\d+);", assembly)}
+    copied = re.findall(r"cp\.async\.bulk\.tensor.*?\[(%r\d+)\]", assembly)
+    read = re.findall(r"ld\.shared\.v4\S*\s+\{.*\}, \[%r\d+(?:\+(\d+))?\]", assembly)
+    expected = [2048 * piece + 8192 * panel for piece in range(4) for panel in range(2)]
+    assert sorted(moved.get(name, 0) for name in copied) == sorted(expected)
+    assert sorted(int(step or 0) for step in read) == sorted(expected)
 
 
 # ---- the command that checks and times it on a GPU --------------------------------------------------------------------------
