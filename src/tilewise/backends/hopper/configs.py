@@ -2,7 +2,8 @@
 
 A row says: this kernel, for head dims up to `head_dim` (the larger of D and D_v) and these features ("plain"; "listed": with a
 list of tiles; "rich": with a score function), works on BLOCK_M queries x BLOCK_N keys per tile, with so many stages and
-registers of a thread; PARTS: passes of the backward kernel. "decode" and "decode fp8", by how keys are stored: the registers are the consumer's, and those of the producer and the converter.
+registers of a thread; PARTS: passes of the backward kernel. Decoding is "decode" or, by how keys are stored, "decode fp8": its
+PRODUCER_REGISTERS are the converter's, too.
 Every row compiles without register spills (`results/gates.json`); none has been chosen by measured speed yet.
 """
 from __future__ import annotations
