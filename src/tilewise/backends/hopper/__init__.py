@@ -70,7 +70,7 @@ def unsupported(problem: Problem) -> str | None:
         "rows that do not begin at multiples of 16 bytes, as TMA needs": not problem.aligned or any(
             dim % of_16_bytes for dim in (problem.head_dim, problem.head_dim_v)),
         "gradients of captured tensors": problem.learning,
-        "deterministic gradients": problem.deterministic,
+        "deterministic gradients": problem.deterministic and not problem.cached,
     }
     return next((reason for reason, applies in absent.items() if applies), None)
 

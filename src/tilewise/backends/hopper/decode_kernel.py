@@ -1,7 +1,7 @@
 """Flash-Decoding for Hopper (Dao et al. 2023): few queries of a cache, at the speed of memory; warp-specialised, in Gluon.
 
 A program has all queries of a group of heads, at most 64 rows (query, head of the group), and one of `splits` shares of the
-keys; the parts are merged by `gpu_math/merge.py`. One warp, the producer, copies keys and values by TMA into a ring of STAGES
+keys; the parts are merged by `merge_kernel.py`. One warp, the producer, copies keys and values by TMA into a ring of STAGES
 tiles each; one warpgroup, the consumer, computes scores, softmax and P V, one after another: that takes less time than memory
 does, and two programs share a multiprocessor where the rings leave room. Keys in fp8 come as bytes; two further warps, the
 converter, turn them into the queries' type, into a ring of WIDE tiles of its own, from which the consumer takes them.
@@ -10,9 +10,9 @@ Barriers, of which each stage has its own; phase of tile t: t // STAGES % 2
     k_full, v_full  the producer's TMA -> the consumer (fp8: the converter), each tile
     empty           the consumer, after P V is there (fp8: the converter, after it has read both) -> the producer, before it
                     loads tile t + STAGES
-of fp8 also, with WIDE in place of STAGES
-    k_wide, v_wide  the converter, after it has written -> the consumer, each tile
-    free            the consumer, after P V is there -> the converter, before it writes tile t + WIDE
+In fp8 there is another set, with WIDE in place of STAGES
+    k_full, v_full  the converter, after it has written -> the consumer, each tile
+    empty           the consumer, after P V is there -> the converter, before it writes tile t + WIDE
 
 Q [slots, H, rows, D]  K [slots, H_kv, rows, D]  V [.., DV]: K and V are TMA descriptors, whose blocks are a panel's columns of
 rows that lie together: BLOCK_N, or where PAGES [B, pages_row] says in which page a sequence's rows are, as many as divide a
@@ -50,19 +50,20 @@ def producer(descs, tiles, barriers, where, r, masked, total, PAGES, page_size, 
 
 
 @gluon.jit
-def converter(raw, raw_barriers, tiles, barriers, total, STAGES: gl.constexpr):
+def converter(raw, loaded, tiles, barriers, total, STAGES: gl.constexpr):
+    """From the producer's ring, `raw`, of which `loaded` are the barriers, to the consumer's."""
     k_raw, v_raw = raw
-    k_full, v_full, empty = raw_barriers
+    k_loaded, v_loaded, read = loaded
     k_tiles, v_tiles = tiles
-    k_wide, v_wide, free = barriers
+    k_full, v_full, empty = barriers
     for t in range(total):
         stage, slot = t % STAGES, t % WIDE
-        mbarrier.wait(free.index(slot), (t // WIDE & 1) ^ 1)
-        mbarrier.wait(k_full.index(stage), t // STAGES & 1)
-        widen(k_raw.index(stage), k_tiles.index(slot), k_wide.index(slot))
-        mbarrier.wait(v_full.index(stage), t // STAGES & 1)
-        widen(v_raw.index(stage), v_tiles.index(slot), v_wide.index(slot))
-        mbarrier.arrive(empty.index(stage), count=1)
+        mbarrier.wait(empty.index(slot), (t // WIDE & 1) ^ 1)
+        mbarrier.wait(k_loaded.index(stage), t // STAGES & 1)
+        widen(k_raw.index(stage), k_tiles.index(slot), k_full.index(slot))
+        mbarrier.wait(v_loaded.index(stage), t // STAGES & 1)
+        widen(v_raw.index(stage), v_tiles.index(slot), v_full.index(slot))
+        mbarrier.arrive(read.index(stage), count=1)
 
 
 @gluon.jit
@@ -170,6 +171,26 @@ def load_queries(tile, Q, strides, group, nq, D: gl.constexpr):
     thread_barrier()
 
 
+@gluon.constexpr_function
+def of_rank_2(layout):
+    """A descriptor's layout for a tile of rows and columns."""
+    return gl.NVMMASharedLayout(layout.swizzle_byte_width, layout.element_bitwidth)
+
+
+@gluon.jit
+def new_barriers(COUNT: gl.constexpr):
+    """(k_full, v_full, empty) of a ring."""
+    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
+    k_full = gl.allocate_shared_memory(gl.int64, [COUNT, 1], BARRIER)
+    v_full = gl.allocate_shared_memory(gl.int64, [COUNT, 1], BARRIER)
+    empty = gl.allocate_shared_memory(gl.int64, [COUNT, 1], BARRIER)
+    for i in gl.static_range(COUNT):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    return k_full, v_full, empty
+
+
 @gluon.jit
 def decode(k_desc, v_desc, Q, OUT, LSE, SINKS, Q_ROWS, K_ROWS, PAGES, K_SCALE, V_SCALE, q_strides, out_strides, scale, heads,
            group, nq, nk, lse_rows, page_size, pages_row, splits, out_split, lse_split, captured, ints, floats,
@@ -179,9 +200,7 @@ def decode(k_desc, v_desc, Q, OUT, LSE, SINKS, Q_ROWS, K_ROWS, PAGES, K_SCALE, V
     """Launched with 4 warps, on splits x key heads x sequences programs, the shares of one after another."""
     TYPE: gl.constexpr = Q.dtype.element_ty
     TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16)
-    BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     FP8: gl.constexpr = K_SCALE is not None
-    RING: gl.constexpr = WIDE if FP8 else STAGES
     split, one = gl.program_id(0) % splits, gl.program_id(0) // splits
     b, h_kv = one // (heads // group), one % (heads // group)
     h = h_kv * group
@@ -201,45 +220,29 @@ def decode(k_desc, v_desc, Q, OUT, LSE, SINKS, Q_ROWS, K_ROWS, PAGES, K_SCALE, V
     total = masked + masking.count(r, False, 0)
 
     q_tile = gl.allocate_shared_memory(TYPE, [ROWS, BLOCK_D], TILE)
-    k_tiles = gl.allocate_shared_memory(TYPE, [RING, BLOCK_N, BLOCK_D], TILE)
-    v_tiles = gl.allocate_shared_memory(TYPE, [RING, BLOCK_N, BLOCK_DV], TILE)
-    k_full = gl.allocate_shared_memory(gl.int64, [RING, 1], BARRIER)
-    v_full = gl.allocate_shared_memory(gl.int64, [RING, 1], BARRIER)
-    empty = gl.allocate_shared_memory(gl.int64, [RING, 1], BARRIER)
-    for i in gl.static_range(RING):
-        mbarrier.init(k_full.index(i), count=1)
-        mbarrier.init(v_full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+    k_loaded = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, BLOCK_D], of_rank_2(k_desc.layout))
+    v_loaded = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, BLOCK_DV], of_rank_2(v_desc.layout))
+    descs, loaded, of_loaded = (k_desc, v_desc), (k_loaded, v_loaded), new_barriers(STAGES)
     if FP8:
-        K_BYTES: gl.constexpr = gl.NVMMASharedLayout(128 if BLOCK_D >= 128 else 64, 8)
-        V_BYTES: gl.constexpr = gl.NVMMASharedLayout(128 if BLOCK_DV >= 128 else 64, 8)
-        k_raw = gl.allocate_shared_memory(k_desc.dtype, [STAGES, BLOCK_N, BLOCK_D], K_BYTES)
-        v_raw = gl.allocate_shared_memory(v_desc.dtype, [STAGES, BLOCK_N, BLOCK_DV], V_BYTES)
-        k_raw_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-        v_raw_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-        raw_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-        for i in gl.static_range(STAGES):
-            mbarrier.init(k_raw_full.index(i), count=1)
-            mbarrier.init(v_raw_full.index(i), count=1)
-            mbarrier.init(raw_empty.index(i), count=1)
+        k_wide = gl.allocate_shared_memory(TYPE, [WIDE, BLOCK_N, BLOCK_D], TILE)
+        v_wide = gl.allocate_shared_memory(TYPE, [WIDE, BLOCK_N, BLOCK_DV], TILE)
+        wide, of_wide = (k_wide, v_wide), new_barriers(WIDE)
     fence_async_shared()
-    descs, tiles, barriers = (k_desc, v_desc), (k_tiles, v_tiles), (k_full, v_full, empty)
     loads, queries = (h_kv, k_slot, k_start), (b, h, nq, nk, lse_rows)
     Q = located(Q, q_strides, q_slot, h, q_start)
     OUT = located(OUT, out_strides, q_slot, h, q_start) + split.to(gl.int64) * out_split
     LSE += (q_slot * heads + h).to(gl.int64) * lse_rows + q_start + split.to(gl.int64) * lse_split
     # Constants must stand in these tuples themselves: a tuple that is bound to a name first makes tensors of them.
     if FP8:
-        raw, raw_barriers = (k_raw, v_raw), (k_raw_full, v_raw_full, raw_empty)
         gl.warp_specialize([
-            (consumer, (q_tile, tiles, barriers, queries, r, masked, total, Q, OUT, LSE, SINKS, q_strides, out_strides, v_scale,
+            (consumer, (q_tile, wide, of_wide, queries, r, masked, total, Q, OUT, LSE, SINKS, q_strides, out_strides, v_scale,
                         group, scale, program, SCORE, MASK, VISIT, HAS_SINKS, RAW, HIDES, WIDE, BLOCK_N, D, DV)),
-            (converter, (raw, raw_barriers, tiles, barriers, total, STAGES)),
-            (producer, (descs, raw, raw_barriers, loads, r, masked, total, PAGES, page_size, VISIT, STAGES, BLOCK_N)),
+            (converter, (loaded, of_loaded, wide, of_wide, total, STAGES)),
+            (producer, (descs, loaded, of_loaded, loads, r, masked, total, PAGES, page_size, VISIT, STAGES, BLOCK_N)),
         ], [2, 1], [PRODUCER_REGISTERS, PRODUCER_REGISTERS])
     else:
         gl.warp_specialize([
-            (consumer, (q_tile, tiles, barriers, queries, r, masked, total, Q, OUT, LSE, SINKS, q_strides, out_strides, v_scale,
-                        group, scale, program, SCORE, MASK, VISIT, HAS_SINKS, RAW, HIDES, STAGES, BLOCK_N, D, DV)),
-            (producer, (descs, tiles, barriers, loads, r, masked, total, PAGES, page_size, VISIT, STAGES, BLOCK_N)),
+            (consumer, (q_tile, loaded, of_loaded, queries, r, masked, total, Q, OUT, LSE, SINKS, q_strides, out_strides,
+                        v_scale, group, scale, program, SCORE, MASK, VISIT, HAS_SINKS, RAW, HIDES, STAGES, BLOCK_N, D, DV)),
+            (producer, (descs, loaded, of_loaded, loads, r, masked, total, PAGES, page_size, VISIT, STAGES, BLOCK_N)),
         ], [1], [PRODUCER_REGISTERS])

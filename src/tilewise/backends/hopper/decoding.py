@@ -4,6 +4,7 @@ from __future__ import annotations
 import math
 
 from torch import Tensor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilewise.backends.gpu_math.arguments import arguments, padded, strides, visits
 from tilewise.backends.gpu_math.splits import hide_unused, new_parts, planned
@@ -18,8 +19,12 @@ REGISTERS, SHARED, RESERVED = 65536, 233472, 1024       # of a multiprocessor; b
 THREADS = 256                           # of a program
 MERGED = 8192                           # elements of parts that a program reads at once
 
+NAMES = ("Q", "Q_ROWS", "K_ROWS", "q_strides", "scale", "heads", "group", "nq", "nk", "lse_rows", "captured", "ints", "floats",
+         "RAW")
+
 
 def chosen(problem: Problem) -> Config:
+    """The configuration for a problem."""
     return choose("decode" if problem.stored is None else "decode fp8", problem)
 
 
@@ -82,11 +87,7 @@ def forward(problem: Problem, x: Operands, start: Start = start) -> tuple[Tensor
     return out, lse
 
 
-NAMES = ("Q", "Q_ROWS", "K_ROWS", "q_strides", "scale", "heads", "group", "nq", "nk", "lse_rows", "captured", "ints", "floats",
-         "RAW")
-
-
-def panels(x: Tensor, rows: int):
+def panels(x: Tensor, rows: int) -> TensorDescriptor:
     """A descriptor whose blocks are a panel of shared memory wide: what a swizzle spans, at most 128 bytes."""
     columns = min(width(x.shape[3]), 128 // x.itemsize)
     return descriptor(x, rows, columns, columns * x.itemsize)
