@@ -466,9 +466,10 @@ INVARIANT = {
 @pytest.mark.parametrize("name", INVARIANT)
 def test_batch_invariant(name, monkeypatch):
     """A row's bits are the same alone, among others, decoded one by one, in chunks or at once, in pages or not."""
-    from tilewise.backends.triton import configs, launch
+    from tilewise.backends.gpu_math import splits
+    from tilewise.backends.triton import configs
     monkeypatch.setattr(configs, "SPAN", 64)                # three spans
-    monkeypatch.setattr(launch, "multiprocessors", lambda device: 132)      # other calls would split decoding
+    monkeypatch.setattr(splits, "multiprocessors", lambda device: 132)      # other calls would split decoding
     length, other, heads, dtype = 150, 40, 2, torch.bfloat16 if name == "bf16" else torch.float32
     parts = sequences((length, other), heads=1, dtype=dtype)
     parts.append([normal(n, heads, DIM, seed=3 + n, dtype=dtype) for n in (length, other)])

@@ -1,7 +1,4 @@
 """The `hopper` backend in a simulator of Hopper's asynchrony: right, and free of races and deadlocks, under many schedules."""
-from functools import partial
-from types import SimpleNamespace
-
 import pytest
 import torch
 from support.backends import INTERPRETING
@@ -10,11 +7,11 @@ pytest.importorskip("triton", reason="needs triton", exc_type=ImportError)
 if INTERPRETING:
     pytest.skip("Triton's interpreter is on", allow_module_level=True)
 
-from support.hopper.product import simulated as run_simulated
+from support.hopper.product import install
 
 import tilewise as tw
 from tilewise.backends import hopper, tiled
-from tilewise.backends.hopper import configs, launch
+from tilewise.backends.hopper import configs
 from tilewise.bench import tolerance
 from tilewise.bench.cases import CASES, draw, rows_in_use
 from tilewise.bench.hopper import correctness, tuning
@@ -26,17 +23,7 @@ BF16 = torch.bfloat16
 
 @pytest.fixture
 def simulated(monkeypatch):
-    """Kernels of the backend run in the simulator, under the schedule of `seed`; `launched` counts them."""
-    state = SimpleNamespace(seed=0, launched=0)
-
-    def start(kernel, problem, programs, values, warps):
-        run_simulated(kernel, problem, programs, values, warps, state.seed)
-        state.launched += 1
-
-    monkeypatch.setattr(hopper, "supports", hopper.unsupported)
-    monkeypatch.setattr(hopper, "forward", partial(launch.forward, start=start))
-    monkeypatch.setattr(hopper, "backward", partial(launch.backward, start=start))
-    return state
+    return install(monkeypatch)
 
 
 @pytest.fixture
@@ -76,7 +63,7 @@ WHOLE = [case for case in LONGER if hopper.unsupported(draw(case, BF16).describe
 def test_several_tiles(case, seed, simulated, poisoned):
     simulated.seed = seed
     assert_right(draw(case, BF16, seed=seed))
-    assert simulated.launched == 2 + len(configs.passes(draw(case, BF16).described()[0]))
+    assert len(simulated.launched) == 2 + len(configs.passes(draw(case, BF16).described()[0]))
 
 
 @pytest.mark.parametrize("case", [case for case in LONGER if case not in WHOLE], ids=str)
@@ -199,11 +186,11 @@ def test_correctness_command_finds_what_is_wrong(simulated, monkeypatch, tmp_pat
 
     def sometimes_wrong(problem, x):
         out, lse = right(problem, x)
-        out[0, 0, 7] += (simulated.launched > 4)
+        out[0, 0, 7] += len(simulated.launched) > 4
         return out, lse
 
     monkeypatch.setattr(hopper, "forward", sometimes_wrong)
-    simulated.launched = 0
+    simulated.launched.clear()
     result = correctness.run(torch.device("cpu"), seconds=100, repeats=2, out=tmp_path / "found.json")
     assert "long bfloat16" in result["failures"]
     assert "out" in result["failures"]["long bfloat16"]

@@ -294,7 +294,7 @@ def test_dropout(rows, warps):
 
 def case(kernel, constants, **signature):
     return types.SimpleNamespace(name=kernel.fn.__name__, arch="sm_90", kernel=kernel, signature=signature, constants=constants,
-                                 unaligned=frozenset(), num_warps=4, num_stages=1)
+                                 unaligned=frozenset(), num_warps=4, num_stages=1, maxnreg=None)
 
 
 def block(kind, *shape):

@@ -66,6 +66,7 @@ class Case:
     unaligned: frozenset = frozenset({"n"})
     num_warps: int = 4
     num_stages: int = 2
+    maxnreg: int | None = None
     tensor_cores: bool = True
     direction: str = "forward"
     key: str = "1"

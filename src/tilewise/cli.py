@@ -334,7 +334,7 @@ def inspect(
 
 
 def model_hopper(arch: str | None, only: str) -> None:
-    """The cost model of the Hopper kernels whose name contains `only`, compiled now."""
+    """The cost model of the Hopper kernels whose name contains `only`, compiled now; not of decoding, which memory bounds."""
     from tilewise.backends.hopper.aot import ARCH, shipped
     from tilewise.inspect import build
     from tilewise.inspect import model as of_units
@@ -344,7 +344,7 @@ def model_hopper(arch: str | None, only: str) -> None:
     modelled = []
     with console.status("") as status:
         for case in shipped():
-            if only in case.name:
+            if only in case.name and case.direction in of_units.STREAMED:
                 status.update(f"compiling {case.name}")
                 modelled += [(case, trip) for trip in of_units.trips(build(case), case)]
     console.print(of_units.table(modelled))

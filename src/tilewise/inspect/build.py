@@ -65,6 +65,10 @@ class KernelCase(Protocol):
     def num_stages(self) -> int: ...
 
     @property
+    def maxnreg(self) -> int | None:
+        """Registers of a thread when the program starts; None: as many as there are for one program on a multiprocessor."""
+
+    @property
     def tensor_cores(self) -> bool:
         """Whether matrix products must run on tensor cores (True for all but ieee fp32)."""
 
@@ -86,7 +90,7 @@ def build(case: KernelCase) -> CompiledKernel:
     target = TARGETS[case.arch]
     types = _types(case)
     source = _source_class(case.kernel)(case.kernel, types, _constants(case, types), _alignment(case, types, target))
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **OPTIONS}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, "maxnreg": case.maxnreg, **OPTIONS}
     with contextlib.redirect_stdout(io.StringIO()):  # a failing ptxas would print the whole PTX
         return triton.compile(source, target=target, options=options)
 

@@ -79,7 +79,7 @@ def _check_block(descriptor: Descriptor, view: SharedView) -> None:
     block = descriptor.block_shape
     if view.numel != math.prod(block) or view.shape[-1] != block[-1] or view.dtype != descriptor.dtype:
         raise Fault("type", f"{descriptor} and {view} at {site()} differ in shape or type")
-    if not view.memory.flags.c_contiguous:
+    if not (view.memory.flags.c_contiguous or view.in_one_panel):
         raise Fault("type", f"{view} at {site()} is not contiguous, as TMA needs it")
 
 

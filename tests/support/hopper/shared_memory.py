@@ -45,6 +45,7 @@ class SharedView:
     def __init__(self, allocation: Allocation, memory: np.ndarray, written: np.ndarray, dtype: Any, layout: Any, label: str):
         self.allocation, self.memory, self.written = allocation, memory, written
         self.dtype, self.layout, self.label = dtype, layout, label
+        self.in_one_panel = False
 
     shape = property(lambda self: list(self.memory.shape))
     rank = property(lambda self: self.memory.ndim)
@@ -74,6 +75,13 @@ class SharedView:
         if start < 0 or start + length > self.shape[dim]:
             raise Fault("bounds", f"slice {start} + {length} of {self.label} {self.shape} at {site()}")
         return self._view(lambda x: x[(slice(None),) * dim + (slice(start, start + length),)], f"[{start}:{start + length}]")
+
+    def panel_piece(self, first: int, rows: int, column: int, columns: int) -> SharedView:
+        """Some rows of the columns that a swizzle spans, which lie together in real shared memory: there panels lie one behind
+        another. Here rows are whole."""
+        piece = self.slice(first, rows).slice(column, columns, 1)
+        piece.in_one_panel = True
+        return piece
 
     def permute(self, order: Sequence[int]) -> SharedView:
         return self._view(lambda x: x.transpose(order))

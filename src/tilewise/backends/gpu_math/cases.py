@@ -27,6 +27,7 @@ class Case:
     tensor_cores: bool
     key: str
     unaligned: frozenset[str] = frozenset()
+    maxnreg: int | None = None
 
 
 def typed(point: Any, flat: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, Any]]:

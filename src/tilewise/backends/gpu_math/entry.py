@@ -8,11 +8,14 @@ length, a batch size or a captured number changed.
 """
 from __future__ import annotations
 
+import contextlib
 import functools
 import linecache
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
+
+import torch
 
 from tilewise.trace.emit_triton import function
 from tilewise.trace.graph import leaves, parse
@@ -73,6 +76,12 @@ def flatten(kernel: Any, program: str, values: Mapping[str, Any]) -> dict[str, A
             flat.update((name, s // align) for (name, _), s in zip(parameter.flat, values[parameter.name], strict=True))
     flat["ALIGN"] = align
     return flat
+
+
+def start(point: Any, grid: tuple[int, ...], flat: Mapping[str, Any], device: torch.device, **options: int) -> None:
+    """Launches an entry point. Triton does so on the current device, whatever device the tensors are on."""
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        point[grid](**flat, **options, **OPTIONS)
 
 
 @functools.lru_cache(maxsize=512)

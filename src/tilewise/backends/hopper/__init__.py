@@ -3,8 +3,9 @@
     forward_kernel.py                  attention
     backward_kernel.py                 gradients, walking from the keys
     query_gradients_kernel.py          dQ by itself, walking from the queries
-    preprocess.py   for the backward   dropout.py, tiles.py      what they share
-    configs.py   their variants        launch.py                 how they are called
+    decode_kernel.py, merge_kernel.py  few queries of a cache
+    preprocess.py   for the backward   dropout.py, tiles.py, pieces.py   what they share
+    configs.py   their variants        launch.py, decoding.py            how they are called
     gluon_names.py                     one set of names for Triton 3.6 to 3.9
 
 It has run in a simulator of Hopper's asynchrony (`tests/support/hopper/`), but on no GPU yet: until it has, "auto" passes it
@@ -17,11 +18,16 @@ from torch import Tensor
 
 from tilewise.backends import Gradients, Needs
 from tilewise.backends.gpu_math import NOT_INSTALLED, triton_version
+from tilewise.backends.gpu_math.splits import DECODE_ROWS, decodes, few_queries
+from tilewise.kv_cache import Stored
 from tilewise.problem import Operands, Problem
+from tilewise.rotary import Rotary
 
 DTYPES = (torch.float16, torch.bfloat16)
 VERSIONS = (3, 6), (3, 9)               # of Triton whose Gluon `gluon_names.py` bridges
 MAX_HEAD_DIM = 128                      # beyond it dK and dV do not fit into registers together
+MAX_DECODE_DIM = 256                    # of keys from a cache, which have no gradients
+LEAST_PIECE = 8                         # rows of a page that TMA copies at once: as many as a swizzle spans
 
 
 def missing() -> str | None:
@@ -49,18 +55,24 @@ def supports(problem: Problem) -> str | None:
 
 def unsupported(problem: Problem) -> str | None:
     """What these kernels lack for a problem, on any device."""
+    most = MAX_DECODE_DIM if problem.cached else MAX_HEAD_DIM
+    rows_k = () if problem.cached else problem.rows_k       # memory of a cache there is always
+    of_16_bytes = 8 if problem.stored is None else 16
     absent = {
         f"{str(problem.dtype)[6:]} inputs (its kernels take fp16 and bf16)": problem.dtype not in DTYPES,
-        f"head dims over {MAX_HEAD_DIM}": max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM,
+        "values that are a part of keys": problem.shared,
+        f"head dims over {most}": max(problem.head_dim, problem.head_dim_v) > most,
         "a bias": problem.bias_shape is not None,
         "dropout": problem.dropout > 0,
-        "keys from a cache": problem.cached,
+        f"keys from a cache for more than {DECODE_ROWS} queries of a group": problem.cached and not few_queries(problem),
+        "keys from a cache, with a mask without intervals": problem.cached and problem.graphs.listed,
+        f"pages of {problem.page_size} keys, no multiple of {LEAST_PIECE}": bool((problem.page_size or 0) % LEAST_PIECE),
         "batch_invariant": problem.batch_invariant,
         "statistics of rows and keys": problem.statistics != "",
-        "num_splits": problem.splits > 1,
-        "tensors without rows or heads": 0 in (*problem.rows_q, *problem.rows_k, problem.heads, problem.batch),
+        "num_splits": problem.splits > 1 and not decodes(problem),
+        "tensors without rows or heads": 0 in (*problem.rows_q, *rows_k, problem.heads, problem.batch),
         "rows that do not begin at multiples of 16 bytes, as TMA needs": not problem.aligned or any(
-            dim % 8 for dim in (problem.head_dim, problem.head_dim_v)),
+            dim % of_16_bytes for dim in (problem.head_dim, problem.head_dim_v)),
         "gradients of captured tensors": problem.learning,
     }
     return next((reason for reason, applies in absent.items() if applies), None)
@@ -78,8 +90,8 @@ def precision(problem: Problem) -> str:
 
 def tile_sizes(problem: Problem) -> tuple[int, int]:
     """(queries, keys) per tile of the forward kernel."""
-    from tilewise.backends.hopper.configs import choose
-    config = choose("forward", problem)
+    from tilewise.backends.hopper import configs, decoding
+    config = decoding.chosen(problem) if decodes(problem) else configs.choose("forward", problem)
     return config.BLOCK_M, config.BLOCK_N
 
 
@@ -91,18 +103,29 @@ def repeatable(problem: Problem) -> bool:
 
 def splits(problem: Problem) -> int:
     """Shares of the keys, merged afterwards."""
-    return 1
+    from tilewise.backends.hopper import decoding
+    return decoding.splits(problem) if decodes(problem) else 1
 
 
 def workspace(problem: Problem) -> tuple[int, int]:
-    """Bytes, forward and backward: lse; lse, also in base 2, delta and, where it is added in any order, dQ in fp32."""
+    """Bytes, forward and backward: lse and the parts of a split; lse, also in base 2, delta and, where it is added in any
+    order, dQ in fp32."""
     statistics = 4 * problem.heads * problem.queries
-    return statistics, (3 + (0 if repeatable(problem) else problem.head_dim)) * statistics
+    parts = splits(problem)
+    return (statistics + (parts * statistics * (1 + problem.head_dim_v) if parts > 1 else 0),
+            (3 + (0 if repeatable(problem) else problem.head_dim)) * statistics)
 
 
 def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
-    from tilewise.backends.hopper import launch
-    return launch.forward(problem, operands)
+    from tilewise.backends.hopper import decoding, launch
+    return (decoding if decodes(problem) else launch).forward(problem, operands)
+
+
+def write(stored: Stored, new: Tensor, k_new: Tensor, v_new: Tensor | None, q: Tensor | None, q_rows: Tensor | None,
+          rotary: Rotary | None) -> Tensor | None:
+    """`kv_cache.write` in one launch."""
+    from tilewise.backends.gpu_math import append
+    return append.write(stored, new, k_new, v_new, q, q_rows, rotary)
 
 
 def backward(problem: Problem, operands: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,

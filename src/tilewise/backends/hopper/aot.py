@@ -13,19 +13,34 @@ from tilewise.backends import Needs
 from tilewise.backends.gpu_math import elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax
 from tilewise.backends.gpu_math.cases import Case, key, sources_hash, typed
 from tilewise.backends.gpu_math.entry import entry, flatten, source_of
-from tilewise.backends.hopper import backward_kernel, backward_producer, configs, dropout, forward_kernel, gluon_names, launch
+from tilewise.backends.hopper import (
+    backward_kernel,
+    backward_producer,
+    configs,
+    decode_kernel,
+    decoding,
+    dropout,
+    forward_kernel,
+    gluon_names,
+    launch,
+    merge_kernel,
+    pieces,
+)
 from tilewise.backends.hopper import preprocess as with_lse
 from tilewise.backends.hopper import query_gradients_kernel as queries_kernel
 from tilewise.backends.hopper import tiles as shared_tiles
 from tilewise.block_sparse import block_mask
+from tilewise.kv_cache import KVCache
+from tilewise.paged_cache import PagedKVCache
 from tilewise.problem import Layout, Operands, Problem, make, make_unequal
 from tilewise.rng import Rng
 
 ARCH = "sm_90"
-DIRECTIONS = {"forward": "forward", "query_gradients": "dq"}
 SOURCES = (elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax, backward_kernel,
-           backward_producer, dropout, forward_kernel, gluon_names, queries_kernel, shared_tiles, with_lse)
+           backward_producer, decode_kernel, dropout, forward_kernel, gluon_names, merge_kernel, pieces, queries_kernel,
+           shared_tiles, with_lse)
 N = 256
+DIRECTIONS = {"forward": "forward", "query_gradients": "dq", "decode": "decode", "merge": "decode"}
 
 
 def problems(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, Problem, Operands]]:
@@ -53,6 +68,38 @@ def shipped(dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> Iterator[Cas
         for head_dim in configs.HEAD_DIMS:
             for name, problem, x in problems(dtype, head_dim):
                 yield from cases(name, problem, x)
+            for name, problem, x in cached(dtype, head_dim):
+                yield from decode_cases(name, problem, x)
+
+
+def cached(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, Problem, Operands]]:
+    """What is compiled of decoding: a cache in one piece, in pages, in pages in fp8; "rich" as above."""
+    q = torch.zeros(2, 4, 1, head_dim, dtype=dtype)
+    score = [score_mods.alibi(torch.zeros(4)), score_mods.softcap(30.0)]
+    two_intervals = masks.causal() | masks.prefix(torch.zeros(2, dtype=torch.int32))
+    causal: dict[str, Any] = dict(causal=True)
+    rich: dict[str, Any] = dict(mask=two_intervals, score_mod=score, sinks=torch.zeros(4))
+    for kind, stored in (("", None), ("pages", dtype), ("fp8", torch.float8_e4m3fn)):
+        if stored is None:
+            kv = KVCache(2, N, 2, head_dim, dtype=dtype).stored()
+        else:
+            pages = PagedKVCache(4, 16, 2, head_dim, max_sequences=2, dtype=stored)
+            kv = pages.stored([pages.new(), pages.new()])
+        where = Layout(None, kv.rows, kv.pages, kv.k_scale, kv.v_scale, 0, N, cached=True)
+        yield kind, *make_unequal(where, q, kv.k, kv.v, num_splits=2, **causal)
+        if kind != "pages":
+            yield f"{kind} rich".strip(), *make_unequal(where, q, kv.k, kv.v, **rich)
+
+
+def decode_cases(name: str, problem: Problem, x: Operands) -> Iterator[Case]:
+    """The kernels of a problem with few queries, as `decoding` calls them."""
+    recorded: list[Case] = []
+
+    def record(kernel, problem, programs, values, warps):
+        recorded.append(case(name, kernel, problem, values, warps))
+
+    decoding.forward(problem, x, start=record)
+    return (case for case in recorded if case.kernel.fn.__name__ != "merge_entry" or name == "pages")
 
 
 def cases(name: str, problem: Problem, x: Operands) -> Iterator[Case]:
@@ -76,11 +123,12 @@ def case(name: str, kernel: Any, problem: Problem, values: Mapping[str, Any], wa
     flat = flatten(kernel, problem.program, values) | {"ALIGN": 16}
     point, called = entry(kernel, problem.program), kernel.fn.__name__
     signature, constants = typed(point, flat)
-    return Case(" ".join(["hopper", called, *values.get("PART", "").split(), f"d{problem.head_dim}", name]),
+    maxnreg = values.get("maxnreg")
+    return Case(" ".join(["hopper", called, *values.get("PART", "").split(), f"d{problem.head_dim}", name]).strip(),
                 DIRECTIONS.get(called, "backward"), ARCH, point, signature, constants, warps, 1,
-                called != "preprocess",
+                called not in ("preprocess", "merge"),
                 key(sources(), source_of(kernel, problem.program), sorted(signature.items()),
-                    sorted(constants.items(), key=str), warps))
+                    sorted(constants.items(), key=str), warps, maxnreg), maxnreg=maxnreg)
 
 
 @functools.cache

@@ -3,6 +3,7 @@
 A row says: this kernel, for head dims up to `head_dim` (the larger of D and D_v) and these features ("plain"; "listed": with a
 list of tiles; "rich": with a score function; "dropout": with it), works on BLOCK_M queries x BLOCK_N keys per tile, with so
 many stages and registers of a thread. The kernel is "forward", or what a pass of the backward computes: "dq dk dv", "dv", ...
+Decoding is "decode" or, by how keys are stored, "decode fp8": its PRODUCER_REGISTERS are the converter's, too.
 No row spills registers in its main loop (`results/gates.json`); none has been chosen by measured speed yet.
 """
 from __future__ import annotations

@@ -88,7 +88,7 @@ def forward_with_statistics(problem, operands):
 
 def write(stored, new, k_new, v_new, q, q_rows, rotary):
     """`kv_cache.write` in one launch."""
-    from tilewise.backends.triton import append
+    from tilewise.backends.gpu_math import append
     return append.write(stored, new, k_new, v_new, q, q_rows, rotary)
 
 

@@ -12,6 +12,8 @@ import torch
 
 from tilewise import backends, masks, score_mods
 from tilewise.backends.gpu_math import (
+    append,
+    append_kernel,
     elementary,
     gradients,
     masking,
@@ -25,8 +27,9 @@ from tilewise.backends.gpu_math import (
 )
 from tilewise.backends.gpu_math.cases import Case, key, sources_hash, typed
 from tilewise.backends.gpu_math.entry import entry, flatten, source_of
-from tilewise.backends.triton import append, append_kernel, backward_kernels, forward_kernel, key_mass_kernel, launch
-from tilewise.backends.triton.configs import ARCHITECTURES, DECODE_ROWS, HEAD_DIMS, WIDTHS, Config, choose, missing
+from tilewise.backends.gpu_math.splits import DECODE_ROWS
+from tilewise.backends.triton import backward_kernels, forward_kernel, key_mass_kernel, launch
+from tilewise.backends.triton.configs import ARCHITECTURES, HEAD_DIMS, WIDTHS, Config, choose, missing
 from tilewise.block_sparse import block_mask
 from tilewise.kv_cache import KVCache
 from tilewise.paged_cache import PagedKVCache
@@ -147,7 +150,7 @@ def of_append(arch: str, head_dim: int) -> Iterator[Case]:
         values = append.arguments(found, rows, k, v, turned, turned, rows, rotary) | dict(blocks=1)
         flat = flatten(append_kernel.append, append.NOTHING, values)
         yield _compiled(f"append d{head_dim} {width}", "forward", append_kernel.append, append.NOTHING, None, flat, arch,
-                        append.CONFIG, False)
+                        Config(append.BLOCK, 0, append.WARPS, 1), False)
 
 
 def _case(kernel: Any, problem: Problem, values: Mapping[str, Any], arch: str, row: str, config: Config,

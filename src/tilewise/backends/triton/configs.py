@@ -19,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 
+from tilewise.backends.gpu_math.splits import decodes, few_queries
 from tilewise.problem import Problem
 
 TABLE = Path(__file__).with_name("configs.tsv")
@@ -74,25 +75,14 @@ def choose(kernel: str, problem: Problem, arch: str) -> Config:
     return rows[wanted if wanted in rows else wanted._replace(features="rich")]
 
 
-DECODE_ROWS = 64                        # queries of a group up to which its keys are split rather than walked at once
 SPAN = 1024                             # keys in a span of batch_invariant
-
-
-def few_queries(problem: Problem) -> bool:
-    """Whether a sequence's queries of a whole group fit into a tile or two, as in decoding."""
-    return problem.seqlen_q * problem.group <= DECODE_ROWS
-
-
-def folds(problem: Problem) -> bool:
-    """Whether the queries of a group share blocks. Where tiles come in lists, each head has its own."""
-    return (problem.cached or few_queries(problem)) and not problem.graphs.listed
 
 
 def forward_row(problem: Problem) -> str:
     """What the table calls the forward kernel: by what is compiled into it, and by how many queries it works on."""
     if problem.batch_invariant:
         return "invariant"
-    if folds(problem) and few_queries(problem):
+    if decodes(problem):
         return "decode"
     return "prefill" if problem.cached else "forward"
 

@@ -1,9 +1,6 @@
 """From a problem to kernel launches: what is allocated, what each kernel is told, on which grid."""
 from __future__ import annotations
 
-import contextlib
-import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,15 +9,14 @@ from torch import Tensor
 
 from tilewise.backends import Gradients, Needs
 from tilewise.backends.gpu_math.arguments import arguments, blocks, in_all, padded, strides, visits, work
-from tilewise.backends.gpu_math.entry import OPTIONS, entry, flatten
+from tilewise.backends.gpu_math.entry import entry, flatten, start
 from tilewise.backends.gpu_math.preprocess import preprocess
+from tilewise.backends.gpu_math.splits import few_queries, folds, hide_unused, new_parts, planned
 from tilewise.backends.triton import backward_kernels as bwd
 from tilewise.backends.triton.configs import (
     Config,
     architecture,
     choose,
-    few_queries,
-    folds,
     forward_row,
     parts,
     precision,
@@ -29,7 +25,7 @@ from tilewise.backends.triton.configs import (
 from tilewise.backends.triton.forward_kernel import forward as forward_kernel
 from tilewise.backends.triton.forward_kernel import merge as merge_kernel
 from tilewise.backends.triton.key_mass_kernel import key_mass
-from tilewise.problem import MAX_SPLITS, Operands, Problem
+from tilewise.problem import Operands, Problem
 from tilewise.sequences import all_lengths
 from tilewise.state import sink_gradient
 from tilewise.statistics import Statistics, merge_rows
@@ -53,13 +49,8 @@ def run(kernel: Any, problem: Problem, programs: Callable[[Config], tuple[int, .
     if bias is not None and bias.itemsize > values["Q"].itemsize:  # rows are judged with a bias as wide as the inputs
         config = config._replace(num_stages=1)
     flat = flatten(kernel, problem.program, {**values, **settled(problem, values, config)})
-    start(entry(kernel, problem.program, values.get("LOOKUP")), grid, flat, config, problem.device)
-
-
-def start(point: Any, grid: tuple[int, ...], flat: Mapping[str, Any], config: Config, device: torch.device) -> None:
-    """Launches an entry point. Triton does so on the current device, whatever device the tensors are on."""
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        point[grid](**flat, num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS)
+    start(entry(kernel, problem.program, values.get("LOOKUP")), grid, flat, problem.device, num_warps=config.num_warps,
+          num_stages=config.num_stages)
 
 
 def settled(problem: Problem, values: Mapping[str, Any], config: Config) -> dict[str, Any]:
@@ -94,23 +85,21 @@ def forward(problem: Problem, x: Operands, run: Run = run, found: Statistics = N
     if splits == 1:
         run(forward_kernel, problem, per_query_block(problem, fold), values)
         return out, lse
-    parts = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
-    part_lse = torch.full((splits, *lse.shape), -torch.inf, device=lse.device)
+    parts = new_parts(splits, out, lse)
     of_parts = Statistics(*(None if t is None else t.expand(splits, *t.shape).clone() for t in found[:2]))
-    shares = dict(splits=splits, out_split=parts.stride(0), lse_split=part_lse.stride(0))
+    shares = dict(splits=splits, out_split=parts.out.stride(0), lse_split=parts.lse.stride(0))
     per_block = per_query_block(problem, fold)
     run(forward_kernel, problem, lambda c: (*per_block(c), splits), values | shares | dict(
-        OUT=parts, LSE=part_lse, MAX_SCORE=of_parts.max_score, ENTROPY=of_parts.entropy, out_strides=strides(parts[0]),
+        OUT=parts.out, LSE=parts.lse, MAX_SCORE=of_parts.max_score, ENTROPY=of_parts.entropy, out_strides=strides(parts.out[0]),
         SINKS=None, HAS_SINKS=False, SPLIT=True))
-    for whole, merged in zip(found, merge_rows(of_parts, part_lse), strict=False):
+    for whole, merged in zip(found, merge_rows(of_parts, parts.lse), strict=False):
         if whole is not None and merged is not None:
             whole.copy_(merged)
     slots, rows = problem.rows_q
     run(merge_kernel, problem, lambda c: (blocks(rows, c.BLOCK_M) * slots * problem.heads,), shares | dict(
-        PARTS=parts, PART_LSE=part_lse, SINKS=x.sinks, OUT=out, LSE=lse, out_strides=strides(out), heads=problem.heads, nq=rows,
-        HAS_SINKS=problem.has_sinks, NATURAL=values["NATURAL"]))
-    if problem.has_sinks and x.q_rows is not None:
-        lse.masked_fill_(~in_use(x.q_rows, rows), -torch.inf)  # which rows no sequence has, the merge does not know
+        PARTS=parts.out, PART_LSE=parts.lse, SINKS=x.sinks, OUT=out, LSE=lse, out_strides=strides(out), heads=problem.heads,
+        nq=rows, HAS_SINKS=problem.has_sinks, NATURAL=values["NATURAL"]))
+    hide_unused(problem, x, lse)
     return out, lse
 
 
@@ -126,49 +115,13 @@ def forward_with_statistics(problem: Problem, x: Operands, run: Run = run) -> tu
     return out, lse, found
 
 
-def in_use(q_rows: Tensor, rows: int) -> Tensor:
-    """Which packed rows belong to a sequence: bool [rows]."""
-    change = torch.zeros(rows + 1, dtype=torch.int32, device=q_rows.device)
-    for ends, sign in ((q_rows[:, 1], 1), (q_rows[:, 1] + q_rows[:, 2], -1)):
-        change.index_add_(0, ends.long(), torch.full_like(ends, sign))
-    return change[:-1].cumsum(0) > 0
-
-
 def splits_of(problem: Problem, config: Config) -> int:
     """How many shares the keys are cut into."""
     span = span_of(problem, config)
     if span:
         few = few_queries(problem)
         return blocks(problem.seqlen_k, span * config.BLOCK_N) if few else 1
-    if problem.splits:
-        return problem.splits
-    if not few_queries(problem) or problem.graphs.listed:
-        return 1
-    programs = blocks(problem.seqlen_q * problem.group, config.BLOCK_M) * problem.batch * problem.kv_heads
-    return splits_for(programs, blocks(problem.seqlen_k, config.BLOCK_N), multiprocessors(problem.device))
-
-
-def splits_for(programs: int, tiles: int, multiprocessors: int) -> int:
-    """Shares of the keys that fill the device: the fewest within 15% of the best use of whole waves (Flash-Decoding).
-
-    programs: without a split; tiles: of keys at most. Each share has at least MIN_TILES of them.
-    """
-    if programs == 0 or programs >= 0.8 * multiprocessors:
-        return 1
-    use = {}
-    for splits in range(1, max(1, min(MAX_SPLITS, multiprocessors, tiles // MIN_TILES)) + 1):
-        if splits == 1 or blocks(tiles, splits) != blocks(tiles, splits - 1):
-            waves = programs * splits / multiprocessors
-            use[splits] = waves / math.ceil(waves)
-    return min(splits for splits in use if use[splits] >= 0.85 * max(use.values()))
-
-
-MIN_TILES = 2
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    return planned(problem, config)
 
 
 def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,

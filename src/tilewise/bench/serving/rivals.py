@@ -143,6 +143,10 @@ def ours(world: World, name: str, cache: tw.KVCache | tw.PagedKVCache, sequences
 
 
 def in_pages(world: World, size: int) -> Decoder:
+    return ours(world, f"pages {size}", *paged(world, size))
+
+
+def paged(world: World, size: int) -> tuple[tw.PagedKVCache, list[int]]:
     """A paged cache; a sequence's pages are anywhere in memory, as in a server that has run for a while."""
     s = world.setting
     each = -(-(s.context + STEPS) // size)
@@ -154,7 +158,7 @@ def in_pages(world: World, size: int) -> Decoder:
     for first in range(0, s.context, FILLED):
         rows = slice(first, min(first + FILLED, s.context))
         cache.append(world.cache.k[:, rows], None if s.v_in_k else world.cache.v[:, rows], sequences=sequences)
-    return ours(world, f"pages {size}", cache, sequences)
+    return cache, sequences
 
 
 # ---- others ---------------------------------------------------------------------------------------------------------------

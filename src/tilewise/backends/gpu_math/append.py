@@ -6,17 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilewise.backends.gpu_math.append_kernel import append as append_kernel
 from tilewise.backends.gpu_math.arguments import blocks, padded, strides
-from tilewise.backends.gpu_math.entry import entry, flatten
-from tilewise.backends.triton.append_kernel import append as append_kernel
-from tilewise.backends.triton.configs import Config
-from tilewise.backends.triton.launch import start
+from tilewise.backends.gpu_math.entry import entry, flatten, start
 from tilewise.kv_cache import FP8, Stored
 from tilewise.rotary import Rotary
 from tilewise.trace.graph import lower
 
 BLOCK = 16                              # tokens of a program
-CONFIG = Config(BLOCK, 0, num_warps=4, num_stages=1)
+WARPS = 4
 NOTHING = lower([[]] * 5).text          # a program without functions
 
 
@@ -33,7 +31,7 @@ def write(stored: Stored, new: Tensor, k_new: Tensor, v_new: Tensor | None, q: T
     count = blocks(rows, BLOCK)         # of each sequence, at most
     if count * heads * len(new):
         flat = flatten(append_kernel, NOTHING, values | dict(blocks=count))
-        start(entry(append_kernel, NOTHING), (len(new) * count, heads), flat, CONFIG, k_new.device)
+        start(entry(append_kernel, NOTHING), (len(new) * count, heads), flat, k_new.device, num_warps=WARPS, num_stages=1)
     return q if turned is None else turned
 
 
