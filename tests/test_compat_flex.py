@@ -96,6 +96,5 @@ def test_auxiliary_outputs():
     torch.testing.assert_close(aux.lse, flex.flex_attention(q, k, v, return_lse=True)[1])
     assert aux.max_scores is None
     _, aux = flex.flex_attention(q, k, v, score_mod=cap, return_aux=theirs.AuxRequest(max_scores=True))
-    _, expected = theirs.flex_attention(q, k, v, score_mod=cap, return_aux=theirs.AuxRequest(max_scores=True))
-    assert aux.lse is None
-    torch.testing.assert_close(aux.max_scores, expected.max_scores)
+    assert aux.lse is None      # torch computes max_scores on GPUs only
+    torch.testing.assert_close(aux.max_scores, cap(q @ k.mT * q.shape[-1] ** -0.5, 0, 0, 0, 0).amax(-1))

@@ -40,3 +40,18 @@ def test_transformers():
     names = run("transformers.md", 2)
     assert names["answer"].shape == (2, 48)
     assert all(p.grad.isfinite().all() for p in names["model"].parameters())
+
+
+def test_statistics(capsys):
+    names = run("statistics.md", 3)
+    assert names["cache"].lengths.tolist() == [128, 128]
+    assert names["out"].isfinite().all()
+    assert "entropy/head3" in capsys.readouterr().out
+
+
+def test_coming_from():
+    run("coming-from.md", 5)
+
+
+def test_derivatives():
+    run("derivatives.md", 2)

@@ -23,7 +23,7 @@ def test_double_backward_at_most_doubles():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_statistics_at_most_double():
-    growth = peak_growth("statistics", (4096, 8192, 16384))
+    growth = peak_growth("statistics", (2048, 4096, 8192))
     assert all(ratio <= 2.2 for ratio in growth), growth
 
 

@@ -73,7 +73,8 @@ def test_rows_of_no_sequence(name, backend):
     found = computed(call, backend)[2]
     rows, keys = (~rows_in_use(call.case, side) for side in (0, 1))
     assert (found.max_score[:, rows] == -torch.inf).all()
-    assert (found.entropy[:, rows] == 0).all() and (found.key_mass[:, keys] == 0).all()
+    assert (found.entropy[:, rows] == 0).all()
+    assert (found.key_mass[:, keys] == 0).all()
 
 
 @every_backend
@@ -84,7 +85,8 @@ def test_nothing_else_changes(names, backend):
     leaves = {name: x.requires_grad_() for name, x in call.differentiable.items()}
     out, lse, found = computed(call, backend, names)
     plain = call.run(leaves, backend)
-    assert torch.equal(out, plain[0]) and torch.equal(lse, plain[1])
+    assert torch.equal(out, plain[0])
+    assert torch.equal(lse, plain[1])
     for a, b in zip(*(torch.autograd.grad(x.square().sum() + y.sum(), list(leaves.values())) for x, y in ((out, lse), plain)),
                     strict=True):
         assert torch.equal(a, b)
@@ -120,7 +122,8 @@ def test_entropy_of_known_distributions(largest, backend):
     assert (found.max_score == largest).all()
     k[:, 3, :, 0] += 200
     found = tw.attention(q, k, k, scale=1.0, causal=True, return_stats=NAMES, backend=backend)[1]
-    assert found.entropy.abs().max() < 1e-6 and (found.max_score == largest + 200).all()
+    assert found.entropy.abs().max() < 1e-6
+    assert (found.max_score == largest + 200).all()
     assert (found.key_mass[0, 0] - 2 * torch.eye(n, device=DEVICE)[3]).abs().max() < 1e-6
 
 
@@ -162,7 +165,8 @@ def test_of_a_cache(queries, splits, layout, mask, backend):
     sinks = torch.tensor([0.5, -1.0, 2.0, 0.0], device=DEVICE)
     given = options | dict(sinks=sinks, num_splits=splits if mask != "function" else None)
     found = tw.attention_with_kv_cache(q, cache, cache_batch_idx=which, **given, return_stats=NAMES, backend=backend)[1]
-    assert found.key_mass.shape[:2] == (3, 4) and found.key_mass.shape[2] >= max(LENGTHS)
+    assert found.key_mass.shape[:2] == (3, 4)
+    assert found.key_mass.shape[2] >= max(LENGTHS)
     for b, k in enumerate(keys):
         rows = torch.cat([q.new_zeros(max(0, len(k) - queries), 4, 16), q[b]])[None].double()   # functions count positions
         if len(k) < queries:
@@ -220,7 +224,8 @@ def test_inside_compile_and_vmap(backend):
 
     (expected, eager), (value, compiled) = loss(q), torch.compile(loss, fullgraph=True, backend="aot_eager")(q)
     torch.testing.assert_close(*(torch.autograd.grad(x, q)[0] for x in (value, expected)))
-    assert compiled.entropy is None and not compiled.key_mass.requires_grad
+    assert compiled.entropy is None
+    assert not compiled.key_mass.requires_grad
     for a, b in ((compiled.max_score, eager.max_score), (compiled.key_mass, eager.key_mass)):
         torch.testing.assert_close(a, b)
     mapped = torch.func.vmap(lambda x: loss(x[None])[1].key_mass)(q.detach())

@@ -17,6 +17,6 @@ from tilewise.trace.capture import CaptureError
 __version__ = "0.1.0"
 
 __all__ = ["AttentionState", "BlockMask", "CacheFull", "CaptureError", "KVCache", "Mask", "PagedKVCache", "Plan", "Rng",
-           "Rotary", "ScoreMod", "Statistics", "alibi", "attention", "attention_varlen", "attention_with_kv_cache", "block_mask",
-           "cascade_attention", "causal", "chunked", "documents", "explain", "full", "key_lengths", "mask_mod", "merge_states",
-           "pack", "pad", "patterns", "prefix", "score_mod", "softcap", "tree", "unpack", "unpad", "window"]
+           "Rotary", "ScoreMod", "Statistics", "alibi", "attention", "attention_varlen", "attention_with_kv_cache",
+           "block_mask", "cascade_attention", "causal", "chunked", "documents", "explain", "full", "key_lengths", "mask_mod",
+           "merge_states", "pack", "pad", "patterns", "prefix", "score_mod", "softcap", "tree", "unpack", "unpad", "window"]

@@ -325,8 +325,8 @@ def _as_given(state: AttentionState, packed: bool, return_lse: bool, found: Stat
     """out, and lse, in the shapes of the caller's q."""
     out, lse = (state.out[0], state.lse[0]) if packed else (state.out, state.lse)
     if found is not None and packed:
-        of_rows = (None if x is None else x[0] for x in found[:2])
-        found = Statistics(*of_rows, found.key_mass)
+        max_score, entropy = (None if x is None else x[0] for x in found[:2])
+        found = Statistics(max_score, entropy, found.key_mass)
     return _results(out.transpose(-3, -2), lse, found, return_lse)
 
 

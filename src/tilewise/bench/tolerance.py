@@ -15,7 +15,6 @@ from torch import Tensor
 from tilewise.bench.cases import Call
 from tilewise.statistics import Statistics
 
-
 IN_FP32 = ("lse", *Statistics._fields)
 
 

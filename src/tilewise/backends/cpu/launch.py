@@ -15,7 +15,6 @@ from tilewise.sequences import all_rows
 from tilewise.statistics import Statistics
 from tilewise.trace.tile_lists import Question, TileList, tile_list
 
-
 NOTHING: Mapping[str, Tensor | None] = {}
 
 

@@ -2,8 +2,8 @@
 
 w_i  running sum of p log(p), p = exp(s - m_i), the logarithm in the unit of m_i                [BLOCK_M]
 
-The entropy is log(l_i) - w_i / l_i: two numbers of one sign, where lse less the mean score would be the difference of large ones.
-The logarithm is taken of p: s would cost registers, to keep it so long.
+The entropy is log(l_i) - w_i / l_i: two numbers of one sign, where lse less the mean score would be the difference of large
+ones. The logarithm is taken of p: s would cost registers, to keep it so long.
 """
 import triton
 import triton.language as tl

@@ -1,6 +1,7 @@
 """Portable GPU kernels in Triton: FlashAttention-2 for NVIDIA GPUs from sm_80 and AMD's gfx942.
 
-Kernels: `forward_kernel.py`, `backward_kernels.py`, `key_mass_kernel.py`; tile sizes: `configs.py`; how they are called: `launch.py`, `entry.py`.
+Kernels: `forward_kernel.py`, `backward_kernels.py`, `key_mass_kernel.py`; tile sizes: `configs.py`; how they are called:
+`launch.py`, `entry.py`.
 """
 from __future__ import annotations
 

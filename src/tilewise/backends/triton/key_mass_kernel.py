@@ -16,8 +16,8 @@ from tilewise.backends.triton.forward_kernel import wide
 
 
 @triton.jit
-def key_mass(Q, K, BIAS, LIST, LSE, MASS, Q_ROWS, K_ROWS, PAGES, WORK, K_SCALE, q_strides, k_strides, bias_strides, scale, heads,
-             group, nq, nk, lse_rows, mass_rows, page_size, pages_row, captured, ints, floats,
+def key_mass(Q, K, BIAS, LIST, LSE, MASS, Q_ROWS, K_ROWS, PAGES, WORK, K_SCALE, q_strides, k_strides, bias_strides, scale,
+             heads, group, nq, nk, lse_rows, mass_rows, page_size, pages_row, captured, ints, floats,
              SCORE: tl.constexpr, MASK: tl.constexpr, QUERIES: tl.constexpr, VISIT: tl.constexpr, BIAS_COLS: tl.constexpr,
              RAW: tl.constexpr, NATURAL: tl.constexpr, SHARED: tl.constexpr, CACHED: tl.constexpr, PRECISION: tl.constexpr,
              D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,

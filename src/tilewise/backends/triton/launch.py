@@ -76,8 +76,9 @@ def forward(problem: Problem, x: Operands, run: Run = run, found: Statistics = N
     row, fold = forward_row(problem), folds(problem)
     splits = splits_of(problem, choose(row, problem, architecture(problem.device)))
     values = arguments(problem, x) | dict(
-        OUT=out, LSE=lse, MAX_SCORE=found.max_score, ENTROPY=found.entropy, SINKS=x.sinks,
-        out_strides=strides(out), HAS_SINKS=problem.has_sinks, ROW=row, FOLD=fold, PAGES=x.pages, K_SCALE=x.k_scale, V_SCALE=x.v_scale, SHARED=problem.shared, CACHED=problem.cached,
+        OUT=out, LSE=lse, MAX_SCORE=found.max_score, ENTROPY=found.entropy, SINKS=x.sinks, out_strides=strides(out),
+        HAS_SINKS=problem.has_sinks, ROW=row, FOLD=fold, PAGES=x.pages, K_SCALE=x.k_scale, V_SCALE=x.v_scale,
+        SHARED=problem.shared, CACHED=problem.cached,
         page_size=problem.page_size or 1, pages_row=0 if x.pages is None else x.pages.stride(0),
         splits=splits, out_split=0, lse_split=0, SPLIT=False,
         ASCENDING=int(problem.batch_invariant), visits=visits(problem, x, ascending=problem.batch_invariant),
