@@ -187,8 +187,7 @@ def _mods(score_mod: Callable | None, mask_mod: Callable | None, aux_tensors: An
 
 
 def _blocks(lists: Any, mask_mod: Callable | None) -> Mask:
-    """The mask of BlockSparseTensorsTorch: mask_block_cnt [B, H, rows], mask_block_idx [.., blocks], and full_block_.. likewise.
-    """
+    """The mask of BlockSparseTensorsTorch: mask_block_cnt [B, H, rows], mask_block_idx [.., blocks], full_block_.. likewise."""
     if lists.block_size is None:
         raise ValueError("block_sparse_tensors: expected block_size, (queries, keys) of a block, got None")
     full = None if lists.full_block_cnt is None else (lists.full_block_cnt, lists.full_block_idx)

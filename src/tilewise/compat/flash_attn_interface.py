@@ -3,8 +3,8 @@
 As in `tilewise.compat.flash_attn.flash_attn_interface`, and:
 
     qv                  [.., S_q, H, D_v]: scores are scale * (q k^T + qv v^T), scale (D + D_v) ** -0.5 by default; D + D_v at
-                        most 512, with one key head 576. Costs a copy of q, and of k and v (of a cache: of all of it) unless in
-                        a cache they are columns of one tensor, side by side. Differentiable; FlashAttention-3 drops its gradient
+                        most 512, with one key head 576. Costs a copy of q, and of k and v, of a cache all of it, unless they
+                        are columns of one tensor there, side by side. Differentiable, where FlashAttention-3 drops its gradient
     q, k, v_descale     fp32 [B, H_kv], for float8_e4m3fn inputs: what they are multiplied by. q, and k and v outside a cache,
                         are copied in bf16, which is out's dtype
     attention_chunk     c: query at p sees keys j with j // c == p // c; 0 for none
@@ -52,7 +52,7 @@ def flash_attn_qkvpacked_func(qkv: Tensor, softmax_scale: float | None = None, c
     """qkv [B, S, 3, H, D], or [B, S, H + 2 H_kv, D] with num_heads_q = H."""
     if qkv.dim() == 5 and qkv.shape[2] == 3:
         q, k, v = qkv.unbind(2)
-    elif qkv.dim() == 4 and num_heads_q in range(1, qkv.shape[2]) and (qkv.shape[2] - num_heads_q) % 2 == 0:
+    elif qkv.dim() == 4 and num_heads_q is not None and num_heads_q < qkv.shape[2] and (qkv.shape[2] - num_heads_q) % 2 == 0:
         heads = (qkv.shape[2] - num_heads_q) // 2
         q, k, v = qkv.split([num_heads_q, heads, heads], 2)
     else:
@@ -124,8 +124,8 @@ def flash_attn_combine(out_partial: Tensor, lse_partial: Tensor, out: Tensor | N
     default out_partial's.
     """
     if out_partial.shape[:-1] != lse_partial.shape or len(out_partial) < 1:
-        raise ValueError(f"lse_partial: expected out_partial's shape without its last dimension, {list(out_partial.shape[:-1])}, "
-                         f"of at least one part, got {list(lse_partial.shape)}")
+        raise ValueError(f"lse_partial: expected at least one part, and out_partial's shape without its last dimension, "
+                         f"{list(out_partial.shape[:-1])}, got {list(lse_partial.shape)}")
     states = [AttentionState(*part) for part in zip(out_partial, lse_partial, strict=True)]
     merged = merge_states(states)
     dtype = out_dtype or (out_partial.dtype if out is None else out.dtype)

@@ -63,7 +63,8 @@ NO_SCALES = Descale()
 def dense(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any], qv: Tensor | None = None,
           descale: Descale = NO_SCALES) -> tuple[Tensor, Tensor]:
     """q [B, S_q, H, D], k [B, S_k, H_kv, D], v [B, S_k, H_kv, D_v]."""
-    q, k, v, factor = from_fp8(*map(rows_contiguous, (q, k, v)), descale, None)
+    q, k, v = map(rows_contiguous, (q, k, v))
+    q, k, v, factor = from_fp8(q, k, v, descale, None)
     if qv is not None:
         q, k = with_qv(q, qv, k, v), torch.cat([k, v], -1)
     out, lse = attention(q, k, v, return_lse=True, **given)
@@ -74,7 +75,8 @@ def packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[Tensor, Tensor], m
            given: dict[str, Any], seqused: tuple[Tensor | None, Tensor | None] = (None, None), qv: Tensor | None = None,
            descale: Descale = NO_SCALES) -> tuple[Tensor, Tensor]:
     """q [total_q, H, D], k [total_k, H_kv, D], v; cu_seqlens, max_seqlen and seqused of queries and of keys."""
-    q, k, v, factor = from_fp8(*map(rows_contiguous, (q, k, v)), descale, cu_seqlens[0])
+    q, k, v = map(rows_contiguous, (q, k, v))
+    q, k, v, factor = from_fp8(q, k, v, descale, cu_seqlens[0])
     if qv is not None:
         q, k = with_qv(q, qv, k, v), torch.cat([k, v], -1)
     out, lse = attention_varlen(q, k, v, *cu_seqlens, max_seqlen_q=integer(max_seqlen[0]), max_seqlen_k=integer(max_seqlen[1]),

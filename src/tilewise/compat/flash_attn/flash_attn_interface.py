@@ -58,7 +58,8 @@ def flash_attn_kvpacked_func(q: Tensor, kv: Tensor, dropout_p: float = 0.0, soft
                              alibi_slopes: Tensor | None = None, deterministic: bool = False, return_attn_probs: bool = False,
                              **more: Any) -> Any:
     """kv [B, S_k, 2, H_kv, D]."""
-    return flash_attn_func(q, *_parts("kv", kv, 5, 2), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+    k, v = _parts("kv", kv, 5, 2)
+    return flash_attn_func(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
                            deterministic, return_attn_probs, **more)
 
 
@@ -66,7 +67,8 @@ def flash_attn_qkvpacked_func(qkv: Tensor, dropout_p: float = 0.0, softmax_scale
                               window_size=UNBOUNDED, softcap: float = 0.0, alibi_slopes: Tensor | None = None,
                               deterministic: bool = False, return_attn_probs: bool = False, **more: Any) -> Any:
     """qkv [B, S, 3, H, D]."""
-    return flash_attn_func(*_parts("qkv", qkv, 5, 3), dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
+    q, k, v = _parts("qkv", qkv, 5, 3)
+    return flash_attn_func(q, k, v, dropout_p, softmax_scale, causal, window_size, softcap, alibi_slopes,
                            deterministic, return_attn_probs, **more)
 
 
@@ -102,7 +104,8 @@ def flash_attn_varlen_kvpacked_func(q: Tensor, kv: Tensor, cu_seqlens_q: Tensor,
                                     alibi_slopes: Tensor | None = None, deterministic: bool = False,
                                     return_attn_probs: bool = False, **more: Any) -> Any:
     """kv [total_k, 2, H_kv, D]."""
-    return flash_attn_varlen_func(q, *_parts("kv", kv, 4, 2), cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
+    k, v = _parts("kv", kv, 4, 2)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, dropout_p,
                                   softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
                                   **more)
 
@@ -112,7 +115,8 @@ def flash_attn_varlen_qkvpacked_func(qkv: Tensor, cu_seqlens: Tensor, max_seqlen
                                      softcap: float = 0.0, alibi_slopes: Tensor | None = None, deterministic: bool = False,
                                      return_attn_probs: bool = False, **more: Any) -> Any:
     """qkv [total, 3, H, D]."""
-    return flash_attn_varlen_func(*_parts("qkv", qkv, 4, 3), cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p,
+    q, k, v = _parts("qkv", qkv, 4, 3)
+    return flash_attn_varlen_func(q, k, v, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, dropout_p,
                                   softmax_scale, causal, window_size, softcap, alibi_slopes, deterministic, return_attn_probs,
                                   **more)
 
