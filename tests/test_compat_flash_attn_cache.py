@@ -5,8 +5,7 @@ Whatever no sequence holds is NaN: unused rows, left padding, foreign pages.
 import pytest
 import torch
 from support.backends import AVAILABLE
-from support.flash import judge, standard, visible
-from test_compat_flash_attn import HEAD_SLOPES, SINKS, Asked, ends, normal
+from support.flash import HEAD_SLOPES, SINKS, Asked, ends, judge, normal, standard, visible
 
 from tilewise import Rotary, rng
 from tilewise.compat import flash_attn as flash2

@@ -29,7 +29,11 @@ from tilewise.compat.flash_attn_interface import flash_attn_combine as combine
 from tilewise.compat.flash_calls import Place, cached, dense, packed
 from tilewise.compat.flash_options import hints, options
 from tilewise.compat.flex import from_lists
-from tilewise.masks import Mask
+from tilewise.masks import Mask, Q
+from tilewise.masks import mask_mod as captured_mask
+from tilewise.score_mods import ScoreMod
+from tilewise.score_mods import score_mod as captured_score
+from tilewise.trace.graph import substitute
 
 __all__ = ["SeqlenInfo", "flash_attn_combine", "flash_attn_func", "flash_attn_varlen_func", "get_scheduler_metadata"]
 
@@ -56,10 +60,11 @@ def flash_attn_func(q: Tensor | None, k: Tensor | None, v: Tensor, qv: Tensor | 
     q, k, qv_too = _queries(q, k, v, qv, gather_kv_indices, score_mod_bwd)
     hints(num_splits, pack_gqa)
     info = SeqlenInfo(0, 0, q.shape[1], k.shape[1])
-    score_mod, mask_mod = _mods(score_mod, mask_mod, aux_tensors, aux_scalars, info, 0)
-    visible = mask_mod if block_sparse_tensors is None else _blocks(block_sparse_tensors, mask_mod)
+    scored, shown = _mods(score_mod, mask_mod, aux_tensors, aux_scalars, info)
+    if block_sparse_tensors is not None:
+        shown = _blocks(block_sparse_tensors, shown)
     given = options(softmax_scale=softmax_scale, causal=causal, window_size=window_size, learnable_sink=learnable_sink,
-                    softcap=softcap, deterministic=deterministic, score_mod=score_mod, mask_mod=visible, signed_window=True,
+                    softcap=softcap, deterministic=deterministic, score_mod=scored, mask_mod=shown, signed_window=True,
                     **more)
     out, lse = dense(q, k, v, given, qv_too)
     return out, _lse(lse, return_lse, qv)
@@ -97,10 +102,9 @@ def flash_attn_varlen_func(q: Tensor | None, k: Tensor | None, v: Tensor, qv: Te
         used_k = q.new_full((batch,), page_table.shape[1] * k.shape[1], dtype=torch.int32)
     none = torch.zeros_like(used_q)
     info = SeqlenInfo(ends_q[:-1], none if ends_k is None else ends_k[:-1], used_q, used_k)
-    shift = 0 if page_table is None else used_k - used_q
-    score_mod, mask_mod = _mods(score_mod, mask_mod, aux_tensors, aux_scalars, info, shift)
+    scored, shown = _mods(score_mod, mask_mod, aux_tensors, aux_scalars, info)
     given = options(softmax_scale=softmax_scale, causal=causal, window_size=window_size, learnable_sink=learnable_sink,
-                    softcap=softcap, deterministic=deterministic, score_mod=score_mod, mask_mod=mask_mod, signed_window=True,
+                    softcap=softcap, deterministic=deterministic, score_mod=scored, mask_mod=shown, signed_window=True,
                     **more)
     if page_table is not None:
         for name, x, instead in (("seqused_q", seqused_q, "cu_seqlens_q"), ("cu_seqlens_k", cu_seqlens_k, "seqused_k")):
@@ -163,30 +167,32 @@ def _ends(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.arange(len(x) + 1, dtype=torch.int32, device=x.device) * x.shape[1]
 
 
-def _mods(score_mod: Callable | None, mask_mod: Callable | None, aux_tensors: Any, aux_scalars: Any, info: SeqlenInfo,
-          shift: Any) -> tuple[Callable | None, Callable | None]:
-    """The functions as Tilewise calls them. shift: what the query indices that it gives to them are too high by, [B] or 0."""
+def _mods(score_mod: Callable | None, mask_mod: Callable | None, aux_tensors: Any, aux_scalars: Any,
+          info: SeqlenInfo) -> tuple[ScoreMod | None, Mask | None]:
+    """The functions as Tilewise's. Their query index counts from the sequence's first query, with pages too, where that of
+    Tilewise's own functions is a position.
+    """
     if score_mod is None and mask_mod is None and not (aux_tensors is None and aux_scalars is None):
         raise ValueError("aux_tensors, aux_scalars: expected None without score_mod and mask_mod, which are given them")
     extra = (aux_tensors,) if aux_scalars is None else (aux_tensors, aux_scalars)
 
-    def seen(b, q_idx) -> tuple[Any, SeqlenInfo]:
-        def own(x):
-            return x[b] if isinstance(x, Tensor) else x
-        return q_idx - own(shift), SeqlenInfo(*map(own, info))
+    def of_sequence(b) -> SeqlenInfo:
+        return SeqlenInfo(*(x[b] if isinstance(x, Tensor) else x for x in info))
 
     def score(s, b, h, q_idx, kv_idx):
-        index, of_sequence = seen(b, q_idx)
-        return score_mod(s, b, h, index, kv_idx, of_sequence, *extra)  # type: ignore[misc]
+        return score_mod(s, b, h, q_idx, kv_idx, of_sequence(b), *extra)  # type: ignore[misc]
 
     def mask(b, h, q_idx, kv_idx):
-        index, of_sequence = seen(b, q_idx)
-        return mask_mod(b, h, index, kv_idx, of_sequence, *extra)  # type: ignore[misc]
+        return mask_mod(b, h, q_idx, kv_idx, of_sequence(b), *extra)  # type: ignore[misc]
 
-    return None if score_mod is None else score, None if mask_mod is None else mask
+    for own, given in ((score, score_mod), (mask, mask_mod)):
+        own.__name__ = own.__qualname__ = getattr(given, "__name__", own.__name__)
+    scored = None if score_mod is None else ScoreMod(score.__name__, substitute(captured_score(score).expr, "p", Q))
+    shown = None if mask_mod is None else Mask(mask.__name__, substitute(captured_mask(mask).element, "p", Q), (), ())
+    return scored, shown
 
 
-def _blocks(lists: Any, mask_mod: Callable | None) -> Mask:
+def _blocks(lists: Any, mask_mod: Mask | None) -> Mask:
     """The mask of BlockSparseTensorsTorch: mask_block_cnt [B, H, rows], mask_block_idx [.., blocks], full_block_.. likewise."""
     if lists.block_size is None:
         raise ValueError("block_sparse_tensors: expected block_size, (queries, keys) of a block, got None")

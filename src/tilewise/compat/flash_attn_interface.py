@@ -103,7 +103,7 @@ def flash_attn_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tens
     splits = hints(num_splits, pack_gqa, sm_margin)
     given = options(softmax_scale=softmax_scale, causal=causal, window_size=window_size, attention_chunk=attention_chunk,
                     softcap=softcap, **more)
-    place = Place(cache_seqlens, cache_batch_idx, cache_leftpad, page_table)
+    place = Place(cache_seqlens, cache_leftpad, cache_batch_idx, page_table)
     turning = None
     if rotary_cos is not None or rotary_sin is not None:
         local = given["causal"] or given["mask"] is not None

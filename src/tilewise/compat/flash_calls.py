@@ -52,8 +52,8 @@ class New(NamedTuple):
 class Place(NamedTuple):
     """Where the sequences of a call lie in a cache."""
     lengths: Any = None                 # rows in use, left padding included: int, integers [B], or None: all there are
-    slots: Tensor | None = None         # integers [B]: numbers in the cache; None: in order
     left_padding: Tensor | None = None  # integers [B]
+    slots: Tensor | None = None         # integers [B]: numbers in the cache; None: in order
     pages: Tensor | None = None         # integers [batch of the cache, n]
 
 
@@ -96,7 +96,7 @@ def cached(q: Tensor, k_cache: Tensor, v_cache: Tensor, place: Place, given: dic
     batch = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     lengths = row_counts(place, batch, k_cache, new)
     q, k, v, factor = from_fp8(rows_contiguous(q), new.k, new.v, descale, cu_seqlens_q, k_cache)
-    k, v = (x if x is None else rows_contiguous(x) for x in (k, v))
+    k, v = map(rows_contiguous, (k, v))
     apart = new.cu_seqlens is not cu_seqlens_q or qv is not None        # not one operation with attention
     rotary = None
     if turning is not None:
@@ -124,7 +124,7 @@ def cached(q: Tensor, k_cache: Tensor, v_cache: Tensor, place: Place, given: dic
     return scaled(out, factor), lse
 
 
-def rows_contiguous(x: Tensor) -> Tensor:
+def rows_contiguous(x: Any) -> Any:
     """x with a contiguous last dimension; a copy where it has none, as flash-attn makes."""
     return x if not isinstance(x, Tensor) or x.stride(-1) == 1 else x.contiguous()
 
@@ -152,21 +152,22 @@ def row_counts(place: Place, batch: int, k_cache: Tensor, new: New) -> Tensor:
         lengths = capacity(place, k_cache)
     if isinstance(lengths, int):
         return torch.full((batch,), lengths, dtype=torch.int32, device=k_cache.device)
+    lengths = rows_contiguous(lengths)
     check_tensor("cache_seqlens", lengths, (batch,), INTEGERS, k_cache.device)
     return lengths.to(torch.int32, copy=True)
 
 
 def memory(k: Tensor, v: Tensor, rows: Tensor, place: Place, batch: int) -> KVCache | PagedKVCache:
     """The cache as one of ours, in the caller's tensors; rows: in use, left padding included."""
-    padding, slots = place.left_padding, place.slots
-    for name, x, size in (("cache_leftpad", padding, batch), ("cache_batch_idx", slots, batch)):
+    padding, slots, table = map(rows_contiguous, place[1:])
+    for name, x in (("cache_leftpad", padding), ("cache_batch_idx", slots)):
         if x is not None:
-            check_tensor(name, x, (size,), INTEGERS, k.device)
+            check_tensor(name, x, (batch,), INTEGERS, k.device)
     padding = None if padding is None else padding.int()
     lengths = rows.clone() if padding is None else rows - padding
-    if place.pages is not None:
-        check_tensor("block_table", place.pages, ("B", "n"), INTEGERS, k.device)
-        pages = place.pages if slots is None else place.pages[slots.long()]
+    if table is not None:
+        check_tensor("block_table", table, ("B", "n"), INTEGERS, k.device)
+        pages = table if slots is None else table[slots.long()]
         if len(pages) != batch:
             raise ValueError(f"block_table: expected a row for each of q's {batch} sequences, got {len(pages)}")
         return PagedKVCache.wrap(k, v, pages.int(), lengths, left_padding=padding)

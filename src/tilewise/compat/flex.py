@@ -102,15 +102,15 @@ def from_torch(mask: TorchBlockMask) -> BlockMask:
 
 
 def from_lists(name: str, partial: tuple[Tensor, Tensor], full: tuple[Tensor, Tensor] | None, block_size: tuple[int, int],
-               element_mod: Callable | None) -> BlockMask:
+               inside: Mask | Callable | None) -> BlockMask:
     """The mask of lists of blocks: counts [B, H, rows of blocks], and in each row of indices [B, H, rows, blocks] the first of
-    them. Full blocks are whole, of partial ones element_mod shows elements (None: all), others are dropped.
+    them. Full blocks are whole, in partial ones `inside` shows elements (None: all), others are dropped.
     """
     columns = max(indices.shape[-1] for _, indices in (partial, full or partial))
     layout = _layout(*partial, columns)
-    element, classes = layout_element(layout, block_size), layout.byte() * (FULL if element_mod is None else PARTIAL)
-    if element_mod is not None:
-        element = element & mask_mod(element_mod).element
+    element, classes = layout_element(layout, block_size), layout.byte() * (FULL if inside is None else PARTIAL)
+    if inside is not None:
+        element = element & (inside if isinstance(inside, Mask) else mask_mod(inside)).element
     if full is not None:
         layout = _layout(*full, columns)
         element = element | layout_element(layout, block_size)

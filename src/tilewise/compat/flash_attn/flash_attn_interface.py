@@ -146,7 +146,7 @@ def flash_attn_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tens
     """
     given = options(softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
                     alibi_slopes=alibi_slopes, **more)
-    place = Place(cache_seqlens, cache_batch_idx, cache_leftpad, block_table)
+    place = Place(cache_seqlens, cache_leftpad, cache_batch_idx, block_table)
     turning = None
     if rotary_cos is not None or rotary_sin is not None:
         local = given["causal"] or given["mask"] is not None
