@@ -16,3 +16,14 @@ def test_examples_run():
     for block in blocks:
         exec(compile(block, "docs/serving.md", "exec"), names)
     assert names["cache"].length(names["prompt"]) == names["n"] + 2
+
+
+@pytest.mark.skipif(AVAILABLE == ["triton"], reason="in the interpreter's process only Triton runs")
+def test_examples_for_newcomers_run():
+    """Those of docs/coming-from.md, which assert what they show."""
+    text = (Path(__file__).parents[1] / "docs" / "coming-from.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 5
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "docs/coming-from.md", "exec"), names)

@@ -41,7 +41,7 @@ class GPT(nn.Module):
         self.register_buffer("sin", angles.sin())
 
     def forward(self, x, caches=None, **where):
-        for block, cache in zip(self.blocks, caches or [None] * LAYERS):
+        for block, cache in zip(self.blocks, caches or [None] * LAYERS, strict=True):
             x = block(x, self.cos, self.sin, cache=cache, **where)
         return self.head(x)
 

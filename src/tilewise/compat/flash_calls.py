@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from tilewise.api import attention, attention_varlen, attention_with_kv_cache
-from tilewise.compat.flash_attn.layers.rotary import rotated
 from tilewise.kv_cache import FP8, INTEGERS, KVCache, check_tensor
 from tilewise.paged_cache import PagedKVCache
 from tilewise.problem import MAX_HEAD_DIM, MAX_LATENT_DIM
@@ -66,7 +65,8 @@ def dense(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any], qv: Tensor | N
     q, k, v = map(rows_contiguous, (q, k, v))
     q, k, v, factor = from_fp8(q, k, v, descale, None)
     if qv is not None:
-        q, k = with_qv(q, qv, k, v), torch.cat([k, v], -1)
+        check_qv(q, qv, k, v)
+        q, k = torch.cat([q, qv], -1), torch.cat([k, v], -1)
     out, lse = attention(q, k, v, return_lse=True, **given)
     return scaled(out, factor), lse
 
@@ -78,7 +78,8 @@ def packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[Tensor, Tensor], m
     q, k, v = map(rows_contiguous, (q, k, v))
     q, k, v, factor = from_fp8(q, k, v, descale, cu_seqlens[0])
     if qv is not None:
-        q, k = with_qv(q, qv, k, v), torch.cat([k, v], -1)
+        check_qv(q, qv, k, v)
+        q, k = torch.cat([q, qv], -1), torch.cat([k, v], -1)
     out, lse = attention_varlen(q, k, v, *cu_seqlens, max_seqlen_q=integer(max_seqlen[0]), max_seqlen_k=integer(max_seqlen[1]),
                                 seqused_q=seqused[0], seqused_k=seqused[1], return_lse=True, **given)
     return scaled(out, factor), lse
@@ -97,6 +98,8 @@ def cached(q: Tensor, k_cache: Tensor, v_cache: Tensor, place: Place, given: dic
     lengths = row_counts(place, batch, k_cache, new)
     q, k, v, factor = from_fp8(rows_contiguous(q), new.k, new.v, descale, cu_seqlens_q, k_cache)
     k, v = map(rows_contiguous, (k, v))
+    if qv is not None:
+        check_qv(q, qv, k_cache, v_cache)
     apart = new.cu_seqlens is not cu_seqlens_q or qv is not None        # not one operation with attention
     rotary = None
     if turning is not None:
@@ -116,7 +119,7 @@ def cached(q: Tensor, k_cache: Tensor, v_cache: Tensor, place: Place, given: dic
         k = v = None
     if qv is not None:
         whole, v_cache, values_first = side_by_side(k_cache, v_cache)
-        q = with_qv(q, qv, k_cache, v_cache, values_first)
+        q = torch.cat([qv, q] if values_first else [q, qv], -1)
         cache = memory(whole, v_cache, lengths + new_counts(new), place, batch)
     own = {name: value for name, value in given.items() if name != "deterministic"}
     out, lse = attention_with_kv_cache(q, cache, k, v, cu_seqlens_q=cu_seqlens_q, max_seqlen_q=integer(max_seqlen_q),
@@ -185,6 +188,8 @@ def new_counts(new: New) -> Tensor | int:
     return new.k.shape[1] if new.cu_seqlens is None else new.cu_seqlens.diff().int()
 
 
+# ---- rotary embedding -----------------------------------------------------------------------------------------------
+
 def _rotary(turning: Turning, rows: int) -> Rotary:
     if turning.cos is None or turning.sin is None:
         raise ValueError("rotary_cos, rotary_sin: expected both or none, got one")
@@ -194,16 +199,33 @@ def _rotary(turning: Turning, rows: int) -> Rotary:
     return rotary
 
 
+def rotated(x: Tensor, rotary: Rotary, offsets: int | Tensor, cu_seqlens: Tensor | None = None, moving: bool = True) -> Tensor:
+    """x [B, S, H, D], or packed [total, H, D], turned: token t of sequence b to position offsets[b] + t, or with moving=False
+    to offsets[b]. Differentiable in x."""
+    if isinstance(offsets, Tensor):
+        offsets = offsets.long()
+    if cu_seqlens is None:
+        steps = torch.arange(x.shape[1], device=x.device) * moving
+        positions = steps + (offsets[:, None, None] if isinstance(offsets, Tensor) else offsets)    # [B, 1, S], or [S]
+    else:
+        rows = torch.arange(len(x), device=x.device)
+        sequence = torch.bucketize(rows, cu_seqlens[1:], right=True)
+        owned = sequence < len(cu_seqlens) - 1
+        sequence = torch.where(owned, sequence, 0)
+        first = offsets[sequence] if isinstance(offsets, Tensor) else offsets
+        positions = torch.where(owned, (rows - cu_seqlens[sequence]) * moving + first, 0)
+    return rotary.rotate(x.transpose(-3, -2), positions).transpose(-3, -2)
+
+
 # ---- qv -------------------------------------------------------------------------------------------------------------
 
-def with_qv(q: Tensor, qv: Tensor, k: Tensor, v: Tensor, values_first: bool = False) -> Tensor:
-    """The queries of keys [k, v], or [v, k]."""
+def check_qv(q: Tensor, qv: Tensor, k: Tensor, v: Tensor) -> None:
+    """Raises TypeError or ValueError unless qv is like q, with v's head dim, and both together are not too long."""
     check_tensor("qv", qv, (*q.shape[:-1], v.shape[-1]), (q.dtype,), q.device)
     together, most = k.shape[-1] + v.shape[-1], MAX_LATENT_DIM if k.shape[-2] == 1 else MAX_HEAD_DIM
     if together > most:
         raise ValueError(f"qv: expected head dims of q and qv of at most {most} together ({MAX_LATENT_DIM} with one key head, "
                          f"otherwise {MAX_HEAD_DIM}), got {q.shape[-1]} and {qv.shape[-1]}")
-    return torch.cat([qv, q] if values_first else [q, qv], -1)
 
 
 def side_by_side(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, bool]:

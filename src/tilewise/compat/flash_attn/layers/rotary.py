@@ -9,28 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tilewise.compat.flash_calls import rotated
 from tilewise.rotary import Rotary
 
 __all__ = ["RotaryEmbedding", "apply_rotary_emb", "apply_rotary_emb_func", "apply_rotary_emb_kv_", "apply_rotary_emb_qkv_",
            "apply_rotary_emb_torch", "rotate_half"]
-
-
-def rotated(x: Tensor, rotary: Rotary, offsets: int | Tensor, cu_seqlens: Tensor | None = None, moving: bool = True) -> Tensor:
-    """x [B, S, H, D], or packed [total, H, D], turned: token t of sequence b to position offsets[b] + t, or with moving=False
-    to offsets[b]. Differentiable in x."""
-    if isinstance(offsets, Tensor):
-        offsets = offsets.long()
-    if cu_seqlens is None:
-        steps = torch.arange(x.shape[1], device=x.device) * moving
-        positions = steps + (offsets[:, None, None] if isinstance(offsets, Tensor) else offsets)    # [B, 1, S], or [S]
-    else:
-        rows = torch.arange(len(x), device=x.device)
-        sequence = torch.bucketize(rows, cu_seqlens[1:], right=True)
-        owned = sequence < len(cu_seqlens) - 1
-        sequence = torch.where(owned, sequence, 0)
-        first = offsets[sequence] if isinstance(offsets, Tensor) else offsets
-        positions = torch.where(owned, (rows - cu_seqlens[sequence]) * moving + first, 0)
-    return rotary.rotate(x.transpose(-3, -2), positions).transpose(-3, -2)
 
 
 def apply_rotary_emb(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool = False, inplace: bool = False,
