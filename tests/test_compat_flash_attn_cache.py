@@ -5,9 +5,9 @@ Whatever no sequence holds is NaN: unused rows, left padding, foreign pages.
 import pytest
 import torch
 from support.backends import AVAILABLE
-from support.flash import HEAD_SLOPES, SINKS, Asked, ends, judge, normal, standard, visible
+from support.flash import HEAD_SLOPES, SINKS, Asked, drawn, ends, judge, normal, standard, visible
 
-from tilewise import Rotary, rng
+from tilewise import Rotary
 from tilewise.compat import flash_attn as flash2
 from tilewise.compat import flash_attn_interface as flash3
 
@@ -77,15 +77,6 @@ def keys_of(lengths, dtype=torch.float32):
             [normal(n, H_KV, D_V, seed=20 + b).to(dtype) for b, n in enumerate(lengths)])
 
 
-def bits(asked, b, nq, nk):
-    """Dropped after torch.manual_seed(0); rows of a cache are positions."""
-    if not asked.p:
-        return None
-    torch.manual_seed(0)
-    head, row, column = torch.meshgrid(torch.arange(H), torch.arange(nk - nq, nk), torch.arange(nk), indexing="ij")
-    return rng.keep(rng.draw(torch.device("cpu")), rng.threshold(asked.p), torch.tensor(b), head, H, row, column)
-
-
 def assert_right(asked, found, queries, keys, values, empty=torch.inf):
     """found: (out [n, H, D_v], lse [H, n]) of each sequence."""
     def wanted(dtype):
@@ -95,7 +86,7 @@ def assert_right(asked, found, queries, keys, values, empty=torch.inf):
                 means["slopes"] = means["slopes"][b]
             t = round(asked.p * 65536)
             out, lse = standard(q.to(dtype), k.to(dtype), v.to(dtype), visible(len(q), len(k), **asked.seen), p=t / 65536,
-                                keep=bits(asked, b, len(q), len(k)), **means)
+                                keep=drawn(asked, b, len(q), len(k), H, len(k) - len(q)), **means)
             yield out, lse if "sink" in means else torch.where(lse == -torch.inf, empty, lse)
     dtype = queries[0].dtype
     for b, (own, truth, plain) in enumerate(zip(found, wanted(torch.float64), wanted(dtype), strict=True)):
@@ -173,9 +164,9 @@ def test_lengths_as_a_number_or_none():
     cache, q = Cache("contiguous", keys, values), normal(2, 3, H, D, seed=30)
     for given, n in ((None, ROWS), (ROWS, ROWS), (7, 7)):
         out, lse = flash2.flash_attn_with_kvcache(q, cache.k, cache.v, cache_seqlens=given, causal=True,
-                                                  return_softmax_lse=True)
+                                                  return_softmax_lse=True, backend="tiled")
         assert_right(TABLE[2], zip(out, lse, strict=True), q, [k[:n] for k in keys], [v[:n] for v in values])
-    alone = flash2.flash_attn_with_kvcache(q[:1], cache.k, cache.v, cache_seqlens=7, causal=True)   # a larger cache
+    alone = flash2.flash_attn_with_kvcache(q[:1], cache.k, cache.v, cache_seqlens=7, causal=True, backend="tiled")
     torch.testing.assert_close(alone, out[:1])
 
 
@@ -184,7 +175,7 @@ def test_one_slot_read_by_several():
     cache, q = Cache("contiguous", keys, values), normal(3, 2, H, D, seed=30)
     out, lse = flash2.flash_attn_with_kvcache(q, cache.k, cache.v, cache_seqlens=torch.tensor([31, 8, 20], dtype=torch.int32),
                                               cache_batch_idx=torch.tensor([0, 1, 0], dtype=torch.int32),
-                                              return_softmax_lse=True)
+                                              return_softmax_lse=True, backend="tiled")
     found = [keys[0], keys[1][:8], keys[0][:20]], [values[0], values[1][:8], values[0][:20]]
     assert_right(TABLE[0], zip(out, lse, strict=True), q, *found)
 
@@ -194,7 +185,7 @@ def test_splits(num_splits):
     keys, values = keys_of((31, 9))
     cache, q = Cache("contiguous", keys, values), normal(2, 1, H, D, seed=30)
     out, lse = flash2.flash_attn_with_kvcache(q, cache.k, cache.v, cache_seqlens=cache.seqlens, num_splits=num_splits,
-                                              return_softmax_lse=True)
+                                              return_softmax_lse=True, backend="tiled")
     assert_right(TABLE[0], zip(out, lse, strict=True), q, keys, values)
 
 
@@ -202,7 +193,8 @@ def test_without_gradient():
     """Programs call it with parameters that require one; flash-attn's has none to give."""
     keys, values = keys_of((31, 9))
     cache, q = Cache("contiguous", keys, values), normal(2, 1, H, D).requires_grad_()
-    assert not flash2.flash_attn_with_kvcache(q * 2, cache.k, cache.v, cache_seqlens=cache.seqlens).requires_grad
+    assert not flash2.flash_attn_with_kvcache(q * 2, cache.k, cache.v, cache_seqlens=cache.seqlens,
+                                              backend="tiled").requires_grad
 
 
 @pytest.mark.parametrize("size", [1, 5, 16])
@@ -215,11 +207,12 @@ def test_packed_queries_and_pages(asked, size):
     for show in (True, False):
         torch.manual_seed(0)
         found += [flash2.flash_attn_varlen_func(torch.cat(queries), cache.k, cache.v, ends([5, 1, 0]), ends([31, 1, 9]), 5, 31,
-                                                **asked.arguments, return_attn_probs=show and not asked.p, **cache.where)]
+                                                **asked.arguments, return_attn_probs=show and not asked.p, **cache.where,
+                                                backend="tiled")]
     torch.manual_seed(0)
     out, lse, *_ = flash3.flash_attn_with_kvcache(torch.cat(queries), cache.k, cache.v, cache_seqlens=cache.seqlens,
                                                   cu_seqlens_q=ends([5, 1, 0]), max_seqlen_q=5, **names3(cache.where),
-                                                  **asked.arguments, return_softmax_lse=True)
+                                                  **asked.arguments, return_softmax_lse=True, backend="tiled")
     assert torch.equal(found[1], out)
     if not asked.p:
         assert torch.equal(found[0][0], out)
@@ -238,7 +231,7 @@ def test_packed_new_keys():
     out, lse, *_ = flash3.flash_attn_with_kvcache(
         torch.stack(queries), cache.k, cache.v, *map(torch.cat, new), rotary_cos=rotary.cos, rotary_sin=rotary.sin,
         cache_seqlens=cache.seqlens, cu_seqlens_k_new=ends(counts), rotary_seqlens=starts, rotary_interleaved=False,
-        causal=True, return_softmax_lse=True, **names3(cache.where))
+        causal=True, return_softmax_lse=True, **names3(cache.where), backend="tiled")
     grown = [torch.cat([old, turned(x, torch.arange(len(x)) + start, rotary)])
              for old, x, start in zip(keys, new[0], starts.tolist(), strict=True)]
     queries = [turned(q, torch.arange(2) + start, rotary) for q, start in zip(queries, starts.tolist(), strict=True)]
@@ -263,7 +256,7 @@ def test_qv(layout, form):
     q, qv = normal(3, 2, H, D, seed=30), normal(3, 2, H, D_V, seed=31)
     k, v = normal(3, 2, H_KV, D, seed=32), normal(3, 2, H_KV, D_V, seed=33)
     out, lse, *_ = flash3.flash_attn_with_kvcache(q, cache.k, cache.v, k, v, qv, cache_seqlens=cache.seqlens, causal=True,
-                                                  return_softmax_lse=True, **names3(cache.where))
+                                                  return_softmax_lse=True, backend="tiled", **names3(cache.where))
     grown, held = ([torch.cat(x) for x in zip(old, new, strict=True)] for old, new in ((keys, k), (values, v)))
     together = [torch.cat(x, -1) for x in zip(grown, held, strict=True)]
     assert_right(TABLE[2], zip(out, lse, strict=True), torch.cat([q, qv], -1), together, held, empty=-torch.inf)
@@ -278,7 +271,7 @@ def test_fp8(size):
     scales = [torch.rand(2, H_KV, generator=torch.Generator().manual_seed(s)) + 0.5 for s in range(3)]
     memory = [x.to(torch.float8_e4m3fn) for x in (cache.k, cache.v)]
     new = normal(2, 3, H_KV, D, seed=31).to(torch.float8_e4m3fn), normal(2, 3, H_KV, D_V, seed=32).to(torch.float8_e4m3fn)
-    out, lse, *_ = flash3.flash_attn_with_kvcache(q, *memory, *new, cache_seqlens=cache.seqlens, causal=True,
+    out, lse, *_ = flash3.flash_attn_with_kvcache(q, *memory, *new, cache_seqlens=cache.seqlens, causal=True, backend="tiled",
                                                   **dict(zip(("q_descale", "k_descale", "v_descale"), scales, strict=True)),
                                                   **names3(cache.where), return_softmax_lse=True)
     assert (out.dtype, lse.dtype) == (torch.bfloat16, torch.float32)

@@ -66,16 +66,18 @@ def test_every_argument(module, adapted, asked):
 def test_no_keys_at_all():
     """The third generation's lse is then +inf, otherwise, and the fourth's always, -inf."""
     q, k = normal(2, 3, H, 8), normal(2, 0, H, 8)
-    assert (flash3.flash_attn_func(q, k, k, return_attn_probs=True)[1] == torch.inf).all()
-    assert (flash4.flash_attn_func(q, k, k, return_lse=True)[1] == -torch.inf).all()
+    assert (flash3.flash_attn_func(q, k, k, return_attn_probs=True, backend="tiled")[1] == torch.inf).all()
+    assert (flash4.flash_attn_func(q, k, k, return_lse=True, backend="tiled")[1] == -torch.inf).all()
 
 
 def test_qkv_of_grouped_heads():
     q, k, v = (torch.stack(x) for x in zip(*sequences_of([(9, 9)] * 2), strict=True))
-    expected = flash3.flash_attn_func(q, k, v, causal=True)
-    assert torch.equal(flash3.flash_attn_qkvpacked_func(torch.cat([q, k, v], 2), causal=True, num_heads_q=H), expected)
+    expected = flash3.flash_attn_func(q, k, v, causal=True, backend="tiled")
+    found = flash3.flash_attn_qkvpacked_func(torch.cat([q, k, v], 2), causal=True, num_heads_q=H, backend="tiled")
+    assert torch.equal(found, expected)
     many = k.repeat_interleave(2, 2), v.repeat_interleave(2, 2)
-    found, lse = flash3.flash_attn_qkvpacked_func(torch.stack([q, *many], 2), causal=True, return_attn_probs=True)
+    found, lse = flash3.flash_attn_qkvpacked_func(torch.stack([q, *many], 2), causal=True, return_attn_probs=True,
+                                                  backend="tiled")
     torch.testing.assert_close(found, expected)
     assert lse.shape == (2, H, 9)
 
@@ -110,8 +112,8 @@ def test_qv(module, kv_heads, dim, dim_v):
 def test_values_that_are_keys():
     """The fourth generation's q and k None: scores of qv and v alone."""
     qv, v = normal(2, 5, H, 16), normal(2, 9, 1, 16, seed=1)
-    out, lse = flash4.flash_attn_func(None, None, v, qv, causal=True, return_lse=True)
-    expected, expected_lse = tw.attention(qv, v, v, causal=True, return_lse=True)
+    out, lse = flash4.flash_attn_func(None, None, v, qv, causal=True, return_lse=True, backend="tiled")
+    expected, expected_lse = tw.attention(qv, v, v, causal=True, return_lse=True, backend="tiled")
     assert torch.equal(out, expected)
     assert torch.equal(lse, expected_lse.mT)
 
@@ -120,7 +122,7 @@ def test_values_that_are_keys():
 def test_fp8(form):
     q, k, v = (normal(2, n, heads, 16, seed=n).to(torch.float8_e4m3fn) for n, heads in ((7, 4), (9, 2), (9, 2)))
     scales = [torch.rand(2, 2, generator=torch.Generator().manual_seed(s)) + 0.5 for s in range(3)]
-    named = dict(zip(("q_descale", "k_descale", "v_descale"), scales, strict=True))
+    named = dict(zip(("q_descale", "k_descale", "v_descale"), scales, strict=True)) | dict(backend="tiled")
     if form == "dense":
         out, lse = flash3.flash_attn_func(q, k, v, causal=True, **named, return_attn_probs=True)
     else:
@@ -173,8 +175,8 @@ def test_signed_windows(window):
 
 def test_lse_when_wanted():
     q, k, v = (torch.stack(x) for x in zip(*sequences_of([(9, 9)] * 2), strict=True))
-    assert flash4.flash_attn_func(q, k, v)[1] is None
-    assert flash4.flash_attn_func(q.requires_grad_(), k, v)[1].shape == (2, H, 9)
+    assert flash4.flash_attn_func(q, k, v, backend="tiled")[1] is None
+    assert flash4.flash_attn_func(q.requires_grad_(), k, v, backend="tiled")[1].shape == (2, H, 9)
 
 
 # ---- functions of the user ----------------------------------------------------------------------------------------------
@@ -345,8 +347,9 @@ REFUSED = [
     (lambda: flash3.flash_attn_func(X, X, X, qv=X[..., :5]), ValueError, r"qv: expected \[2, 6, 6, 8\], got \[2, 6, 6, 5\]"),
     (lambda: flash3.flash_attn_func(X, X, X.repeat(1, 1, 1, 64), qv=X.repeat(1, 1, 1, 64)), ValueError,
      "qv: expected head dims of q and qv of at most 512 together"),
+    (lambda: flash3.flash_attn_func(*[X.to(torch.float8_e4m3fn)] * 3, qv=X), NotImplementedError, "qv: expected None"),
     (lambda: flash3.flash_attn_func(X, X, X, v_descale=CU), ValueError, "v_descale: expected None: only float8_e4m3fn"),
-    (lambda: flash3.flash_attn_func(*[X.to(torch.float8_e4m3fn)] * 3, k_descale=X[0, 0]), ValueError, r"k_descale: expected \["),
+    (lambda: flash3.flash_attn_func(*[X.to(torch.float8_e4m3fn)] * 3, k_descale=X[0, 0]), ValueError, "k_descale: exp"),
     (lambda: flash3.flash_attn_qkvpacked_func(X), ValueError, "qkv: expected .* with num_heads_q=None"),
     (lambda: flash3.flash_attn_combine(X[..., None], X[..., 0]), ValueError, "lse_partial: expected at least one part"),
     (lambda: flash4.flash_attn_func(X, X, X, score_mod=levels, score_mod_bwd=levels), ValueError, "score_mod_bwd: expected"),

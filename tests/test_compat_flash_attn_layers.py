@@ -53,18 +53,22 @@ def test_indexing_the_first_dimension():
     assert torch.equal(x.grad[:, 0], torch.tensor([3.0, 2, 3, 2, 2, 3, 2]))
 
 
+def angles(positions, rotary_dim, base):
+    return positions.double()[..., None] * base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+
+
 def turned(x, positions, rotary_dim, interleaved, base=10000.0):
     """By complex numbers: x [..., S, H, D] in fp64."""
-    angles = positions.double()[..., None] * base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
+    turns = torch.exp(1j * angles(positions, rotary_dim, base))[..., None, :]
     own, rest = x.double().split([rotary_dim, x.shape[-1] - rotary_dim], -1)
     pairs = own.unflatten(-1, (-1, 2)) if interleaved else own.unflatten(-1, (2, -1)).mT
-    result = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * torch.polar(torch.ones_like(angles), angles)[..., None, :])
+    result = torch.view_as_real(torch.view_as_complex(pairs.contiguous()) * turns)
     return torch.cat([result.flatten(-2) if interleaved else result.mT.flatten(-2), rest], -1)
 
 
 def tables(rotary_dim, positions=40, base=10000.0):
-    angles = torch.arange(positions).double()[:, None] * base ** (-torch.arange(0, rotary_dim, 2, dtype=torch.float64) / rotary_dim)
-    return angles.cos().float(), angles.sin().float()
+    found = angles(torch.arange(positions), rotary_dim, base)
+    return found.cos().float(), found.sin().float()
 
 
 @pytest.mark.parametrize("interleaved", [False, True])
@@ -160,7 +164,7 @@ def test_refusals():
     x, (cos, sin) = normal(2, 5, 3, 16), tables(12, 5)
     with pytest.raises(IndexError, match="positions: expected values from 0 to 4"):
         rotary.apply_rotary_emb(x, cos, sin, seqlen_offsets=1)
-    with pytest.raises(ValueError, match="x: expected .* rotary_dim 12"):
+    with pytest.raises(ValueError, match=r"x: expected .* rotary_dim 12"):
         rotary.apply_rotary_emb(x[..., :8], cos, sin)
     with pytest.raises(ValueError, match="num_heads_q: expected the number of query heads"):
         rotary.apply_rotary_emb_qkv_(x, cos, sin)

@@ -693,9 +693,9 @@ def test_errors_of_contiguous_caches(call, error, message):
     (lambda c: PagedKVCache.wrap(K[0], V, ints(0), ints(0)), ValueError, r"k: expected \[pages, page_size, H_kv, D\]"),
     (lambda c: PagedKVCache.wrap(K, V, ints(0)[None], ints(0, 0)), ValueError, r"lengths: expected \[1\], got \[2\]"),
     (lambda c: PagedKVCache.wrap(K, V, ints(0)[None], ints(0), left_padding=ints(3)), ValueError, "left_padding: .* 0 to 2"),
-    (lambda c: PagedKVCache.wrap(K, V, ints(0)[None], ints(2), left_padding=ints(1)).stored(), ValueError, "lengths: .* 0 to 1"),
-    (lambda c: PagedKVCache.wrap(K.transpose(0, 1), V.transpose(0, 1), ints(0)[None], ints(0), left_padding=ints(1)), ValueError,
-     "k: expected pages whose rows follow each other in memory"),
+    (lambda c: PagedKVCache.wrap(K, V, ints(0)[None], ints(2), left_padding=ints(1)).stored(), ValueError, "lengths: .* to 1"),
+    (lambda c: PagedKVCache.wrap(K.transpose(0, 1), V.transpose(0, 1), ints(0)[None], ints(0), left_padding=ints(1)),
+     ValueError, "k: expected pages whose rows follow each other in memory"),
 ])
 def test_errors_of_paged_caches(call, error, message):
     cache = paged(max_pages_per_sequence=3)

@@ -10,18 +10,27 @@ from support.flash import TABLE, check, dense, normal, own_slopes, packed, seque
 from tilewise import Rotary
 from tilewise.compat import flash_attn, flash_attn_cute, flash_attn_interface
 
-pytestmark = [pytest.mark.usefixtures("one_thread", "poisoned", "small_tiles"),
-              pytest.mark.skipif(DEVICE != "cpu", reason="what is expected is on the CPU")]
+pytestmark = pytest.mark.usefixtures("one_thread", "poisoned", "small_tiles")
 EVERYTHING = TABLE[-1]
 every_backend = pytest.mark.parametrize("backend", AVAILABLE)
+
+
+def there(x):
+    """On the device, if it is a tensor."""
+    return x.to(DEVICE) if isinstance(x, torch.Tensor) else x
 
 
 @every_backend
 @pytest.mark.parametrize("lengths", [[(21, 33)] * 2, [(33, 21), (5, 0), (1, 7)]], ids=["dense", "packed"])
 def test_everything_at_once(lengths, backend):
     form = dense(flash_attn.flash_attn_func) if lengths[0] == lengths[1] else packed(flash_attn.flash_attn_varlen_func)
-    arguments = own_slopes(EVERYTHING, len(lengths)) | dict(backend=backend)
-    check(EVERYTHING, sequences_of(lengths), lambda s: form(s, arguments), torch.float32)
+    arguments = {name: there(x) for name, x in own_slopes(EVERYTHING, len(lengths)).items()}
+
+    def ours(sequences):
+        found = form([list(map(there, sequence)) for sequence in sequences], arguments | dict(backend=backend))
+        return [(out.cpu(), lse.cpu()) for out, lse in found]
+
+    check(EVERYTHING, sequences_of(lengths), ours, torch.float32, device=DEVICE)
 
 
 @every_backend
@@ -38,10 +47,13 @@ def test_a_cache_in_padded_pages(backend):
     q, k, v = normal(2, 2, 4, 16, seed=1), normal(2, 2, 2, 16, seed=2), normal(2, 2, 2, 16, seed=3)
     rotary, slopes, sinks = Rotary.of(16, 32), normal(2, 4, seed=4), normal(4, seed=5)
     seqlens = torch.tensor([p + len(x) for p, x in zip(padding, keys, strict=True)], dtype=torch.int32)
+    k_there, v_there = there(k_cache), there(v_cache)
     out, lse, *_ = flash_attn_interface.flash_attn_with_kvcache(
-        q, k_cache, v_cache, k, v, rotary_cos=rotary.cos, rotary_sin=rotary.sin, rotary_interleaved=False,
-        cache_seqlens=seqlens, cache_leftpad=torch.tensor(padding, dtype=torch.int32), page_table=table, causal=True,
-        softcap=3.0, alibi_slopes=slopes, learnable_sink=sinks, return_softmax_lse=True, backend=backend)
+        there(q), k_there, v_there, there(k), there(v), rotary_cos=there(rotary.cos), rotary_sin=there(rotary.sin),
+        rotary_interleaved=False, cache_seqlens=there(seqlens), cache_leftpad=there(torch.tensor(padding, dtype=torch.int32)),
+        page_table=there(table), causal=True, softcap=3.0, alibi_slopes=there(slopes), learnable_sink=there(sinks),
+        return_softmax_lse=True, backend=backend)
+    out, lse, k_cache = out.cpu(), lse.cpu(), k_there.cpu()
     for b, start in enumerate(seqlens.tolist()):
         turned_q, turned_k = (rotary.rotate(x[b].transpose(0, 1), torch.arange(2) + start).transpose(0, 1) for x in (q, k))
         whole_k, whole_v = torch.cat([keys[b], turned_k]), torch.cat([values[b], v[b]])
@@ -68,8 +80,10 @@ def test_functions_of_the_user(backend):
     """Query indices count from the sequence's first query, from pages too."""
     q, k, v, levels = normal(2, 3, 4, 16), normal(4, 8, 2, 16, seed=1), normal(4, 8, 2, 16, seed=2), normal(4, 3, seed=3)
     table, used = torch.tensor([[2, 0], [1, -1]], dtype=torch.int32), torch.tensor([13, 5], dtype=torch.int32)
-    out, _ = flash_attn_cute.flash_attn_varlen_func(q, k, v, page_table=table, seqused_k=used, mask_mod=below, score_mod=lifted,
-                                                    aux_tensors=[levels], backend=backend)
+    out, _ = flash_attn_cute.flash_attn_varlen_func(
+        there(q), there(k), there(v), page_table=there(table), seqused_k=there(used), mask_mod=below, score_mod=lifted,
+        aux_tensors=[there(levels)], backend=backend)
+    out = out.cpu()
     for b, (pages, n) in enumerate((([2, 0], 13), ([1], 5))):
         own_k, own_v = (x[pages].flatten(0, 1)[:n] for x in (k, v))
         expected, _ = standard(q[b], own_k, own_v, visible(3, n, causal=True), mod=lambda s: s + levels[:, :, None])

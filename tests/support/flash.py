@@ -88,7 +88,7 @@ SINKS = normal(H, seed=7)
 TABLE = [
     Asked("plain"),
     Asked("scale", dict(scale=0.9), softmax_scale=0.9),
-    Asked("causal", seen=dict(causal=True), causal=True, cpu=True),
+    Asked("causal", seen=dict(causal=True), causal=True),
     Asked("window", seen=dict(window=(5, 3)), window_size=(5, 3), cpu=True),
     Asked("window of tensors", seen=dict(window=(4, 0)), window_size=(torch.tensor(4), torch.tensor(0))),
     Asked("window and causal", seen=dict(window=(6, 0)), causal=True, window_size=(6, 9)),
@@ -97,8 +97,8 @@ TABLE = [
     Asked("right", seen=dict(window=(None, 2)), window_size=(-1, 2)),
     Asked("window longer than the keys", seen=dict(window=(40, 25)), window_size=(40, 25)),
     Asked("window longer than everything", seen=dict(window=(99, 99)), window_size=(99, 99)),
-    Asked("softcap", dict(softcap=2.0), softcap=2.0, cpu=True),
-    Asked("slopes", dict(slopes=HEAD_SLOPES), seen=dict(causal=True), alibi_slopes=HEAD_SLOPES, causal=True, cpu=True),
+    Asked("softcap", dict(softcap=2.0), softcap=2.0),
+    Asked("slopes", dict(slopes=HEAD_SLOPES), seen=dict(causal=True), alibi_slopes=HEAD_SLOPES, causal=True),
     Asked("slopes of each sequence", dict(slopes=ROW_SLOPES), alibi_slopes=ROW_SLOPES),
     Asked("deterministic", seen=dict(causal=True), causal=True, deterministic=True),
     Asked("dropout", dropout_p=0.3, p=0.3),
@@ -116,17 +116,17 @@ def own_slopes(asked, batch):
     return asked.arguments | ({} if slopes is None or slopes.dim() == 1 else {"alibi_slopes": slopes[:batch]})
 
 
-def drawn(asked, b, nq, nk, heads=H):
-    """The bits that a call drops after torch.manual_seed(0), of sequence b."""
+def drawn(asked, b, nq, nk, heads=H, first=0, device="cpu"):
+    """What a call on a device keeps after torch.manual_seed(0), of sequence b, rows counted from `first`: [heads, nq, nk]."""
     if not asked.p:
         return None
     torch.manual_seed(0)
-    bits = rng.draw(torch.device("cpu"))
-    head, row, column = torch.meshgrid(torch.arange(heads), torch.arange(nq), torch.arange(nk), indexing="ij")
+    bits = rng.draw(torch.device(device)).cpu()
+    head, row, column = torch.meshgrid(torch.arange(heads), torch.arange(nq) + first, torch.arange(nk), indexing="ij")
     return rng.keep(bits, rng.threshold(asked.p), torch.tensor(b), head, heads, row, column)
 
 
-def expected(asked, sequences, dtype):
+def expected(asked, sequences, dtype, device):
     """(out, lse) of each sequence (q, k, v)."""
     found = []
     for b, (q, k, v) in enumerate(sequences):
@@ -136,7 +136,7 @@ def expected(asked, sequences, dtype):
             means["slopes"] = means["slopes"][b]
         t = round(asked.p * 65536)
         found.append(standard(q.to(dtype), k.to(dtype), v.to(dtype), visible(nq, nk, **asked.seen), p=t / 65536,
-                              keep=drawn(asked, b, nq, nk), **means))
+                              keep=drawn(asked, b, nq, nk, device=device), **means))
     return found
 
 
@@ -152,11 +152,12 @@ def run(sequences, calculate, dtype):
     return {"out": out, "lse": lse, **dict(zip(names, gradients, strict=True))}
 
 
-def check(asked, sequences, ours, dtype, empty=torch.inf):
-    """ours(sequences) -> [(out, lse)] against dense attention."""
+def check(asked, sequences, ours, dtype, empty=torch.inf, device="cpu"):
+    """ours(sequences) -> [(out, lse)], on the CPU, computed on a device, against dense attention."""
     torch.manual_seed(0)
     found = run(sequences, ours, dtype)
-    truth, plain = (run(sequences, lambda s, kind=kind: expected(asked, s, kind), kind) for kind in (torch.float64, dtype))
+    truth, plain = (run(sequences, lambda s, kind=kind: expected(asked, s, kind, device), kind)
+                    for kind in (torch.float64, dtype))
     for results in (truth, plain):
         if asked.means.get("sink") is None:
             results["lse"] = torch.where(results["lse"] == -torch.inf, empty, results["lse"])

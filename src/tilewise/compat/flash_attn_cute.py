@@ -11,7 +11,8 @@
     block_sparse_tensors lists of blocks, with block_size: of partial ones mask_mod decides, full ones are visible, others not
     qv                   as in `tilewise.compat.flash_attn_interface`; q and k None: scores of qv and v alone
     num_splits, pack_gqa, scheduler_metadata, min_seqlen_k, seqlen_k_per_split, disable_scheduler_metadata,
-    block_sparse_tensors_bwd    about speed alone, or follow from the rest: accepted, no effect; num_splits has one with pages
+    block_sparse_tensors_bwd    about speed alone, or follow from the rest: accepted, no effect (num_splits > 1 has one with
+                         pages)
     **more               of the other generations: dropout_p, alibi_slopes, attention_chunk, and backend
 
 All return (out, lse): lse None unless return_lse or an input requires a gradient, [B, H, S_q] or [H, total], with qv

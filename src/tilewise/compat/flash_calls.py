@@ -56,16 +56,17 @@ class Place(NamedTuple):
     pages: Tensor | None = None         # integers [batch of the cache, n]
 
 
-NO_SCALES = Descale()
+NO_SCALES, NOTHING_NEW = Descale(), New()
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any], qv: Tensor | None = None,
           descale: Descale = NO_SCALES) -> tuple[Tensor, Tensor]:
     """q [B, S_q, H, D], k [B, S_k, H_kv, D], v [B, S_k, H_kv, D_v]."""
     q, k, v = map(rows_contiguous, (q, k, v))
-    q, k, v, factor = from_fp8(q, k, v, descale, None)
     if qv is not None:
         check_qv(q, qv, k, v)
+    q, k, v, factor = from_fp8(q, k, v, descale, None)
+    if qv is not None:
         q, k = torch.cat([q, qv], -1), torch.cat([k, v], -1)
     out, lse = attention(q, k, v, return_lse=True, **given)
     return scaled(out, factor), lse
@@ -76,16 +77,17 @@ def packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[Tensor, Tensor], m
            descale: Descale = NO_SCALES) -> tuple[Tensor, Tensor]:
     """q [total_q, H, D], k [total_k, H_kv, D], v; cu_seqlens, max_seqlen and seqused of queries and of keys."""
     q, k, v = map(rows_contiguous, (q, k, v))
-    q, k, v, factor = from_fp8(q, k, v, descale, cu_seqlens[0])
     if qv is not None:
         check_qv(q, qv, k, v)
+    q, k, v, factor = from_fp8(q, k, v, descale, cu_seqlens[0])
+    if qv is not None:
         q, k = torch.cat([q, qv], -1), torch.cat([k, v], -1)
     out, lse = attention_varlen(q, k, v, *cu_seqlens, max_seqlen_q=integer(max_seqlen[0]), max_seqlen_k=integer(max_seqlen[1]),
                                 seqused_q=seqused[0], seqused_k=seqused[1], return_lse=True, **given)
     return scaled(out, factor), lse
 
 
-def cached(q: Tensor, k_cache: Tensor, v_cache: Tensor, place: Place, given: dict[str, Any], new: New = New(),  # noqa: B008
+def cached(q: Tensor, k_cache: Tensor, v_cache: Tensor, place: Place, given: dict[str, Any], new: New = NOTHING_NEW,
            turning: Turning | None = None, qv: Tensor | None = None, descale: Descale = NO_SCALES,
            cu_seqlens_q: Tensor | None = None, max_seqlen_q: Any = None,
            num_splits: int | None = None) -> tuple[Tensor, Tensor]:
@@ -96,10 +98,10 @@ def cached(q: Tensor, k_cache: Tensor, v_cache: Tensor, place: Place, given: dic
     """
     batch = len(q) if cu_seqlens_q is None else len(cu_seqlens_q) - 1
     lengths = row_counts(place, batch, k_cache, new)
-    q, k, v, factor = from_fp8(rows_contiguous(q), new.k, new.v, descale, cu_seqlens_q, k_cache)
-    k, v = map(rows_contiguous, (k, v))
     if qv is not None:
         check_qv(q, qv, k_cache, v_cache)
+    q, k, v, factor = from_fp8(rows_contiguous(q), new.k, new.v, descale, cu_seqlens_q, k_cache)
+    k, v = map(rows_contiguous, (k, v))
     apart = new.cu_seqlens is not cu_seqlens_q or qv is not None        # not one operation with attention
     rotary = None
     if turning is not None:
@@ -220,7 +222,9 @@ def rotated(x: Tensor, rotary: Rotary, offsets: int | Tensor, cu_seqlens: Tensor
 # ---- qv -------------------------------------------------------------------------------------------------------------
 
 def check_qv(q: Tensor, qv: Tensor, k: Tensor, v: Tensor) -> None:
-    """Raises TypeError or ValueError unless qv is like q, with v's head dim, and both together are not too long."""
+    """Raises unless qv is like q, with v's head dim, and both together are not too long."""
+    if FP8 in (q.dtype, v.dtype):
+        raise NotImplementedError("qv: expected None with float8_e4m3fn tensors, whose values would need two scales")
     check_tensor("qv", qv, (*q.shape[:-1], v.shape[-1]), (q.dtype,), q.device)
     together, most = k.shape[-1] + v.shape[-1], MAX_LATENT_DIM if k.shape[-2] == 1 else MAX_HEAD_DIM
     if together > most:
