@@ -244,6 +244,16 @@ def test_gradients_of_aux_tensors_and_sinks():
     torch.testing.assert_close(out, flash4.flash_attn_func(q, k, v, softmax_scale=8 ** -0.5 / 2, backend="tiled")[0])
 
 
+def test_masks_and_score_functions_of_tilewise():
+    """In the place of functions, and with causal at once: what both show."""
+    q, k, v = (torch.stack(x) for x in zip(*sequences_of([(21, 33)] * 2), strict=True))
+    out, _ = flash4.flash_attn_func(q, k, v, causal=True, mask_mod=tw.prefix(torch.tensor([9, 33])), score_mod=tw.softcap(2.0),
+                                    backend="tiled")
+    for b, n in enumerate((9, 33)):
+        seen = visible(21, 33, causal=True) & (torch.arange(33) < n)
+        torch.testing.assert_close(out[b], standard(q[b], k[b], v[b], seen, softcap=2.0)[0], rtol=1e-5, atol=1e-5)
+
+
 class Lists(NamedTuple):
     """The fields of BlockSparseTensorsTorch that are read."""
     mask_block_cnt: torch.Tensor

@@ -5,8 +5,9 @@
     score_mod            score_mod(score, b, h, q_idx, kv_idx, seqlen_info, aux_tensors[, aux_scalars]) -> score
     mask_mod             mask_mod(b, h, q_idx, kv_idx, seqlen_info, aux_tensors[, aux_scalars]) -> boolean
                          Torch functions of zero-dimensional values, as `tw.score_mod` takes them, in the place of cute.jit
-                         functions; differentiable, also for aux_tensors. seqlen_info: `SeqlenInfo`. mask_mod shows what causal
-                         and window_size show as well, where FlashAttention-4's forward ignores these two
+                         functions, or `tw.Mask` and `tw.ScoreMod`; differentiable, also for aux_tensors. seqlen_info:
+                         `SeqlenInfo`. Of what mask_mod shows, causal and window_size show a part, where
+                         FlashAttention-4's forward ignores these two
     softcap              comes before score_mod; there they exclude each other
     block_sparse_tensors lists of blocks, with block_size: of partial ones mask_mod decides, full ones are visible, others not
     qv                   as in `tilewise.compat.flash_attn_interface`; q and k None: scores of qv and v alone
@@ -168,10 +169,10 @@ def _ends(x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
     return torch.arange(len(x) + 1, dtype=torch.int32, device=x.device) * x.shape[1]
 
 
-def _mods(score_mod: Callable | None, mask_mod: Callable | None, aux_tensors: Any, aux_scalars: Any,
+def _mods(score_mod: Any, mask_mod: Any, aux_tensors: Any, aux_scalars: Any,
           info: SeqlenInfo) -> tuple[ScoreMod | None, Mask | None]:
-    """The functions as Tilewise's. Their query index counts from the sequence's first query, with pages too, where that of
-    Tilewise's own functions is a position.
+    """The functions as Tilewise's, which stay as they are. Their query index counts from the sequence's first query, with pages
+    too, where that of Tilewise's own functions is a position.
     """
     if score_mod is None and mask_mod is None and not (aux_tensors is None and aux_scalars is None):
         raise ValueError("aux_tensors, aux_scalars: expected None without score_mod and mask_mod, which are given them")
@@ -181,16 +182,18 @@ def _mods(score_mod: Callable | None, mask_mod: Callable | None, aux_tensors: An
         return SeqlenInfo(*(x[b] if isinstance(x, Tensor) else x for x in info))
 
     def score(s, b, h, q_idx, kv_idx):
-        return score_mod(s, b, h, q_idx, kv_idx, of_sequence(b), *extra)  # type: ignore[misc]
+        return score_mod(s, b, h, q_idx, kv_idx, of_sequence(b), *extra)
 
     def mask(b, h, q_idx, kv_idx):
-        return mask_mod(b, h, q_idx, kv_idx, of_sequence(b), *extra)  # type: ignore[misc]
+        return mask_mod(b, h, q_idx, kv_idx, of_sequence(b), *extra)
 
     for own, given in ((score, score_mod), (mask, mask_mod)):
         own.__name__ = own.__qualname__ = getattr(given, "__name__", own.__name__)
-    scored = None if score_mod is None else ScoreMod(score.__name__, substitute(captured_score(score).expr, "p", Q))
-    shown = None if mask_mod is None else Mask(mask.__name__, substitute(captured_mask(mask).element, "p", Q), (), ())
-    return scored, shown
+    if score_mod is not None and not isinstance(score_mod, ScoreMod):
+        score_mod = ScoreMod(score.__name__, substitute(captured_score(score).expr, "p", Q))
+    if mask_mod is not None and not isinstance(mask_mod, Mask):
+        mask_mod = Mask(mask.__name__, substitute(captured_mask(mask).element, "p", Q), (), ())
+    return score_mod, mask_mod
 
 
 def _blocks(lists: Any, mask_mod: Mask | None) -> Mask:
