@@ -370,6 +370,8 @@ def _behind(padding: Tensor, k: Tensor, v: Tensor, block_table: Tensor) -> tuple
     parts = size // small
 
     def cut(name: str, x: Tensor) -> Tensor:
+        if parts == 1:
+            return x
         if x.stride(0) != size * x.stride(1) and len(x) > 1:
             raise ValueError(f"{name}: expected pages whose rows follow each other in memory, as left_padding needs, got "
                              f"strides {list(x.stride())}")
