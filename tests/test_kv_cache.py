@@ -325,6 +325,26 @@ def test_wrapped_tensors_are_used_in_place():
     assert torch.equal(dense(cache.stored())[0][1], latent[0, ..., :8].transpose(0, 1))
 
 
+def test_sequences_in_chosen_slots():
+    """Lengths, left padding and names are the sequences'; several may read a slot, one may write to it."""
+    k, v = torch.full((5, 8, H, D), torch.nan), torch.full((5, 8, H, D_V), torch.nan)
+    lengths, new = ints(0, 0), draw(2, 3, H, D)
+    cache = KVCache.wrap(k, v, lengths, slots=ints(4, 1), left_padding=ints(2, 0))
+    cache.append(new, new[..., :D_V])
+    assert (cache.batch, lengths.tolist()) == (2, [3, 3])
+    assert torch.equal(k[4, 2:5], new[0])
+    assert torch.equal(k[1, :3], new[1])
+    assert k[[0, 2, 3]].isnan().all()
+    cache.append(new[:1], new[:1, ..., :D_V], cache_batch_idx=ints(1))
+    same(cache.stored(), [(x, x[..., :D_V]) for x in (new[0], torch.cat([new[1], new[0]]))])
+    shared = KVCache.wrap(k, v, ints(2, 3, 6), slots=ints(1, 1, 1))
+    same(shared.stored(), [(x, x[..., :D_V]) for x in (new[1, :2], new[1], torch.cat([new[1], new[0]]))])
+    with pytest.raises(ValueError, match="slots: expected each sequence once, got 1 twice"):
+        shared.append(draw(3, 1, H, D), draw(3, 1, H, D_V))
+    shared.append(new[:1, :1], new[:1, :1, :, :D_V], cache_batch_idx=ints(2))
+    assert torch.equal(k[1, 6], new[0, 0])
+
+
 def test_truncate_and_reset():
     k = draw(3, 6, H, D)
     cache = contiguous()
@@ -490,6 +510,27 @@ def test_foreign_pages_are_checked_when_read():
     assert wrapped([[0, 6], [0, 2]], [2, 3]).stored([1]).pages.tolist() == [[0, 2]]
 
 
+@pytest.mark.parametrize("padding, size", [((0, 0), 6), ((6, 12), 6), ((4, 0), 2), ((5, 13), 1)])
+def test_foreign_pages_with_left_padding(padding, size):
+    """They are seen in smaller pages, of which the padding is whole ones."""
+    k = torch.full((7, 6, H, D), torch.nan)
+    table, lengths = torch.tensor([[4, 1, 6], [0, 3, 2]], dtype=torch.int32), ints(0, 0)
+    cache = PagedKVCache.wrap(k, k.clone()[..., :D_V], table, lengths, left_padding=ints(*padding))
+    assert cache.page_size == size
+    new = draw(2, 5, H, D)
+    for a, b in ((0, 2), (2, 5)):
+        cache.append(new[:, a:b], new[:, a:b, :, :D_V])
+    same(cache.stored(), [(x, x[..., :D_V]) for x in new])
+    for b, first in enumerate(padding):
+        rows = k[table[b].long()].flatten(0, 1)
+        assert torch.equal(rows[first:first + 5], new[b])
+        assert rows[:first].isnan().all()
+        assert rows[first + 5:].isnan().all()
+    assert cache.stored().limits().tolist() == [18 - first for first in padding]
+    with pytest.raises(ValueError, match=rf"k_new: expected at most {13 - padding[0]} tokens for sequence 0"):
+        cache.append(draw(2, 14, H, D), draw(2, 14, H, D_V))
+
+
 def test_calls_that_need_a_book():
     cache = wrapped([[0, 1], [2, 3]], [0, 0])
     calls = {"new": cache.new, "fork": lambda: cache.fork(0), "free": lambda: cache.free(0), "length": lambda: cache.length(0),
@@ -536,6 +577,12 @@ def test_no_call_reads_the_device():
     foreign = PagedKVCache.wrap(pages.k, pages.v, table, table[:, 0].clone())
     foreign.append(k, v, q=k, rotary=rotary)
     assert foreign.stored().longest == 12
+    padded = PagedKVCache.wrap(pages.k, pages.v, table, table[:, 0].clone(), left_padding=table[:, 0].clone())
+    padded.append(k, v, q=k, rotary=rotary)
+    assert padded.page_size == 1
+    chosen = KVCache.wrap(flat.k, flat.v, table[:, 0].clone(), slots=slots)
+    chosen.append(k, v, q=k, rotary=rotary)
+    assert chosen.stored().longest == 20
 
 
 # ---- errors ---------------------------------------------------------------------------------------------------------
@@ -613,6 +660,8 @@ def test_errors_of_append(arguments, error, message):
     (lambda c: KVCache.wrap(K, V, ints(0, 0)), ValueError, r"lengths: expected \[3\], got \[2\]"),
     (lambda c: KVCache.wrap(K, V, ints(0, 3, 0)), ValueError, "lengths: expected values from 0 to 2, got 3 at index 1"),
     (lambda c: KVCache.wrap(K, V, ints(0, 2, 0), left_padding=ints(0, 1, 0)), ValueError, "lengths: expected .* 0 to 1"),
+    (lambda c: KVCache.wrap(K, V, ints(0, 0), slots=ints(0, 3)), ValueError, "slots: expected values from 0 to 2, got 3"),
+    (lambda c: KVCache.wrap(K, V, ints(0, 0), slots=ints(0)), ValueError, r"lengths: expected \[1\], got \[2\]"),
 ])
 def test_errors_of_contiguous_caches(call, error, message):
     cache = contiguous(capacity=9, left_padding=ints(0, 1, 0))
@@ -643,6 +692,10 @@ def test_errors_of_contiguous_caches(call, error, message):
     (lambda c: PagedKVCache.wrap(K, V, ints(0), ints(0)), ValueError, r"block_table: expected \[B, n\], got \[1\]"),
     (lambda c: PagedKVCache.wrap(K[0], V, ints(0), ints(0)), ValueError, r"k: expected \[pages, page_size, H_kv, D\]"),
     (lambda c: PagedKVCache.wrap(K, V, ints(0)[None], ints(0, 0)), ValueError, r"lengths: expected \[1\], got \[2\]"),
+    (lambda c: PagedKVCache.wrap(K, V, ints(0)[None], ints(0), left_padding=ints(3)), ValueError, "left_padding: .* 0 to 2"),
+    (lambda c: PagedKVCache.wrap(K, V, ints(0)[None], ints(2), left_padding=ints(1)).stored(), ValueError, "lengths: .* to 1"),
+    (lambda c: PagedKVCache.wrap(K.transpose(0, 1), V.transpose(0, 1), ints(0)[None], ints(0), left_padding=ints(1)),
+     ValueError, "k: expected pages whose rows follow each other in memory"),
 ])
 def test_errors_of_paged_caches(call, error, message):
     cache = paged(max_pages_per_sequence=3)

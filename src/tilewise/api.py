@@ -148,8 +148,8 @@ def attention_with_kv_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Ten
         cache: a `KVCache` or a `PagedKVCache`, in q's dtype or in fp8. It is written to, its lengths grow.
         k_new, v_new: [B, S_new, H_kv, D], [B, S_new, H_kv, D_v], or packed by cu_seqlens_q: the new tokens' keys and values;
             v_new None where the cache holds values as a part of keys. None: attend to what is there.
-        cache_batch_idx: the slots of a `KVCache` (integer tensor [B]), or the sequences of a `PagedKVCache` (numbers or an
-            integer tensor). Default: all in order.
+        cache_batch_idx: the sequences of a `KVCache` (integer tensor [B]) or of a `PagedKVCache` (numbers or an integer
+            tensor). Default: all in order.
         cu_seqlens_q: int32 [B + 1]; max_seqlen_q: as in `attention_varlen`.
         rotary: turns k_new and q to their positions before anything else; needs k_new.
         extended: of a `PagedKVCache`, whose `extend` was called before.

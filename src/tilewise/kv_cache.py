@@ -37,9 +37,12 @@ class Stored(NamedTuple):
     k_scale: Tensor | None  # fp32 [H_kv]: stored value * scale = key (fp8 storage only)
     v_scale: Tensor | None
     longest: int            # an upper bound, known to the host, of the keys of any sequence
+    room: Tensor | None = None  # int64 [B]: keys that each has memory for, where fewer than its pages hold
 
     def limits(self) -> Tensor:
         """int64 [B]: how many keys each sequence has memory for."""
+        if self.room is not None:
+            return self.room
         if self.pages is None:
             return self.k.shape[2] - self.rows[:, 1].long()
         return self.rows.new_full((len(self.rows),), self.pages.shape[1] * self.k.shape[2], dtype=torch.int64)
@@ -266,6 +269,7 @@ class KVCache(Storage):
     stored = key / scale, saturating; infinities become NaN. left_padding: int32 [batch], rows before a sequence's first key.
     """
     left_padding: Tensor | None
+    slots: Tensor | None                # of each sequence, where the caller chose them (`wrap`); None: all in order
 
     def __init__(self, batch: int, capacity: int, kv_heads: int, head_dim: int, *, head_dim_v: int | None = None,
                  dtype: torch.dtype = torch.bfloat16, device=None, v_in_k: bool = False, k_scale: Tensor | None = None,
@@ -276,18 +280,25 @@ class KVCache(Storage):
         self._count(torch.zeros(batch, dtype=torch.int32, device=k.device), left_padding)
 
     @classmethod
-    def wrap(cls, k: Tensor, v: Tensor, lengths: Tensor, *, left_padding: Tensor | None = None, k_scale: Tensor | None = None,
-             v_scale: Tensor | None = None) -> KVCache:
+    def wrap(cls, k: Tensor, v: Tensor, lengths: Tensor, *, slots: Tensor | None = None, left_padding: Tensor | None = None,
+             k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> KVCache:
         """A cache in the caller's tensors, written in place: k [batch, capacity, H_kv, D], v likewise, lengths int32 [batch].
 
         Where v is k[..., :D_v], it is taken for a prefix of k (v_in_k).
+        slots: integer tensor [B]: there are B sequences, b lies in k[slots[b]], and lengths, left_padding and cache_batch_idx
+        are about sequences. Several may read one slot; those that are written to have each its own.
         """
         cache = cls.__new__(cls)
         cache._take(k, v, check_memory(k, v, "batch", "capacity"), k_scale, v_scale)
-        cache._count(lengths, left_padding)
+        cache._count(lengths, left_padding, slots)
         return cache
 
-    def _count(self, lengths: Tensor, left_padding: Tensor | None) -> None:
+    def _count(self, lengths: Tensor, left_padding: Tensor | None, slots: Tensor | None = None) -> None:
+        if slots is not None:
+            check_tensor("slots", slots, ("B",), INTEGERS, self.device)
+            if self._readable(check=False):
+                check_values("slots", slots, self.k.shape[0] - 1)
+        self.slots = slots
         check_tensor("lengths", lengths, (self.batch,), (torch.int32,), self.device)
         if left_padding is not None:
             check_tensor("left_padding", left_padding, (self.batch,), (torch.int32,), self.device)
@@ -297,7 +308,10 @@ class KVCache(Storage):
             check_values("left_padding", first, self.capacity)
             check_values("lengths", lengths, self.capacity - first)
 
-    batch = property(lambda self: self.k.shape[0])
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return self.k.shape[0] if self.slots is None else self.slots.shape[0]
 
     @property
     def capacity(self) -> int:
@@ -308,13 +322,13 @@ class KVCache(Storage):
         return f"KVCache(batch={self.batch}, capacity={self.capacity}, {self._describe()})"
 
     def stored(self, cache_batch_idx: Tensor | None = None, *, check: bool = False) -> Stored:
-        """What a backend reads. cache_batch_idx: integer tensor [B] of slots; None: all in order."""
-        slots = self._slots(cache_batch_idx, check)
-        lengths = self.lengths[slots]
+        """What a backend reads. cache_batch_idx: integer tensor [B] of sequences; None: all in order."""
+        index = self._sequences(cache_batch_idx, check)
+        lengths = self.lengths[index]
         longest = self.capacity
         if self.device.type == "cpu":
             longest = max(lengths.tolist(), default=0)
-        rows = torch.stack([slots.int(), self._first(slots), lengths], -1)
+        rows = torch.stack([self._slots(index).int(), self._first(index), lengths], -1)
         return Stored(self.k.transpose(1, 2), self.v.transpose(1, 2), rows, None, self.k_scale, self.v_scale, longest)
 
     def append(self, k_new: Tensor, v_new: Tensor | None = None, *, cache_batch_idx: Tensor | None = None,
@@ -324,34 +338,37 @@ class KVCache(Storage):
 
         k_new: [B, S_new, H_kv, D], or packed [total, H_kv, D] with cu_seqlens int32 [B + 1] on the cache's device or the CPU;
         v_new: likewise with D_v, None with v_in_k; q: [B, S_q, H, D], or packed by the same cu_seqlens.
-        cache_batch_idx: integer tensor [B] of slots, each once; None: all in order.
+        cache_batch_idx: integer tensor [B] of sequences, each once; None: all in order.
         Positions: `write`. Raises before anything is written.
         """
-        slots, stored = self._slots(cache_batch_idx, check), self.stored(cache_batch_idx, check=check)
-        tokens = self._tokens(len(slots), k_new, v_new, cu_seqlens, q, check)
+        index, stored = self._sequences(cache_batch_idx, check), self.stored(cache_batch_idx, check=check)
+        tokens = self._tokens(len(index), k_new, v_new, cu_seqlens, q, check)
         if self._readable(check):
-            check_distinct("cache_batch_idx", slots.tolist())
-            check_room(slots, stored, tokens)
+            check_distinct("cache_batch_idx" if self.slots is None else "slots", self._slots(index).tolist())
+            check_room(index, stored, tokens)
         self._check_rotary(rotary, tokens, stored, check)
-        return self._write(stored, slots, tokens, q, rotary, writer)
+        return self._write(stored, index, tokens, q, rotary, writer)
 
     def truncate(self, lengths: Tensor, cache_batch_idx: Tensor | None = None, *, check: bool = False) -> None:
         """Forgets the last tokens: sequences keep their first lengths [B] (integers) keys; never more than are present."""
-        slots = self._slots(cache_batch_idx, check)
-        check_tensor("lengths", lengths, (len(slots),), INTEGERS, self.device)
-        present = self.lengths[slots]
+        index = self._sequences(cache_batch_idx, check)
+        check_tensor("lengths", lengths, (len(index),), INTEGERS, self.device)
+        present = self.lengths[index]
         if self._readable(check):
             check_values("lengths", lengths, present)
-        self.lengths.index_copy_(0, slots, torch.minimum(lengths.clamp(min=0), present).int())
+        self.lengths.index_copy_(0, index, torch.minimum(lengths.clamp(min=0), present).int())
 
     def reset(self) -> None:
         """Forgets all keys."""
         self.lengths.zero_()
 
-    def _first(self, slots) -> Tensor:
-        return (torch.zeros_like(self.lengths) if self.left_padding is None else self.left_padding)[slots]
+    def _first(self, index) -> Tensor:
+        return (torch.zeros_like(self.lengths) if self.left_padding is None else self.left_padding)[index]
 
-    def _slots(self, cache_batch_idx: Tensor | None, check: bool) -> Tensor:
+    def _slots(self, index: Tensor) -> Tensor:
+        return index if self.slots is None else self.slots[index]
+
+    def _sequences(self, cache_batch_idx: Tensor | None, check: bool) -> Tensor:
         if cache_batch_idx is None:
             return torch.arange(self.batch, device=self.device)
         check_tensor("cache_batch_idx", cache_batch_idx, ("B",), INTEGERS, self.device)

@@ -11,6 +11,7 @@ Which page belongs to whom is decided on the host, in `PageBook`, so no call wai
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -135,6 +136,7 @@ class PagedKVCache(Storage):
     """
     block_table: Tensor
     book: PageBook | None
+    room: Tensor | None = None          # keys each sequence has memory for, where left padding takes some
 
     def __init__(self, pages: int, page_size: int, kv_heads: int, head_dim: int, *, max_sequences: int,
                  max_pages_per_sequence: int | None = None, head_dim_v: int | None = None,
@@ -149,10 +151,14 @@ class PagedKVCache(Storage):
         self.book = PageBook(pages, page_size, max_sequences, most)
 
     @classmethod
-    def wrap(cls, k: Tensor, v: Tensor, block_table: Tensor, lengths: Tensor, *, k_scale: Tensor | None = None,
-             v_scale: Tensor | None = None) -> PagedKVCache:
+    def wrap(cls, k: Tensor, v: Tensor, block_table: Tensor, lengths: Tensor, *, left_padding: Tensor | None = None,
+             k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> PagedKVCache:
         """A cache in tensors whose pages the caller manages: k [pages, page_size, H_kv, D], v likewise with D_v (k[..., :D_v]:
         a prefix of k), block_table int32 [B, n], lengths int32 [B], advanced in place.
+
+        left_padding: int32 [B], rows before a sequence's first key, not counted in lengths. The cache is then seen in smaller
+        pages, of which the padding fills whole ones: of a common divisor's size on the CPU, of one row elsewhere, where nobody
+        looks; the rows of a page, and those of the next, must follow each other in memory. Costs 4 bytes for each such page.
 
         `append` and `stored` check the table on the CPU, elsewhere with check=True: the pages in use, the first
         ceil(length / page_size) of each row, exist and occur once in it, and those written to are in use in no other row.
@@ -161,6 +167,10 @@ class PagedKVCache(Storage):
         cache._take(k, v, check_memory(k, v, "pages", "page_size"), k_scale, v_scale)
         check_tensor("block_table", block_table, ("B", "n"), (torch.int32,), cache.device)
         check_tensor("lengths", lengths, (len(block_table),), (torch.int32,), cache.device)
+        if left_padding is not None:
+            check_tensor("left_padding", left_padding, (len(block_table),), (torch.int32,), cache.device)
+            cache.room = block_table.shape[1] * k.shape[1] - left_padding.long()
+            cache.k, cache.v, block_table = _behind(left_padding, k, v, block_table)
         cache.block_table, cache.lengths, cache.book = block_table, lengths, None
         return cache
 
@@ -297,7 +307,7 @@ class PagedKVCache(Storage):
             longest = max(lengths.tolist(), default=0)
         none = torch.zeros_like(lengths)
         return Stored(self.k.transpose(1, 2), self.v.transpose(1, 2), torch.stack([none, none, lengths], -1), pages[index],
-                      self.k_scale, self.v_scale, longest)
+                      self.k_scale, self.v_scale, longest, None if self.room is None else self.room[index])
 
     def _make_room(self, book: PageBook, numbers: list[int] | None, index: Tensor, tokens: NewTokens, extended: bool,
                    check: bool) -> None:
@@ -327,7 +337,7 @@ class PagedKVCache(Storage):
         """Raises ValueError unless the pages in use exist, once per sequence, and those to be written to are nobody else's."""
         pages, size, table = len(self.k), self.page_size, self.block_table.long()
         added = torch.zeros_like(self.lengths).index_copy_(0, index, counts.int())
-        check_values("lengths", self.lengths, table.shape[1] * size)
+        check_values("lengths", self.lengths, table.shape[1] * size if self.room is None else self.room)
         first_written, end = self.lengths // size, (self.lengths + added + size - 1) // size
         column = torch.arange(table.shape[1], device=self.device)
         used = column < end[:, None]
@@ -348,3 +358,27 @@ class PagedKVCache(Storage):
             row, at = shared.nonzero()[0].tolist()
             raise ValueError(f"block_table: expected pages that sequence {row} writes to in no other sequence, "
                              f"got page {int(table[row, at])} in several")
+
+
+def _behind(padding: Tensor, k: Tensor, v: Tensor, block_table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """k, v and table in smaller pages, so that `padding` [B] rows are whole pages, and each row of the table begins behind."""
+    size = k.shape[1]
+    small = 1
+    if padding.device.type == "cpu":
+        check_values("left_padding", padding, block_table.shape[1] * size)
+        small = math.gcd(size, *padding.tolist())
+    parts = size // small
+
+    def cut(name: str, x: Tensor) -> Tensor:
+        if parts == 1:
+            return x
+        if x.stride(0) != size * x.stride(1) and len(x) > 1:
+            raise ValueError(f"{name}: expected pages whose rows follow each other in memory, as left_padding needs, got "
+                             f"strides {list(x.stride())}")
+        rows = x.stride(1)
+        return x.as_strided((len(x) * parts, small, *x.shape[2:]), (small * rows, rows, *x.stride()[2:]))
+
+    column = torch.arange(block_table.shape[1] * parts, device=padding.device) + (padding // small)[:, None]
+    inside = column < block_table.shape[1] * parts
+    page = block_table.gather(1, torch.where(inside, column // parts, 0)) * parts + column % parts
+    return cut("k", k), cut("v", v), torch.where(inside, page, -1).int()

@@ -82,5 +82,5 @@ def compose(mods: Mods) -> ScoreMod | None:
     first, *others = [m if isinstance(m, ScoreMod) else score_mod(m) for m in mods]
     result = first
     for mod in others:
-        result = ScoreMod(f"{result.name}, {mod.name}", substitute(mod.expr, result.expr))
+        result = ScoreMod(f"{result.name}, {mod.name}", substitute(mod.expr, "s", result.expr))
     return result

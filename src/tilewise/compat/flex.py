@@ -95,15 +95,27 @@ def noop_mask(b, h, q_idx, kv_idx):
 
 def from_torch(mask: TorchBlockMask) -> BlockMask:
     """torch's block mask as one of ours: full blocks whole, partial blocks by its mask_mod, all others dropped."""
-    blocks = mask.kv_indices.shape[-1]
-    partial = _layout(mask.kv_num_blocks, mask.kv_indices, blocks)
-    element = layout_element(partial, mask.BLOCK_SIZE) & mask_mod(mask.mask_mod).element
-    classes = partial.byte() * PARTIAL
+    full = None
     if mask.full_kv_num_blocks is not None and mask.full_kv_indices is not None:
-        full = _layout(mask.full_kv_num_blocks, mask.full_kv_indices, blocks)
-        element = element | layout_element(full, mask.BLOCK_SIZE)
-        classes = torch.where(full, FULL, classes)
-    return BlockMask("torch's BlockMask", element, classes, mask.BLOCK_SIZE)
+        full = mask.full_kv_num_blocks, mask.full_kv_indices
+    return from_lists("torch's BlockMask", (mask.kv_num_blocks, mask.kv_indices), full, mask.BLOCK_SIZE, mask.mask_mod)
+
+
+def from_lists(name: str, partial: tuple[Tensor, Tensor], full: tuple[Tensor, Tensor] | None, block_size: tuple[int, int],
+               inside: Mask | Callable | None) -> BlockMask:
+    """The mask of lists of blocks: counts [B, H, rows of blocks], and in each row of indices [B, H, rows, blocks] the first of
+    them. Full blocks are whole, in partial ones `inside` shows elements (None: all), others are dropped.
+    """
+    columns = max(indices.shape[-1] for _, indices in (partial, full or partial))
+    layout = _layout(*partial, columns)
+    element, classes = layout_element(layout, block_size), layout.byte() * (FULL if inside is None else PARTIAL)
+    if inside is not None:
+        element = element & (inside if isinstance(inside, Mask) else mask_mod(inside)).element
+    if full is not None:
+        layout = _layout(*full, columns)
+        element = element | layout_element(layout, block_size)
+        classes = torch.where(layout, FULL, classes)
+    return BlockMask(name, element, classes, block_size)
 
 
 def _layout(counts: Tensor, indices: Tensor, blocks: int) -> Tensor:

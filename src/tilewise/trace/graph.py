@@ -207,13 +207,13 @@ def tanh(x: Expr) -> Expr:
     return function("tanh", x)
 
 
-def substitute(expr: Expr, score: Expr) -> Expr:
-    """`expr` with the leaf s replaced by `score`: how score functions are composed."""
+def substitute(expr: Expr, leaf: str, value: Expr) -> Expr:
+    """`expr` with `value` in the place of a leaf; of s: how score functions are composed."""
     done: dict[int, Expr] = {}
 
     def visit(node: Expr) -> Expr:
         if node.op == "var":
-            return score if node.value == "s" else node
+            return value if node.value == leaf else node
         if not node.args:
             return node
         if id(node) not in done:
