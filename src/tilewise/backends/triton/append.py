@@ -13,11 +13,11 @@ from tilewise.backends.triton.configs import Config
 from tilewise.backends.triton.launch import start
 from tilewise.kv_cache import FP8, Stored
 from tilewise.rotary import Rotary
-from tilewise.trace.graph import lower
+from tilewise.trace.graph import GROUPS, lower
 
 BLOCK = 16                              # tokens of a program
 CONFIG = Config(BLOCK, 0, num_warps=4, num_stages=1)
-NOTHING = lower([[]] * 5).text          # a program without functions
+NOTHING = lower([[]] * len(GROUPS)).text          # a program without functions
 
 
 def write(stored: Stored, new: Tensor, k_new: Tensor, v_new: Tensor | None, q: Tensor | None, q_rows: Tensor | None,
