@@ -1,18 +1,29 @@
-"""The examples of docs/serving.md run, from top to bottom."""
+"""The examples of the pages in docs run, from top to bottom."""
 import re
 from pathlib import Path
 
 import pytest
 from support.backends import AVAILABLE
 
-TEXT = (Path(__file__).parents[1] / "docs" / "serving.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
+
+
+def run(page: str, count: int) -> dict:
+    """The names that the `count` examples of a page leave behind."""
+    blocks = re.findall(r"```python\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    assert len(blocks) == count
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, f"docs/{page}", "exec"), names)
+    return names
 
 
 @pytest.mark.skipif(AVAILABLE == ["triton"], reason="in the interpreter's process only Triton runs")
-def test_examples_run():
-    blocks = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
-    assert len(blocks) == 5
-    names: dict = {}
-    for block in blocks:
-        exec(compile(block, "docs/serving.md", "exec"), names)
+def test_serving():
+    names = run("serving.md", 5)
     assert names["cache"].length(names["prompt"]) == names["n"] + 2
+
+
+@pytest.mark.skipif(AVAILABLE == ["triton"], reason="in the interpreter's process only Triton runs")
+def test_derivatives():
+    run("derivatives.md", 2)

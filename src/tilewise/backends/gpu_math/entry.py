@@ -85,7 +85,7 @@ def _parameter(name: str, constant: bool, program: str) -> Parameter:
         return Parameter(name, "graph")
     if constant:
         return Parameter(name, "constant", ((name, "tl.constexpr"),))
-    if name in ("bias_strides", "bias_tangent_strides"):
+    if name == "bias_strides":
         return Parameter(name, "tuple", tuple((f"{name}_{axis}", "i64") for axis in range(4)))
     if name.endswith("_strides"):
         kind = "tuple" if "bias" in name else "strides"

@@ -4,7 +4,7 @@ With lse known it takes one pass and no online softmax: p = exp(s - lse), s' the
 
     lse' = sum of p s' (+ the sink's share)      out' = sum of z p (s' v + v') - lse' out
 
-Legend as in `forward_kernel.py`; Q_TANGENT and so on are like Q, with strides of their own. LSE, LSE_TANGENT [slots, H, lse_rows].
+Legend as in `forward_kernel.py`; Q_TANGENT has the strides of Q, and so on, LSE_TANGENT those of LSE.
 """
 import triton
 import triton.language as tl
@@ -16,14 +16,13 @@ from tilewise.backends.gpu_math.tangents import tile_tangents
 
 
 @triton.jit
-def tangent(Q, K, V, Q_TANGENT, K_TANGENT, V_TANGENT, BIAS, BIAS_TANGENT, SINKS, SINKS_TANGENT, RNG, LIST, OUT, LSE, OUT_TANGENT,
-            LSE_TANGENT, Q_ROWS, K_ROWS, WORK, q_strides, k_strides, v_strides, q_tangent_strides, k_tangent_strides,
-            v_tangent_strides, bias_strides, bias_tangent_strides, out_strides, out_tangent_strides, scale, heads, group, nq, nk,
-            lse_rows, dropout, captured, ints, floats,
+def tangent(Q, K, V, Q_TANGENT, K_TANGENT, V_TANGENT, BIAS, BIAS_TANGENT, SINKS, SINKS_TANGENT, RNG, LIST, OUT, LSE,
+            OUT_TANGENT, LSE_TANGENT, Q_ROWS, K_ROWS, WORK, q_strides, k_strides, v_strides, bias_strides, out_strides, scale,
+            heads, group, nq, nk, lse_rows, dropout, captured, ints, floats,
             SCORE: tl.constexpr, SCORE_GRADIENT: tl.constexpr, MASK: tl.constexpr, KEYS: tl.constexpr, VISIT: tl.constexpr,
-            BIAS_COLS: tl.constexpr, BIAS_TANGENT_COLS: tl.constexpr, HAS_SINKS: tl.constexpr, DROPOUT: tl.constexpr,
-            RAW: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
+            BIAS_COLS: tl.constexpr, HAS_SINKS: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, NATURAL: tl.constexpr,
+            PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+            BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
     b, h, h_kv, first_row = place(tl.program_id(0), WORK, tl.cdiv(nq, BLOCK_M), heads, group, BLOCK_M, True)
     blocks = tl.cdiv(nq, BLOCK_M)
     q_slot, q_start, nq = sequence(Q_ROWS, b, nq)
@@ -32,10 +31,10 @@ def tangent(Q, K, V, Q_TANGENT, K_TANGENT, V_TANGENT, BIAS, BIAS_TANGENT, SINKS,
     program = (captured, ints, floats)
     rows = first_row + tl.arange(0, BLOCK_M)
     K, V = located(K, k_strides, k_slot, h_kv, k_start), located(V, v_strides, k_slot, h_kv, k_start)
-    K_TANGENT = located(K_TANGENT, k_tangent_strides, k_slot, h_kv, k_start)
-    V_TANGENT = located(V_TANGENT, v_tangent_strides, k_slot, h_kv, k_start)
+    K_TANGENT = located(K_TANGENT, k_strides, k_slot, h_kv, k_start)
+    V_TANGENT = located(V_TANGENT, v_strides, k_slot, h_kv, k_start)
     q = load_rows(located(Q, q_strides, q_slot, h, q_start), q_strides[2], first_row, nq, BLOCK_M, D, BLOCK_D)
-    q_tangent = load_rows(located(Q_TANGENT, q_tangent_strides, q_slot, h, q_start), q_tangent_strides[2], first_row, nq,
+    q_tangent = load_rows(located(Q_TANGENT, q_strides, q_slot, h, q_start), q_strides[2], first_row, nq,
                           BLOCK_M, D, BLOCK_D)
     statistics = (q_slot * heads + h).to(tl.int64) * lse_rows + q_start + rows
     lse_natural = tl.load(LSE + statistics, mask=rows < nq, other=float("-inf"))
@@ -50,16 +49,16 @@ def tangent(Q, K, V, Q_TANGENT, K_TANGENT, V_TANGENT, BIAS, BIAS_TANGENT, SINKS,
             k = load_rows_between(K, k_strides[2], first_col, r[8], r[9], BLOCK_N, D, BLOCK_D, MASKED)
             s = tl.dot(q, tl.trans(k), input_precision=PRECISION)              # [BLOCK_M, BLOCK_N]
             s_tangent = tl.dot(q_tangent, tl.trans(k), input_precision=PRECISION)
-            k = load_rows_between(K_TANGENT, k_tangent_strides[2], first_col, r[8], r[9], BLOCK_N, D, BLOCK_D, MASKED)
+            k = load_rows_between(K_TANGENT, k_strides[2], first_col, r[8], r[9], BLOCK_N, D, BLOCK_D, MASKED)
             s_tangent = tl.dot(q, tl.trans(k), s_tangent, input_precision=PRECISION)
             weighted, kept, kept_weighted = tile_tangents(
                 s, s_tangent, lse[:, None], scale, b, h, heads, rows[:, None], cols[None, :], first_row, first_col, nq, nk,
-                BIAS, bias_strides, BIAS_TANGENT, bias_tangent_strides, RNG, dropout, program, SCORE, SCORE_GRADIENT, MASK,
-                BIAS_COLS, BIAS_TANGENT_COLS, DROPOUT, RAW, NATURAL, MASKED, BLOCK_M, BLOCK_N)
+                BIAS, bias_strides, BIAS_TANGENT, RNG, dropout, program, SCORE, SCORE_GRADIENT, MASK, BIAS_COLS, DROPOUT, RAW,
+                NATURAL, MASKED, BLOCK_M, BLOCK_N)
             lse_tangent += tl.sum(weighted, 1)
             v = load_rows_between(V, v_strides[2], first_col, r[8], r[9], BLOCK_N, DV, BLOCK_DV, MASKED)
             acc = tl.dot(kept_weighted.to(v.dtype), v, acc, input_precision=PRECISION)
-            v = load_rows_between(V_TANGENT, v_tangent_strides[2], first_col, r[8], r[9], BLOCK_N, DV, BLOCK_DV, MASKED)
+            v = load_rows_between(V_TANGENT, v_strides[2], first_col, r[8], r[9], BLOCK_N, DV, BLOCK_DV, MASKED)
             acc = tl.dot(kept.to(v.dtype), v, acc, input_precision=PRECISION)
     if DROPOUT:
         acc *= 65536.0 / (65536 - dropout)
@@ -68,6 +67,6 @@ def tangent(Q, K, V, Q_TANGENT, K_TANGENT, V_TANGENT, BIAS, BIAS_TANGENT, SINKS,
         lse_tangent += tl.where(rows < nq, share, 0.0) * tl.load(SINKS_TANGENT + h).to(tl.float32)
     out = load_rows(located(OUT, out_strides, q_slot, h, q_start), out_strides[2], first_row, nq, BLOCK_M, DV, BLOCK_DV)
     acc -= lse_tangent[:, None] * out.to(tl.float32)
-    OUT_TANGENT = located(OUT_TANGENT, out_tangent_strides, q_slot, h, q_start)
-    store_rows(OUT_TANGENT, out_tangent_strides[2], first_row, nq, acc, BLOCK_M, DV, BLOCK_DV)
+    OUT_TANGENT = located(OUT_TANGENT, out_strides, q_slot, h, q_start)
+    store_rows(OUT_TANGENT, out_strides[2], first_row, nq, acc, BLOCK_M, DV, BLOCK_DV)
     tl.store(LSE_TANGENT + statistics, lse_tangent, mask=rows < nq)

@@ -1,13 +1,14 @@
 """Forward mode and the derivative of the backward pass: what is allocated, what each kernel is told, on which grid."""
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from tilewise.backends import Gradients, Needs, Tangents
-from tilewise.backends.gpu_math.arguments import arguments, bias_cols, bias_strides, blocks, strides, visits, work
+from tilewise.backends.gpu_math.arguments import arguments, blocks, strides, visits, work
 from tilewise.backends.gpu_math.preprocess import preprocess
 from tilewise.backends.triton import backward_tangent_kernels as bwd
 from tilewise.backends.triton.launch import Run, allocate_dbias, bias_mode, per_key_block, per_query_block, run
@@ -20,11 +21,11 @@ def tangent(problem: Problem, x: Operands, u: Tangents, out: Tensor, lse: Tensor
     out_tangent, lse_tangent = problem.new_q(problem.head_dim_v), torch.zeros_like(lse)
     if problem.seqlen_q == 0:
         return out_tangent, lse_tangent
-    sinks = None if x.sinks is None else direction(x.sinks, u.sinks)
-    run(tangent_kernel, problem, per_query_block(problem), arguments(problem, x) | moving(x, u) | dict(
-        SINKS=x.sinks, SINKS_TANGENT=sinks, OUT=out, LSE=lse, OUT_TANGENT=out_tangent, LSE_TANGENT=lse_tangent,
-        out_strides=strides(out), out_tangent_strides=strides(out_tangent), HAS_SINKS=problem.has_sinks,
-        visits=visits(problem, x), work=work(problem, x, "BLOCK_M")))
+    x, u = alike(problem, x, u)
+    run(tangent_kernel, problem, per_query_block(problem), arguments(problem, x) | of_direction(u) | dict(
+        SINKS=x.sinks, SINKS_TANGENT=u.sinks, OUT=arranged(out, out_tangent), LSE=lse, OUT_TANGENT=out_tangent,
+        LSE_TANGENT=lse_tangent, out_strides=strides(out_tangent), HAS_SINKS=problem.has_sinks, visits=visits(problem, x),
+        work=work(problem, x, "BLOCK_M")))
     return out_tangent, lse_tangent
 
 
@@ -35,10 +36,11 @@ def backward_tangent(problem: Problem, x: Operands, u: Tangents, out: Tensor, ls
     if problem.seqlen_q == 0:
         dbias, dsinks = (None if t is None else torch.zeros_like(t) for t in (x.bias, x.sinks))
         return Gradients(dq, dk.zero_(), dv.zero_(), dbias if needs.bias else None, dsinks if needs.sinks else None)
-    dout = rows_contiguous(dout)
+    x, u = alike(problem, x, u)
+    out, out_tangent, dout = (arranged(t, like(problem)[3]) for t in (out, out_tangent, dout))
     of_queries, of_keys = work(problem, x, "BLOCK_M"), work(problem, x, "BLOCK_N", keys=True)
     deltas = []
-    for of, dlse_of in ((out, dlse), (rows_contiguous(out_tangent), None)):
+    for of, dlse_of in ((out, dlse), (out_tangent, None)):
         deltas.append(torch.empty_like(lse))
         run(preprocess, problem, per_query_block(problem), dict(
             OUT=of, DO=dout, DLSE=None if dlse_of is None else dlse_of.contiguous(), DELTA=deltas[-1], Q_ROWS=x.q_rows,
@@ -46,16 +48,15 @@ def backward_tangent(problem: Problem, x: Operands, u: Tangents, out: Tensor, ls
             lse_rows=problem.rows_q[1], HAS_DLSE=dlse_of is not None, work=of_queries))
     lse_tangent = lse_tangent.contiguous()
     dbias = allocate_dbias(problem, x, mode)
-    common = arguments(problem, x) | moving(x, u) | dict(
-        DO=dout, LSE=lse, DELTA=deltas[0], LSE_TANGENT=lse_tangent, DELTA_TANGENT=deltas[1], do_strides=strides(dout),
+    common = arguments(problem, x) | of_direction(u) | dict(
+        DO=dout, LSE=lse, DELTA=deltas[0], LSE_TANGENT=lse_tangent, DELTA_TANGENT=deltas[1], out_strides=strides(dout),
         DBIAS=dbias, dbias_strides=(0, 0, 0) if dbias is None else strides(dbias))
     for part in (" dk", " dv"):
         run(bwd.key_gradient_tangents, problem, per_key_block(problem), common | dict(
-            DK=dk, DV_=dv, dk_strides=strides(dk), dv_strides=strides(dv), PART=part,
-            visits=visits(problem, x, transposed=True), work=of_keys,
+            DK=dk, DV_=dv, PART=part, visits=visits(problem, x, transposed=True), work=of_keys,
             DBIAS_MODE=mode if mode == "over_rows" and part == " dk" else None))
     run(bwd.query_gradient_tangents, problem, per_query_block(problem), common | dict(
-        DQ=dq, dq_strides=strides(dq), DBIAS_MODE=mode if mode in ("direct", "over_cols") else None,
+        DQ=dq, DBIAS_MODE=mode if mode in ("direct", "over_cols") else None,
         visits=visits(problem, x), work=of_queries))
     if mode == "summed" and x.bias is not None:
         batch, heads = x.bias.shape[:2]
@@ -66,24 +67,32 @@ def backward_tangent(problem: Problem, x: Operands, u: Tangents, out: Tensor, ls
     if dbias is not None and x.bias is not None:
         dbias = dbias.sum_to_size(x.bias.shape).to(x.bias.dtype)
     dsinks = None
-    if needs.sinks and x.sinks is not None:
-        dsinks = sink_gradient_tangent(x.sinks, direction(x.sinks, u.sinks), lse, lse_tangent, *deltas)
+    if needs.sinks and x.sinks is not None and u.sinks is not None:
+        dsinks = sink_gradient_tangent(x.sinks, u.sinks, lse, lse_tangent, *deltas)
     return Gradients(dq, dk, dv, dbias, dsinks)
 
 
-def moving(x: Operands, u: Tangents) -> dict[str, Any]:
-    """What the kernels are told about a direction."""
-    of_q, of_k, of_v = (rows_contiguous(direction(t, t_tangent)) for t, t_tangent in zip(x[:3], u[:3], strict=True))
-    bias = None if x.bias is None else direction(x.bias, u.bias)
-    return dict(Q_TANGENT=of_q, K_TANGENT=of_k, V_TANGENT=of_v, BIAS_TANGENT=bias, q_tangent_strides=strides(of_q),
-                k_tangent_strides=strides(of_k), v_tangent_strides=strides(of_v), bias_tangent_strides=bias_strides(bias),
-                BIAS_TANGENT_COLS=bias_cols(bias))
+def of_direction(u: Tangents) -> dict[str, Any]:
+    return dict(Q_TANGENT=u.q, K_TANGENT=u.k, V_TANGENT=u.v, BIAS_TANGENT=u.bias)
 
 
-def direction(x: Tensor, tangent: Tensor | None) -> Tensor:
-    """The tangent of x; where nothing moves, one row of zeros that stands for all."""
-    return x.new_zeros(x.shape[-1]).expand(x.shape) if tangent is None else tangent
+def alike(problem: Problem, x: Operands, u: Tangents) -> tuple[Operands, Tangents]:
+    """Operands and a direction, zeros where nothing moves, that lie in memory as the gradients will: kernels are told one
+    tensor's strides for all."""
+    q, k, v = (arranged(t, order) for t, order in zip(x[:3], like(problem), strict=False))
+    bias = None if x.bias is None else arranged(x.bias, torch.empty_like(x.bias, device="meta"))
+    of_u = [None if t is None else torch.zeros_like(t) if tangent is None else arranged(tangent, t)
+            for t, tangent in zip((q, k, v, bias, x.sinks), u, strict=True)]
+    return x._replace(q=q, k=k, v=v, bias=bias), Tangents(*of_u)
 
 
-def rows_contiguous(x: Tensor) -> Tensor:
-    return x.contiguous() if x.stride(-1) != 1 and x.shape[-1] > 1 else x
+def like(problem: Problem) -> tuple[Tensor, ...]:
+    """How dq, dk, dv and out lie in memory; without memory."""
+    of = replace(problem, device=torch.device("meta"))
+    return of.new_q(of.head_dim), of.new_k(of.head_dim), of.new_k(of.head_dim_v), of.new_q(of.head_dim_v)
+
+
+def arranged(x: Tensor, order: Tensor) -> Tensor:
+    """x, or a copy of it, with the strides of `order`."""
+    return x if strides(x) == strides(order) and x.stride(-1) == order.stride(-1) else torch.empty_like(
+        order, device=x.device).copy_(x)
