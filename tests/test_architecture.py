@@ -22,7 +22,7 @@ LAYERS = [
     ["sequences", "sharding"],
     ["backends"],
     ["reference"],
-    ["plan"],
+    ["plan", "derivatives"],
     ["ops"],
     ["api"],
     ["__init__"],

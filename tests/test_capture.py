@@ -9,11 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tilewise.problem import make
 from tilewise.trace import capture
 from tilewise.trace.capture import INDICES, CaptureError, mask_graph, score_graph
 from tilewise.trace.derive import derivative
 from tilewise.trace.evaluate import evaluate, leaf_values, slot_values
-from tilewise.trace.graph import lower, parse
+from tilewise.trace.graph import GROUPS, lower, parse
 
 SIZES = B, H, Q, K = 2, 3, 4, 5
 G = torch.Generator().manual_seed(0)
@@ -262,6 +263,27 @@ def test_derivatives_equal_autograd(source):
     (expected,) = torch.autograd.grad(fn(scores, *indices()).sum(), scores)
     value = value_of(derivative(score_graph(fn)), scores.detach())
     torch.testing.assert_close(value, expected.expand(SIZES), rtol=1e-12, atol=1e-12, check_dtype=False)
+
+
+@pytest.mark.parametrize("source", cases(DERIVED))
+def test_second_derivatives_of_a_program_equal_autograd(source):
+    fn = function(source)
+    scores = (SCORES.double() * 2).requires_grad_()
+    (first,) = torch.autograd.grad(fn(scores, *indices()).sum(), scores, create_graph=True)
+    second = torch.autograd.grad(first.sum(), scores)[0] if first.requires_grad else torch.zeros(SIZES)
+    q = torch.zeros(B, Q, H, 8)
+    problem, x = make(q, torch.zeros(B, K, H, 8), torch.zeros(B, K, H, 8), score_mod=fn)
+    longer, y = problem.curved(x)
+    (lines, *groups), (longer_lines, *longer_groups) = (p.program.split("|") for p in (problem, longer))
+    place = GROUPS.index("score_curvature")
+    assert (longer_lines.startswith(lines), groups[place]) == (True, "")
+    assert [*longer_groups[:place], "", *longer_groups[place + 1:]] == groups  # all else stays
+    assert y.floats[:len(x.floats)] == list(x.floats)
+    curvature = longer.graphs.score_curvature
+    leaves = dict(zip("bhqk", indices(), strict=True)) | {"s": scores.detach()}
+    values = leaf_values(slot_values(y.captured, y.ints, y.floats, torch.float64), B, H, Q, K) | leaves
+    value = torch.as_tensor(0.0 if curvature is None else evaluate(curvature, values))
+    torch.testing.assert_close(value.expand(SIZES), second.expand(SIZES), rtol=1e-11, atol=1e-11, check_dtype=False)
 
 
 @pytest.mark.parametrize("source, expected", [("2.5 % s", -torch.floor(2.5 / SCORES)), ("s % T0", torch.ones(SIZES)),

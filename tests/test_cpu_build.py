@@ -62,7 +62,7 @@ def program(tmp_path):
 def answer():
     """Of the kernel, loaded as by a new process."""
     forget()
-    return compiler.library("tiny", "|||||", ()).tiny_memory()
+    return compiler.library("tiny", "||||||", ()).tiny_memory()
 
 
 # ---- the cache ---------------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ CHANGES = {
 def test_what_a_library_depends_on_names_it(change, cache, built, monkeypatch):
     def load():
         compiler.library.cache_clear()
-        return compiler.library("tiny", "|||||", ()).tiny_memory()
+        return compiler.library("tiny", "||||||", ()).tiny_memory()
 
     assert load() == 42
     with monkeypatch.context() as patch:
@@ -118,7 +118,7 @@ def test_an_edit_under_a_running_process_is_not_stored_under_the_name_of_what_it
     compiler.sources()
     (compiler.KERNELS / "tiny.cpp").write_text(TINY % 43)
     compiler.library.cache_clear()
-    assert compiler.library("tiny", "|||||", ()).tiny_memory() == 42
+    assert compiler.library("tiny", "||||||", ()).tiny_memory() == 42
     (compiler.KERNELS / "tiny.cpp").write_text(TINY % 42)
     assert answer() == 42
     assert built == ["tiny"]
@@ -147,7 +147,7 @@ from tilewise.backends.cpu import compiler
 compiler.KERNELS = pathlib.Path(sys.argv[1])
 print("ready", flush=True)
 sys.stdin.readline()
-print(compiler.library("tiny", "|||||", ()).tiny_memory())
+print(compiler.library("tiny", "||||||", ()).tiny_memory())
 """
 
 
@@ -173,7 +173,7 @@ def test_processes_at_the_same_time_compile_once(cache, slow_compiler):
 
 def test_threads_at_the_same_time_compile_once(built, slow_compiler):
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(lambda _: compiler.library("tiny", "|||||", ()).tiny_memory(), range(4))) == [42, 42, 42, 42]
+        assert list(pool.map(lambda _: compiler.library("tiny", "||||||", ()).tiny_memory(), range(4))) == [42, 42, 42, 42]
     assert built == ["tiny"]
 
 

@@ -30,7 +30,7 @@ def test_every_shipped_configuration_is_judged_and_passes():
 @pytest.mark.parametrize("arch", configs.ARCHITECTURES)
 def test_a_forward_and_a_backward_compile_now(arch):
     """The stored rows are not taken on trust: a few are compiled again here."""
-    chosen = [c for c in shipped() if c.arch == arch and c.name.endswith("d128 16 plain")]
+    chosen = [c for c in shipped() if c.arch == arch and c.name.endswith("d128 16 plain") and c.direction != "tangent"]
     assert {"forward", "backward"} <= {c.direction for c in chosen}
     for case in chosen:
         assert failures(examine(build(case), case), case) == []

@@ -132,13 +132,11 @@ def test_activation_checkpointing_repeats_dropout():
 
 @pytest.mark.skipif("triton" not in AVAILABLE, reason="no GPU and not interpreting")
 class TestNative:
-    def test_second_order_and_forward_mode_say_what_to_do(self):
-        q, k, v, *_ = inputs()
-        (g,) = torch.autograd.grad(tw.attention(q, k, v, backend="triton").sum(), q, create_graph=True)
-        with pytest.raises(NotImplementedError, match='use backend="tiled"'):
-            torch.autograd.grad(g.sum(), q)
-        with pytest.raises(NotImplementedError, match='use backend="tiled"'):
-            torch.func.jvp(lambda q: tw.attention(q, k, v, backend="triton"), (q.detach(),), (q.detach(),))
+    def test_third_derivatives_say_what_to_do(self):
+        q, k, v = (x.detach() for x in inputs(9)[:3])
+        gradient = torch.func.grad(lambda q: tw.attention(q, k, v, backend="triton").square().sum())
+        with pytest.raises(NotImplementedError, match='use backend="tiled" for third derivatives'):
+            torch.func.jvp(torch.func.grad(lambda q: gradient(q).square().sum()), (q,), (q,))
 
     def test_func_grad_and_vmap(self):
         q, k, v, *_ = (x.detach() for x in inputs())

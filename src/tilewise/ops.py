@@ -1,21 +1,21 @@
 """Where backends meet autograd, torch.compile and torch.func.
 
 One operation, wired twice. While torch.compile or torch.export traces, it is the opaque custom op `tilewise::attention`
-with a registered backward. Otherwise it is an `autograd.Function` that torch.func can transform; `tiled` and `reference`
-are then differentiable themselves, to any order.
+with a registered backward. Otherwise it is an `autograd.Function` that torch.func can transform (`derivatives.py`); `tiled` and
+`reference` are then differentiable themselves, to any order.
 """
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from tilewise import backends, reference, sharding
-from tilewise.backends import Gradients, Needs, flat_dims, over_leading
+from tilewise.backends import Gradients, Needs
+from tilewise.derivatives import differentiable
 from tilewise.plan import choose
 from tilewise.problem import TENSORS, Graphs, Operands, Problem, Settings, describe
 from tilewise.statistics import Statistics
@@ -36,7 +36,7 @@ def attention(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tens
         return module.attention(problem, x)
     if not tracked(x):
         return module.forward(problem, x)
-    return Native.apply(module, problem, (x.ints, x.floats), *x[:TENSORS], *x.captured)
+    return differentiable(module, problem, x)
 
 
 def attention_with_statistics(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor, Statistics]:
@@ -54,7 +54,7 @@ def attention_with_statistics(problem: Problem, x: Operands, backend: str) -> tu
         return module.attention_with_statistics(problem, x)
     if not tracked(x):
         return module.forward_with_statistics(problem, x)
-    out, lse, *found = Native.apply(module, problem, (x.ints, x.floats), *x[:TENSORS], *x.captured)
+    out, lse, *found = differentiable(module, problem, x)
     return out, lse, Statistics(*found)
 
 
@@ -63,81 +63,6 @@ def tracked(x: Operands) -> bool:
     tensors = (x.q, x.k, x.v, x.bias, x.sinks, *x.captured)
     return (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
             or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)))
-
-
-class Native(torch.autograd.Function):
-    """A backend with a forward and a backward of its own. Differentiable once, in reverse.
-
-    Captured tensors are inputs like the others: autograd sees when they are changed in between, vmap when they are batched.
-    """
-
-    @staticmethod
-    def forward(module: ModuleType, problem: Problem, numbers: Sequence, *tensors: Tensor | None):
-        if not problem.statistics:
-            return module.forward(problem, operands(tensors, numbers))
-        out, lse, found = module.forward_with_statistics(problem, operands(tensors, numbers))
-        return out, lse, *found
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.module, ctx.problem, ctx.numbers, *tensors = inputs
-        out, lse, *statistics = output
-        ctx.save_for_backward(out, lse, *tensors)
-        ctx.mark_non_differentiable(*(x for x in statistics if x is not None))
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx, dout, dlse, *_statistics):
-        out, lse, *tensors = ctx.saved_tensors
-        dout = torch.zeros_like(out) if dout is None else dout
-        needs = Needs(ctx.needs_input_grad[6], ctx.needs_input_grad[7], tuple(ctx.needs_input_grad[3 + TENSORS:]))
-        gradients = NativeBackward.apply(ctx.module, ctx.problem, ctx.numbers, needs, out, lse, dout, dlse, *tensors)
-        return None, None, None, *gradients[:5], *[None] * (TENSORS - 5), *gradients[5:]
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError(once(ctx.module))
-
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        return over_leading(Native.apply, info, flat_dims(in_dims), *inputs)
-
-
-class NativeBackward(torch.autograd.Function):
-    """The backward of `Native`; its own derivative says what to do instead."""
-
-    @staticmethod
-    def forward(module: ModuleType, problem: Problem, numbers: Sequence, needs: Needs, out: Tensor, lse: Tensor,
-                dout: Tensor, dlse: Tensor | None, *tensors: Tensor | None):
-        *gradients, captured = module.backward(problem, operands(tensors, numbers), out, lse, dout, dlse, needs)
-        return *gradients, *(captured or [None] * (len(tensors) - TENSORS))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        ctx.module = inputs[0]
-
-    @staticmethod
-    def backward(ctx, *gradients):
-        raise NotImplementedError(once(ctx.module))
-
-    @staticmethod
-    def jvp(ctx, *tangents):
-        raise NotImplementedError(once(ctx.module))
-
-    @staticmethod
-    def vmap(info, in_dims, *inputs):
-        return over_leading(NativeBackward.apply, info, flat_dims(in_dims), *inputs)
-
-
-def operands(tensors: Sequence[Tensor | None], numbers: Sequence) -> Operands:
-    """From the flat arguments of a Function: the single tensors, the captured ones; (ints, floats)."""
-    return Operands._make((*tensors[:TENSORS], tensors[TENSORS:], *numbers))
-
-
-def once(module: ModuleType) -> str:
-    name = module.__name__.rpartition(".")[2]
-    return (f"backend {name!r} has first derivatives in reverse mode only: "
-            'use backend="tiled" for forward mode and higher orders')
 
 
 # ---- while tracing --------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -19,8 +19,8 @@ from tilewise.masks import Mask
 from tilewise.score_mods import Mods, ScoreMod, compose
 from tilewise.statistics import Statistics
 from tilewise.trace.checks import check_indices
-from tilewise.trace.derive import derivative, lookups
-from tilewise.trace.graph import Graph, Node, Program, lower, parse, wrap
+from tilewise.trace.derive import curved, derivative, lookups
+from tilewise.trace.graph import GROUPS, Graph, Node, Program, lower, parse, wrap
 from tilewise.trace.learned import Learned
 from tilewise.trace.memo import abstract, readable
 
@@ -38,6 +38,7 @@ class Graphs(NamedTuple):
     mask: Graph | None
     keys: tuple[Graph, ...]              # per band lo, hi, inner_lo, inner_hi over q; none: decided by the mask's graph
     queries: tuple[Graph, ...]           # per band the same over k
+    score_curvature: Graph | None        # d² score / d s², in the programs of `Problem.curved` where it is not 0
     learned: tuple[Learned, ...]         # lookups of floating tensors on which the score depends
 
     @property
@@ -47,10 +48,10 @@ class Graphs(NamedTuple):
 
     @staticmethod
     def of(text: str) -> Graphs:
-        score, gradient, mask, keys, queries, *lookups = _groups(text)
+        score, gradient, mask, keys, queries, curvature, *lookups = _groups(text)
         learned = tuple(Learned(load, factor) for load, factor in lookups if isinstance(load, Node))
         return Graphs(score[0] if score else None, gradient[0] if gradient else None, mask[0] if mask else None, keys, queries,
-                      learned)
+                      curvature[0] if curvature else None, learned)
 
 
 def _groups(text: str) -> tuple[tuple[Graph, ...], ...]:
@@ -148,6 +149,11 @@ class Problem:
     @property
     def graphs(self) -> Graphs:
         return Graphs.of(self.program)
+
+    def curved(self, x: Operands) -> tuple[Problem, Operands]:
+        """The same problem with a program that has the score function's second derivative."""
+        text, floats = curved(self.program, len(x.floats))
+        return replace(self, settings=self.settings._replace(program=text)), x._replace(floats=[*x.floats, *floats])
 
     @property
     def rows_q(self) -> tuple[int, int]:
@@ -283,7 +289,7 @@ def _precision() -> str:
 
 
 def _program(mask: Mask | None, score: ScoreMod | None, cached: bool) -> Program:
-    sections: list[list] = [[], [], [], [], []]
+    sections: list[list] = [[] for _ in GROUPS]
     if score is not None:
         gradient = derivative(score.expr)
         sections[0], sections[1] = [score.expr], [wrap(0.0) if gradient is None else gradient]

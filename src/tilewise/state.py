@@ -86,3 +86,11 @@ def sink_gradient(sinks: Tensor, lse: Tensor, delta: Tensor) -> Tensor:
     """d loss / d sinks [H], from lse [B, H, S_q] (sink included) and delta = rowsum(dO * O) - dlse."""
     probability = exp_difference(sinks.to(lse.dtype)[:, None].expand_as(lse), lse)
     return -torch.where(lse == -torch.inf, 0.0, probability * delta).sum((0, 2)).to(sinks.dtype)  # -inf: no sequence's row
+
+
+def sink_gradient_tangent(sinks: Tensor, tangent: Tensor, lse: Tensor, lse_tangent: Tensor, delta: Tensor,
+                          delta_tangent: Tensor) -> Tensor:
+    """The derivative of `sink_gradient` in a direction of sinks, lse and delta."""
+    probability = exp_difference(sinks.to(lse.dtype)[:, None].expand_as(lse), lse)
+    change = (tangent.to(lse.dtype)[:, None] - lse_tangent) * delta + delta_tangent
+    return -torch.where(lse == -torch.inf, 0.0, probability * change).sum((0, 2)).to(sinks.dtype)  # -inf: no sequence's row

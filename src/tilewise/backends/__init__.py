@@ -14,7 +14,19 @@ A backend is a module with
     backward(problem, operands, out, lse, dout, dlse, needs) -> Gradients
     write(...)                                   new keys and values into a cache (`kv_cache.write`)
 
-and imports neither another backend nor anything above it.
+and, if it has forward mode and second derivatives in kernels of its own (formulas: `docs/derivatives.md`),
+
+    supports_tangents(problem) -> None | str     None, or why it has not for this problem
+    tangent(problem, operands, tangents, out, lse) -> (out', lse')
+    backward_tangent(problem, operands, tangents, out, lse, out', lse', dout, dlse, needs) -> Gradients
+
+`tangent` is the derivative of (out, lse) in the direction `tangents`: out' like out, lse' like lse, 0 in rows of no sequence.
+`backward_tangent` is the derivative of `backward` in that direction, dout and dlse being held fixed: of the same shapes and
+dtypes, bias and sinks where needed, captured tensors never; out' and lse' are what `tangent` gave. Its problem's program has
+the score function's second derivative (`Problem.curved`). dout, dlse and tangents may have any strides. Derivatives beyond
+that are put together from these (`tilewise/derivatives.py`).
+
+A backend imports neither another backend nor anything above it.
 """
 from __future__ import annotations
 
@@ -38,6 +50,15 @@ class Needs(NamedTuple):
     bias: bool
     sinks: bool
     captured: tuple[bool, ...] = ()     # of each captured tensor; missing ones are not
+
+
+class Tangents(NamedTuple):
+    """A direction of the operands: tensors in their shapes and dtypes, any strides; None: 0."""
+    q: Tensor | None
+    k: Tensor | None
+    v: Tensor | None
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
 
 
 class Gradients(NamedTuple):

@@ -1,9 +1,24 @@
 """Derivatives of score functions by the chain rule, as graphs: with respect to the score and to what they look up."""
 from __future__ import annotations
 
+import functools
 import math
 
-from tilewise.trace.graph import Expr, cast, function, power, where, wrap
+from tilewise.trace.graph import GROUPS, Expr, cast, extend, function, parse, power, reopened, where, wrap
+
+
+@functools.lru_cache(maxsize=512)
+def curved(text: str, floats: int) -> tuple[str, tuple[float, ...]]:
+    """The text of a program of so many floats with d² score / d s², and the values of the floats that it adds.
+
+    Only second derivatives ask for it: an ordinary call does not derive twice.
+    """
+    _score, gradient, *_ = parse(text)
+    second = derivative(reopened(gradient[0])) if gradient else None
+    if second is None:
+        return text, ()
+    longer, added = extend(text, floats, GROUPS.index("score_curvature"), [second])
+    return longer, tuple(added)
 
 
 def lookups(expr: Expr) -> list[tuple[Expr, Expr]]:

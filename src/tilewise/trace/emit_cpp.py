@@ -1,6 +1,7 @@
 """Kernel source for a program's graphs: C++ functions of one query and a vector of keys, called from the CPU's kernels.
 
     vec score(x, s, b, h, q, k, nq, nk)               vec score_gradient(...)      d score / d s
+    vec score_curvature(...)                          d² score / d s²
     ivec mask(x, b, h, q, k, nq, nk)                  visible
     void keys(x, b, h, q, nq, nk, long* bands)        lo, hi, inner_lo, inner_hi of each band, one after another
     void queries(x, b, h, k, nq, nk, long* bands)     likewise
@@ -38,12 +39,12 @@ NONE: frozenset[str] = frozenset()
 
 def source(program: str, dtypes: Sequence[torch.dtype]) -> str:
     """The functions of a program; those that it has not are empty and never called. dtypes: of its captured tensors."""
-    score, gradient, mask, keys, queries, *lookups = parse(program)
-    text = [f"constexpr bool HAS_SCORE = {_bool(score)}, HAS_MASK = {_bool(mask)};",
+    score, gradient, mask, keys, queries, curvature, *lookups = parse(program)
+    text = [f"constexpr bool HAS_SCORE = {_bool(score)}, HAS_CURVATURE = {_bool(curvature)}, HAS_MASK = {_bool(mask)};",
             f"constexpr bool MASK_OF_HEADS = {_bool([g for g in (*mask, *keys, *queries) if 'h' in leaves(g)])};",
             f"constexpr int BANDS = {len(keys) // 4}, LOOKUPS = {len(lookups)};",
             _value("vec", "score", TO_SCORE, score, dtypes), _value("vec", "score_gradient", TO_SCORE, gradient, dtypes),
-            _value("ivec", "mask", OF_KEYS, mask, dtypes)]
+            _value("vec", "score_curvature", TO_SCORE, curvature, dtypes), _value("ivec", "mask", OF_KEYS, mask, dtypes)]
     for name, own, graphs in (("keys", "q", keys), ("queries", "k", queries)):
         body = _Body(dtypes, NONE)
         lines = [f"bands[{i}] = {body.emit(graph).text};" for i, graph in enumerate(graphs)]

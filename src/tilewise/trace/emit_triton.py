@@ -2,6 +2,7 @@
 
     score(s, b, h, q, k, nq, nk, captured, ints, floats) -> s
     score_gradient(...)                                  -> d score / d s
+    score_curvature(...)                                 -> d² score / d s²
     mask(b, h, q, k, nq, nk, captured, ints, floats)     -> visible
     keys(b, h, q, nq, nk, captured, ints, floats)        -> lo, hi, inner_lo, inner_hi of each band, one after another
     queries(b, h, k, nq, nk, captured, ints, floats)     -> likewise
@@ -26,7 +27,7 @@ CASTS = {"to_bool": "({} != 0)", "to_int": "{}.to(tl.int32)", "to_float": "{}.to
 TYPES = {"i": "tl.int32", "l": "tl.int64", "f": "tl.float32", "b": "tl.int1"}
 
 INDICES = {"score": "s, b, h, q, k", "score_gradient": "s, b, h, q, k", "mask": "b, h, q, k", "keys": "b, h, q",
-           "queries": "b, h, k", "factor": "s, b, h, q, k", "place": "b, h, q, k"}
+           "queries": "b, h, k", "score_curvature": "s, b, h, q, k", "factor": "s, b, h, q, k", "place": "b, h, q, k"}
 
 
 def function(name: str, results: tuple[Graph, ...]) -> str:

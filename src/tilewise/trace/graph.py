@@ -33,6 +33,7 @@ COMPARISONS: dict[str, Callable] = {
     "lt": operator.lt, "le": operator.le, "gt": operator.gt, "ge": operator.ge, "eq": operator.eq, "ne": operator.ne}
 BITWISE: dict[str, Callable] = {"and": operator.and_, "or": operator.or_, "xor": operator.xor}
 OF_FLOATS = ("exp", "exp2", "log", "log2", "sqrt", "rsqrt", "sin", "cos", "erf", "tanh", "sigmoid", "floor", "ceil")
+GROUPS = ("score", "score_gradient", "mask", "keys", "queries", "score_curvature")  # of a program, before pairs of lookups
 CASTS = {"bool": "b", "int": "i", "float": "f", "fp16": "f", "bf16": "f"}  # the last two round
 
 
@@ -248,6 +249,33 @@ def lower(sections: Sequence[Sequence[Expr]], p: Expr | None = None) -> Program:
     return Program("|".join([";".join(slots.lines), *groups]), slots.captured, slots.ints, slots.floats, slots.loads)
 
 
+def extend(text: str, floats: int, place: int, graphs: Sequence[Expr]) -> tuple[str, list[float]]:
+    """A program's text, of so many float slots, with other graphs in one of its groups; the values of the slots that they add.
+
+    The graphs are of the program's own nodes (`reopened`) and new ones.
+    """
+    lines, *groups = text.split("|")
+    slots = _Slots(var("q"))
+    slots.floats = [0.0] * floats
+    slots.lines = lines.split(";") if lines else []
+    slots.numbers = {line: f"%{number}" for number, line in enumerate(slots.lines)}
+    groups[place] = " ".join([slots.name(graph) for graph in graphs])
+    return "|".join([";".join(slots.lines), *groups]), slots.floats[floats:]
+
+
+def reopened(graph: Graph) -> Expr:
+    """A parsed graph as an expression again, its slots as leaves."""
+    done: dict[Graph, Expr] = {}
+
+    def visit(node: Graph) -> Expr:
+        if node not in done:
+            done[node] = (Expr("var", kind(node), value=node) if isinstance(node, str)
+                          else Expr(node.op, node.kind, *map(visit, node.args)))
+        return done[node]
+
+    return visit(graph)
+
+
 class _Slots:
     """Gives out the names of one program: one for each leaf, tensor and operation, however often it occurs.
 
@@ -278,7 +306,8 @@ class _Slots:
             name = f"f{len(self.floats)}"
             self.floats.append(expr.value)
         else:
-            line = self.load(expr) if expr.op == "load" else " ".join([expr.op, *[self.name(a) for a in expr.args]])
+            read = expr.op == "load" and expr.args[0].op == "captured"
+            line = self.load(expr) if read else " ".join([expr.op, *[self.name(a) for a in expr.args]])
             if line not in self.numbers:
                 self.numbers[line] = f"%{len(self.lines)}"
                 self.lines.append(line)

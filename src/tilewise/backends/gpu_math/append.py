@@ -11,11 +11,11 @@ from tilewise.backends.gpu_math.arguments import blocks, padded, strides
 from tilewise.backends.gpu_math.entry import entry, flatten, start
 from tilewise.kv_cache import FP8, Stored
 from tilewise.rotary import Rotary
-from tilewise.trace.graph import lower
+from tilewise.trace.graph import GROUPS, lower
 
 BLOCK = 16                              # tokens of a program
 WARPS = 4
-NOTHING = lower([[]] * 5).text          # a program without functions
+NOTHING = lower([[]] * len(GROUPS)).text          # a program without functions
 
 
 def write(stored: Stored, new: Tensor, k_new: Tensor, v_new: Tensor | None, q: Tensor | None, q_rows: Tensor | None,

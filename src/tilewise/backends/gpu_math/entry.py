@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tilewise.trace.emit_triton import function
-from tilewise.trace.graph import leaves, parse
+from tilewise.trace.graph import GROUPS, leaves, parse
 
 HEADER = """import triton
 import triton.language as tl
@@ -28,8 +28,7 @@ from {module} import {kernel}
 
 
 """
-GRAPHS = {"SCORE": "score", "SCORE_GRADIENT": "score_gradient", "MASK": "mask", "KEYS": "keys", "QUERIES": "queries",
-          "FACTOR": "factor", "PLACE": "place"}
+GRAPHS = {name.upper(): name for name in (*GROUPS, "factor", "place")}
 SCALARS = {"scale": "fp32", "heads": "i32", "group": "i32", "nq": "i32", "nk": "i32", "dropout": "i32",
            "sum_batch": "i32", "sum_heads": "i32", "lse_rows": "i32", "page_size": "i32", "pages_row": "i64", "splits": "i32",
            "out_split": "i64", "lse_split": "i64", "kv_heads": "i32", "room": "i32", "slots": "i32", "blocks": "i32",
@@ -125,8 +124,8 @@ def source_of(kernel: Any, program: str, lookup: int | None = None) -> str:
     """The source of an entry point: the program's graphs as device functions, then the entry itself."""
     name = kernel.fn.__name__
     *of_scores, = parse(program)
-    place, factor = ((), ()) if lookup is None else ((graph,) for graph in of_scores[5 + lookup])
-    graphs = dict(zip(GRAPHS.values(), (*of_scores[:5], factor, place), strict=True))
+    place, factor = ((), ()) if lookup is None else ((graph,) for graph in of_scores[len(GROUPS) + lookup])
+    graphs = dict(zip(GRAPHS.values(), (*of_scores[:len(GROUPS)], factor, place), strict=True))
     arguments, fixed, passed, scaled, functions = [], [], [], [], []
     for parameter in parameters(kernel, program):
         arguments += [flat if kind is None else f"{flat}: {kind if kind == 'tl.constexpr' else repr(kind)}"

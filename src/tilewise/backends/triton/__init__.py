@@ -1,7 +1,7 @@
 """Portable GPU kernels in Triton: FlashAttention-2 for NVIDIA GPUs from sm_80 and AMD's gfx942.
 
-Kernels: `forward_kernel.py`, `backward_kernels.py`, `key_mass_kernel.py`; tile sizes: `configs.py`; how they are called:
-`launch.py`, `entry.py`.
+Kernels: `forward_kernel.py`, `backward_kernels.py`, `key_mass_kernel.py`, and of derivatives in a direction
+`tangent_kernel.py`, `backward_tangent_kernels.py`; tile sizes: `configs.py`; how they are called: `launch.py`, `tangents.py`.
 """
 from __future__ import annotations
 
@@ -85,6 +85,22 @@ def forward(problem, operands):
 def forward_with_statistics(problem, operands):
     from tilewise.backends.triton import launch
     return launch.forward_with_statistics(problem, operands)
+
+
+def supports_tangents(problem: Problem) -> str | None:
+    """None, or why `tangent` and `backward_tangent` cannot compute the problem."""
+    from tilewise.backends.triton import configs
+    return configs.missing_tangents(problem, configs.architecture(problem.device))
+
+
+def tangent(problem, operands, tangents, out, lse):
+    from tilewise.backends.triton import tangents as launch
+    return launch.tangent(problem, operands, tangents, out, lse)
+
+
+def backward_tangent(problem, operands, tangents, out, lse, out_tangent, lse_tangent, dout, dlse, needs):
+    from tilewise.backends.triton import tangents as launch
+    return launch.backward_tangent(problem, operands, tangents, out, lse, out_tangent, lse_tangent, dout, dlse, needs)
 
 
 def write(stored, new, k_new, v_new, q, q_rows, rotary):

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -25,11 +26,20 @@ from tilewise.backends.gpu_math import (
     softmax,
     statistics,
 )
+from tilewise.backends.gpu_math import tangents as of_tiles
 from tilewise.backends.gpu_math.cases import Case, key, sources_hash, typed
 from tilewise.backends.gpu_math.entry import entry, flatten, source_of
 from tilewise.backends.gpu_math.splits import DECODE_ROWS
-from tilewise.backends.triton import backward_kernels, forward_kernel, key_mass_kernel, launch
-from tilewise.backends.triton.configs import ARCHITECTURES, HEAD_DIMS, WIDTHS, Config, choose, missing
+from tilewise.backends.triton import (
+    backward_kernels,
+    backward_tangent_kernels,
+    forward_kernel,
+    key_mass_kernel,
+    launch,
+    tangent_kernel,
+    tangents,
+)
+from tilewise.backends.triton.configs import ARCHITECTURES, HEAD_DIMS, WIDTHS, Config, choose, missing, missing_tangents
 from tilewise.block_sparse import block_mask
 from tilewise.kv_cache import KVCache
 from tilewise.paged_cache import PagedKVCache
@@ -40,6 +50,7 @@ from tilewise.statistics import Statistics
 
 SOURCES = (elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax, statistics, append_kernel,
            backward_kernels, forward_kernel, key_mass_kernel)
+OF_TANGENTS = (*SOURCES, of_tiles, tangent_kernel, backward_tangent_kernels)
 
 # What is compiled for each kind of row: a forward and a backward pass, of equal sequences ("") or packed ones, which takes more
 # registers; `summed_gradient` alone ("tables"); forward passes alone, from a cache, batch-invariant or with statistics.
@@ -47,6 +58,7 @@ CACHED = ("decode", "decode pages", "prefill pages", "invariant pages")
 STATISTICS = ("statistics packed", *(f"statistics {cached}" for cached in CACHED[1:]))
 VARIANTS = {"plain": ("", "packed", "invariant", *CACHED[:3], *STATISTICS), "listed": ("", "statistics"),
             "rich": ("packed", "tables", *CACHED[1:], *STATISTICS)}
+OF_DIRECTIONS = {"plain": "packed", "listed": "", "rich": "packed"}       # forward mode and second derivatives
 ONLY = {"preprocess": ("plain", "rich packed"), "merge": ("plain decode", "rich decode pages"),
         "key_mass": tuple(f"{row} {variant}" for row, variants in VARIANTS.items() for variant in variants
                           if variant in ("statistics", "statistics packed", "statistics prefill pages"))}
@@ -62,6 +74,8 @@ def shipped() -> Iterator[Case]:
                         if head_dim <= MAX_HEAD_DIM or variant.removeprefix("statistics ") in CACHED:
                             if missing(example(width, head_dim, features, variant)[0], arch) is None:
                                 yield from cases(arch, width, head_dim, features, variant)
+                    if head_dim <= MAX_HEAD_DIM:
+                        yield from of_tangents(arch, width, head_dim, features)
         for head_dim in HEAD_DIMS:
             yield from of_append(arch, head_dim)
 
@@ -85,6 +99,28 @@ def cases(arch: str, width: str, head_dim: int, features: str, variant: str = ""
     for kernel, of, values in recorded:
         found = config or choose(launch.config_name(kernel, values), of, arch)
         yield _case(kernel, of, values, arch, f"{width} {label}", found, width != "ieee")
+
+
+def of_tangents(arch: str, width: str, head_dim: int, features: str, config: Config | None = None) -> Iterator[Case]:
+    """The kernels of forward mode and second derivatives, where they are shipped."""
+    variant = OF_DIRECTIONS[features]
+    problem, x = example(width, head_dim, features, variant)
+    if config is None and missing_tangents(problem, arch) is not None:
+        return
+    problem, x = problem.curved(x)
+    recorded: list[tuple[Any, Problem, Mapping[str, Any]]] = []
+
+    def record(kernel, problem, programs, values):
+        recorded.append((kernel, problem, values))
+
+    u, out, lse = backends.Tangents(*x[:5]), problem.new_q(problem.head_dim_v), problem.new_lse()
+    tangents.tangent(problem, x, u, out, lse, run=record)
+    needs = backends.Needs(x.bias is not None, x.sinks is not None)
+    tangents.backward_tangent(problem, x, u, out, lse, out, lse, out, lse, needs, run=record)
+    for kernel, of, values in recorded:
+        if kernel is not preprocess.preprocess:
+            found = config or choose(launch.config_name(kernel, values), of, arch)
+            yield _case(kernel, of, values, arch, f"{width} {features} {variant}".strip(), found, width != "ieee", "tangent")
 
 
 @functools.cache
@@ -154,14 +190,13 @@ def of_append(arch: str, head_dim: int) -> Iterator[Case]:
 
 
 def _case(kernel: Any, problem: Problem, values: Mapping[str, Any], arch: str, row: str, config: Config,
-          tensor_cores: bool) -> Case:
+          tensor_cores: bool, direction: str | None = None) -> Case:
     flat = flatten(kernel, problem.program, {**values, **launch.settled(problem, values, config)})
     name, pattern = kernel.fn.__name__, values.get("PATTERN", "direct")
     label = launch.config_name(kernel, values) + ("" if pattern == "direct" else f" {pattern}")
-    return _compiled(f"{label} d{problem.head_dim} {row}",
-                     "forward" if name in ("forward", "merge", "key_mass") else "backward", kernel,
-                     problem.program, values.get("LOOKUP"), flat, arch, config,
-                     tensor_cores and name not in ("preprocess", "merge"))
+    direction = direction or ("forward" if name in ("forward", "merge", "key_mass") else "backward")
+    return _compiled(f"{label} d{problem.head_dim} {row}", direction, kernel, problem.program, values.get("LOOKUP"), flat, arch,
+                     config, tensor_cores and name not in ("preprocess", "merge"))
 
 
 def _compiled(name: str, direction: str, kernel: Any, program: str, lookup: int | None, flat: dict[str, Any], arch: str,
@@ -171,10 +206,10 @@ def _compiled(name: str, direction: str, kernel: Any, program: str, lookup: int 
     point = entry(kernel, program, lookup)
     signature, constants = typed(point, flat)
     return Case(name, direction, arch, point, signature, constants, config.num_warps, config.num_stages, tensor_cores,
-                key(sources(), source_of(kernel, program, lookup), sorted(signature.items()),
-                    sorted(constants.items(), key=str), config, arch))
+                key(sources(OF_TANGENTS if direction == "tangent" else SOURCES), source_of(kernel, program, lookup),
+                    sorted(signature.items()), sorted(constants.items(), key=str), config, arch))
 
 
 @functools.cache
-def sources() -> str:
-    return sources_hash(SOURCES)
+def sources(modules: tuple[ModuleType, ...]) -> str:
+    return sources_hash(modules)

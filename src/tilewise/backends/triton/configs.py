@@ -14,6 +14,7 @@ yet by measured speed.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -100,7 +101,12 @@ def missing(problem: Problem, arch: str) -> str | None:
         return "head dims over 512 but where values are stored as a part of keys"
     if problem.stored is not None and problem.head_dim > 256:
         return "caches in fp8 with head dims over 256"
-    for kernel in needed(problem):
+    return not_shipped(needed(problem), problem, arch)
+
+
+def not_shipped(kernels: Sequence[str], problem: Problem, arch: str) -> str | None:
+    """Which of the kernels has no row for a problem; None: all have."""
+    for kernel in kernels:
         try:
             choose(kernel, problem, arch)
         except KeyError:
@@ -109,6 +115,12 @@ def missing(problem: Problem, arch: str) -> str | None:
             inputs = "16 bits" if wanted.width == "16" else f"fp32 ({wanted.width})"
             return f"no {kernel} kernel is shipped for {arch}, head dims over {below}, {inputs}, {wanted.features}"
     return None
+
+
+def missing_tangents(problem: Problem, arch: str) -> str | None:
+    """What is not shipped for a problem's forward mode and second derivatives; None: all kernels are."""
+    kernels = ("tangent", "query_gradient_tangents", "key_gradient_tangents dk", "key_gradient_tangents dv")
+    return not_shipped([*kernels, *([] if problem.bias_shape is None else ["bias_gradient_tangent"])], problem, arch)
 
 
 def needed(problem: Problem) -> list[str]:

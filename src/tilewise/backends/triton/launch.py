@@ -143,7 +143,7 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
         lse_rows=problem.rows_q[1], HAS_DLSE=dlse is not None, work=of_queries))
     dq, dk, dv = problem.new_q(problem.head_dim), problem.new_k(problem.head_dim), problem.new_k(problem.head_dim_v)
     mode = bias_mode(problem, needs)
-    dbias = _allocate_dbias(problem, x, mode)
+    dbias = allocate_dbias(problem, x, mode)
     common = arguments(problem, x) | dict(DO=dout, LSE=lse, DELTA=delta, do_strides=strides(dout), DBIAS=dbias,
                                           dbias_strides=(0, 0, 0) if dbias is None else strides(dbias))
     for part in parts(problem):
@@ -255,7 +255,7 @@ def bias_mode(problem: Problem, needs: Needs) -> str | None:
     return "direct" if (batch, heads) == (problem.batch, problem.heads) else "summed"
 
 
-def _allocate_dbias(problem: Problem, x: Operands, mode: str | None) -> Tensor | None:
+def allocate_dbias(problem: Problem, x: Operands, mode: str | None) -> Tensor | None:
     device = problem.device
     new = torch.zeros if problem.unequal else torch.empty  # no one writes behind a sequence
     if x.bias is None:

@@ -1,0 +1,76 @@
+"""One tile of forward mode, and of the derivative of the backward pass (`docs/derivatives.md`).
+
+From the raw products s = q.k and s_tangent = q'.k + q.k'. Tiles are [BLOCK_M, BLOCK_N]. A tensor and its tangent have the same
+strides.
+"""
+import triton
+import triton.language as tl
+
+from tilewise.backends.gpu_math import philox, scoring
+from tilewise.backends.gpu_math.gradients import probabilities
+
+
+@triton.jit
+def of_score(s, scale, b, h, rows, cols, nq, nk, program, DERIVATIVE: tl.constexpr):
+    """The value of a score function's first or second derivative; 1.0 without a score function."""
+    return scoring.score_gradient(1.0, s, scale, b, h, rows, cols, nq, nk, program, DERIVATIVE)
+
+
+@triton.jit
+def of_finished(s_tangent, slope, scale, b, h, rows, cols, nq, nk, BIAS_TANGENT, bias_strides, program,
+                BIAS_COLS: tl.constexpr):
+    """The tangent of the finished scores, `slope` being the score function's derivative."""
+    return scoring.finish(s_tangent * scale * slope, 1.0, b, h, rows, cols, nq, nk, BIAS_TANGENT, bias_strides,
+                          program, None, None, BIAS_COLS, True, False)
+
+
+@triton.jit
+def tile_tangents(s, s_tangent, lse, scale, b, h, heads, rows, cols, first_row, first_col, nq, nk, BIAS, bias_strides,
+                  BIAS_TANGENT, RNG, dropout, program, SCORE: tl.constexpr, SCORE_GRADIENT: tl.constexpr, MASK: tl.constexpr,
+                  BIAS_COLS: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, NATURAL: tl.constexpr,
+                  MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(p * score', kept p, kept p * score') of a tile."""
+    p = probabilities(s, lse, scale, b, h, rows, cols, nq, nk, BIAS, bias_strides, program, SCORE, MASK, BIAS_COLS, RAW,
+                      NATURAL, MASKED)
+    slope = of_score(s, scale, b, h, rows, cols, nq, nk, program, SCORE_GRADIENT)
+    weighted = p * of_finished(s_tangent, slope, scale, b, h, rows, cols, nq, nk, BIAS_TANGENT, bias_strides, program,
+                               BIAS_COLS)
+    if MASKED:
+        weighted = tl.where(p == 0.0, 0.0, weighted)                           # 0 also where its factor is not finite
+    kept, kept_weighted = p, weighted
+    if DROPOUT:
+        keep = philox.keep(RNG, dropout, b, h, heads, first_row + tl.arange(0, BLOCK_M), first_col, BLOCK_M, BLOCK_N, False)
+        kept, kept_weighted = tl.where(keep, p, 0.0), tl.where(keep, weighted, 0.0)
+    return weighted, kept, kept_weighted
+
+
+@triton.jit
+def tile_gradient_tangents(s, s_tangent, dp, dp_tangent, lse, lse_tangent, delta, delta_tangent, scale, b, h, heads, rows, cols,
+                           first_row, first_col, nq, nk, BIAS, bias_strides, BIAS_TANGENT, RNG, dropout, program,
+                           SCORE: tl.constexpr, SCORE_GRADIENT: tl.constexpr, SCORE_CURVATURE: tl.constexpr, MASK: tl.constexpr,
+                           BIAS_COLS: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, NATURAL: tl.constexpr,
+                           MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """(kept p', dS', d loss / d (scale * q.k), its tangent) of a tile, from dp = dO.v and dp_tangent = dO.v' besides."""
+    p = probabilities(s, lse, scale, b, h, rows, cols, nq, nk, BIAS, bias_strides, program, SCORE, MASK, BIAS_COLS, RAW,
+                      NATURAL, MASKED)
+    slope = of_score(s, scale, b, h, rows, cols, nq, nk, program, SCORE_GRADIENT)
+    p_tangent = p * (of_finished(s_tangent, slope, scale, b, h, rows, cols, nq, nk, BIAS_TANGENT, bias_strides, program,
+                                 BIAS_COLS) - lse_tangent)
+    if MASKED:
+        p_tangent = tl.where(p == 0.0, 0.0, p_tangent)                         # 0 also where its factor is not finite
+    kept = p_tangent
+    if DROPOUT:
+        drawn, rescale = first_row + tl.arange(0, BLOCK_M), 65536.0 / (65536 - dropout)
+        keep = philox.keep(RNG, dropout, b, h, heads, drawn, first_col, BLOCK_M, BLOCK_N, False)
+        kept = tl.where(keep, p_tangent, 0.0)
+        dp, dp_tangent = tl.where(keep, dp * rescale, 0.0), tl.where(keep, dp_tangent * rescale, 0.0)
+    ds = p * (dp - delta)
+    ds_tangent = p_tangent * (dp - delta) + p * (dp_tangent - delta_tangent)
+    ds_raw, ds_raw_tangent = ds * slope, ds_tangent * slope
+    if SCORE_CURVATURE is not None:
+        bend = of_score(s, scale, b, h, rows, cols, nq, nk, program, SCORE_CURVATURE)
+        ds_raw_tangent += bend * (s_tangent * scale) * ds
+    if MASKED:
+        ds_tangent = tl.where(p == 0.0, 0.0, ds_tangent)
+        ds_raw, ds_raw_tangent = tl.where(p == 0.0, 0.0, ds_raw), tl.where(p == 0.0, 0.0, ds_raw_tangent)
+    return kept, ds_tangent, ds_raw, ds_raw_tangent

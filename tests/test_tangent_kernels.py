@@ -1,0 +1,84 @@
+"""Forward mode and second derivatives in kernels: every feature against fp64, by the tolerance rule (`bench/tolerance.py`).
+
+For each case, in one direction of all inputs: the tangents of out and lse, and the derivative of all gradients.
+"""
+import pytest
+import torch
+from support import algebra
+from support.backends import AVAILABLE
+
+import tilewise as tw
+from tilewise import backends
+from tilewise.backends import Needs, Tangents
+from tilewise.bench import tolerance
+from tilewise.bench.cases import CASES, draw
+from tilewise.problem import describe
+
+NATIVE = [name for name in AVAILABLE if hasattr(backends.load(name), "backward_tangent")]
+NAMES = ("full ragged", "causal more keys", "causal bhsd", "prefix or window", "boolean tensor", "function of heads",
+         "blocks per head", "grouped heads", "values narrower", "no keys", "no queries", "empty batch shared bias", "scores of 100",
+         "bias over batch", "bias of keys", "bias of queries", "bias with -inf", "score function", "table of pairs", "everything",
+         "sinks rows without keys", "packed window", "packed function of heads", "packed bias shared", "packed everything",
+         "packed no sequences in use")
+SHORT = ("grouped heads", "prefix lm bias dropout sinks", "packed everything")
+TABLE = [(name, torch.float32) for name in NAMES] + [(name, torch.bfloat16) for name in SHORT] + [(SHORT[1], torch.float16)]
+PRODUCTS = ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks")
+
+
+def along(call, module, dtype, fixed=()):
+    """The tangents of out, lse and the gradients of a call, its floating inputs in a dtype, in a random direction in which the
+    fixed ones do not move."""
+    problem, x = call.described()
+    x = x._replace(**{name: t.to(dtype) for name, t in zip(x._fields[:5], x[:5], strict=True) if t is not None})
+    problem, g = describe(x, problem.settings), torch.Generator().manual_seed(2)
+
+    def like(t):
+        return None if t is None else torch.randn(t.shape, generator=g).bfloat16().to(t.device, t.dtype)
+
+    u = Tangents(*map(like, x[:5]))._replace(**dict.fromkeys(fixed))
+    out, lse = module.forward(problem, x)
+    dout, dlse = like(out), like(lse)
+    tangents = module.tangent(problem, x, u, out, lse)
+    problem, x = problem.curved(x)
+    needs = Needs(x.bias is not None, x.sinks is not None)
+    found = module.backward_tangent(problem, x, u, out, lse, *tangents, dout, dlse, needs)
+    return tolerance.Results({name: t for name, t in zip(PRODUCTS, (*tangents, *found), strict=False) if t is not None})
+
+
+def assert_right(name, dtype, backend, **options):
+    call = draw(next(case for case in CASES if case.name == name), dtype)
+    truth, standard = (along(call, algebra, t, **options) for t in (torch.float64, dtype))
+    found = along(call, backends.load(backend), dtype, **options)
+    wrong = [verdict for verdict in tolerance.judge(call, found, truth, standard) if not verdict.ok]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("name, dtype", TABLE, ids=lambda x: str(x).removeprefix("torch."))
+def test_within_tolerance(name, dtype, backend, poisoned):
+    assert_right(name, dtype, backend)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("fixed", [("q", "bias", "sinks"), ("k", "v")], ids=" ".join)
+def test_what_does_not_move_has_no_tangent(fixed, backend, poisoned):
+    assert_right("prefix lm bias dropout sinks", torch.float32, backend, fixed=fixed)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+def test_autograd_through_kernels(backend):
+    """Hessian-vector products, forward over reverse and reverse over reverse, of inputs that broadcast in memory."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 33, heads, 16, generator=g) for heads in (2, 1, 1))
+
+    def loss(q, backend):
+        return tw.attention(q, k, v, causal=True, score_mod=tw.softcap(3.0), backend=backend).sum(1).square().sum()
+
+    def products(backend):
+        gradient = torch.func.grad(lambda q: loss(q, backend))
+        _, forward = torch.func.jvp(gradient, (q,), (q.cos(),))
+        return forward, torch.func.vjp(gradient, q)[1](q.cos())[0]
+
+    (a, b), (expected, _) = products(backend), products("reference")
+    torch.testing.assert_close(a, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(b, expected, rtol=1e-4, atol=1e-4)
