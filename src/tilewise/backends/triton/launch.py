@@ -97,15 +97,14 @@ def forward(problem: Problem, x: Operands, run: Run = run, found: Statistics = N
         return out, lse
     parts = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
     part_lse = torch.full((splits, *lse.shape), -torch.inf, device=lse.device)
-    of_parts = Statistics(*(None if t is None else t.expand(splits, *t.shape).clone() for t in found[:2]))
+    of_parts = found if found is NONE else Statistics(*(t if t is None else t.expand(splits, *t.shape).clone() for t in found[:2]))
     shares = dict(splits=splits, out_split=parts.stride(0), lse_split=part_lse.stride(0))
     per_block = per_query_block(problem, fold)
     run(forward_kernel, problem, lambda c: (*per_block(c), splits), values | shares | dict(
         OUT=parts, LSE=part_lse, MAX_SCORE=of_parts.max_score, ENTROPY=of_parts.entropy, out_strides=strides(parts[0]),
         SINKS=None, HAS_SINKS=False, SPLIT=True))
-    for whole, merged in zip(found, merge_rows(of_parts, part_lse), strict=False):
-        if whole is not None and merged is not None:
-            whole.copy_(merged)
+    if found is not NONE:
+        merge_rows(of_parts, part_lse, into=found)
     slots, rows = problem.rows_q
     run(merge_kernel, problem, lambda c: (blocks(rows, c.BLOCK_M) * slots * problem.heads,), shares | dict(
         PARTS=parts, PART_LSE=part_lse, SINKS=x.sinks, OUT=out, LSE=lse, out_strides=strides(out), heads=problem.heads, nq=rows,
