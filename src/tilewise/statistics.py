@@ -36,6 +36,8 @@ class Statistics(NamedTuple):
 
 def checked(names: Sequence[str]) -> str:
     """`return_stats` as one string, in the order of `Statistics`. Raises TypeError or ValueError."""
+    if isinstance(names, tuple) and not names:
+        return ""
     listed = ", ".join(f'"{name}"' for name in Statistics._fields)
     if isinstance(names, str) or not isinstance(names, (tuple, list, set, frozenset)):
         raise TypeError(f"return_stats: expected a tuple of names among {listed}, got {names!r}")
@@ -45,15 +47,15 @@ def checked(names: Sequence[str]) -> str:
     return " ".join(name for name in Statistics._fields if name in names)
 
 
-def merge_rows(parts: Statistics, lse: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """max_score and entropy over the union of disjoint sets of keys, from those of each, [parts, ...], and their lse.
+def merge_rows(parts: Statistics, lse: Tensor, into: Statistics) -> None:
+    """Writes max_score and entropy over the union of disjoint sets of keys, from those of each, [parts, ...], and their lse.
 
     A key of probability p in its part has w p in the union, w = exp(lse_part - lse): the entropy is that of each part and
     -log w, weighted by w.
     """
-    largest = None if parts.max_score is None else parts.max_score.amax(0)
-    if parts.entropy is None:
-        return largest, None
-    whole = log_sum_exp(lse)
-    missing = torch.where(lse == -torch.inf, 0.0, whole - lse)
-    return largest, (exp_difference(lse, whole) * (parts.entropy + missing)).sum(0)
+    if parts.max_score is not None and into.max_score is not None:
+        torch.amax(parts.max_score, 0, out=into.max_score)
+    if parts.entropy is not None and into.entropy is not None:
+        whole = log_sum_exp(lse)
+        missing = torch.where(lse == -torch.inf, 0.0, whole - lse)
+        torch.sum(exp_difference(lse, whole) * (parts.entropy + missing), 0, out=into.entropy)

@@ -87,15 +87,14 @@ def forward(problem: Problem, x: Operands, run: Run = run, found: Statistics = N
         run(forward_kernel, problem, per_query_block(problem, fold), values)
         return out, lse
     parts = new_parts(splits, out, lse)
-    of_parts = Statistics(*(None if t is None else t.expand(splits, *t.shape).clone() for t in found[:2]))
+    of_parts = found if found is NONE else Statistics(*(t if t is None else t.expand(splits, *t.shape).clone() for t in found[:2]))
     shares = dict(splits=splits, out_split=parts.out.stride(0), lse_split=parts.lse.stride(0))
     per_block = per_query_block(problem, fold)
     run(forward_kernel, problem, lambda c: (*per_block(c), splits), values | shares | dict(
         OUT=parts.out, LSE=parts.lse, MAX_SCORE=of_parts.max_score, ENTROPY=of_parts.entropy, out_strides=strides(parts.out[0]),
         SINKS=None, HAS_SINKS=False, SPLIT=True))
-    for whole, merged in zip(found, merge_rows(of_parts, parts.lse), strict=False):
-        if whole is not None and merged is not None:
-            whole.copy_(merged)
+    if found is not NONE:
+        merge_rows(of_parts, parts.lse, into=found)
     slots, rows = problem.rows_q
     run(merge_kernel, problem, lambda c: (blocks(rows, c.BLOCK_M) * slots * problem.heads,), shares | dict(
         PARTS=parts.out, PART_LSE=parts.lse, SINKS=x.sinks, OUT=out, LSE=lse, out_strides=strides(out), heads=problem.heads,
