@@ -17,9 +17,9 @@ from tilewise.problem import describe
 NATIVE = [name for name in AVAILABLE if hasattr(backends.load(name), "backward_tangent")]
 NAMES = ("full ragged", "causal more keys", "causal bhsd", "prefix or window", "boolean tensor", "function of heads",
          "blocks per head", "grouped heads", "values narrower", "no keys", "no queries", "empty batch shared bias",
-         "scores of 100", "bias over batch", "bias of keys", "bias of queries", "bias with -inf", "score function", "table of pairs", "everything",
-         "sinks rows without keys", "packed window", "packed function of heads", "packed bias shared", "packed everything",
-         "packed no sequences in use")
+         "scores of 100", "bias over batch", "bias of keys", "bias of queries", "bias with -inf", "score function",
+         "table of pairs", "everything", "sinks rows without keys", "packed window", "packed function of heads",
+         "packed bias shared", "packed everything", "packed no sequences in use")
 SHORT = ("grouped heads", "prefix lm bias dropout sinks", "packed everything")
 TABLE = [(name, torch.float32) for name in NAMES] + [(name, torch.bfloat16) for name in SHORT] + [(SHORT[1], torch.float16)]
 PRODUCTS = ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks")

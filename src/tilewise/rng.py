@@ -49,9 +49,8 @@ class Rng:
 
 def draw(device: torch.device) -> Tensor:
     """A fresh rng tensor from the device's default generator: int64 [3]. Safe under CUDA graph capture."""
-    rng = torch.zeros(3, dtype=torch.int64, device=device)
-    rng[:2].random_()
-    return rng
+    seed_and_offset = torch.randint(-2**63, 2**63 - 1, (2,), dtype=torch.int64, device=device)
+    return torch.nn.functional.pad(seed_and_offset, (0, 1))
 
 
 def threshold(p: float) -> int:

@@ -8,8 +8,8 @@ D and D_v) and these features, works on BLOCK_M queries x BLOCK_N keys per tile 
                tiles, where "rich", which also serves it, will not do
 
 Every row compiles without register spills and inside the shared memory of its architecture (`results/gates.json`); where no
-row exists nothing is shipped. BLOCK_N is a multiple of 32, as dropout's bits want. Rows were chosen by that and by size, not
-yet by measured speed.
+row exists nothing is shipped: of forward mode and second derivatives (`missing_tangents`) less than of the rest. BLOCK_N is
+a multiple of 32, as dropout's bits want. Rows were chosen by that and by size, not yet by measured speed.
 """
 from __future__ import annotations
 

@@ -87,7 +87,9 @@ def forward(problem: Problem, x: Operands, run: Run = run, found: Statistics = N
         run(forward_kernel, problem, per_query_block(problem, fold), values)
         return out, lse
     parts = new_parts(splits, out, lse)
-    of_parts = found if found is NONE else Statistics(*(t if t is None else t.expand(splits, *t.shape).clone() for t in found[:2]))
+    of_parts = found
+    if found is not NONE:
+        of_parts = Statistics(*(t if t is None else t.expand(splits, *t.shape).clone() for t in found[:2]))
     shares = dict(splits=splits, out_split=parts.out.stride(0), lse_split=parts.lse.stride(0))
     per_block = per_query_block(problem, fold)
     run(forward_kernel, problem, lambda c: (*per_block(c), splits), values | shares | dict(
