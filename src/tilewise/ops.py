@@ -151,7 +151,7 @@ def _(*arguments):
 def attention_backward_op(dout, dlse, out, lse, needs_bias, needs_sinks, needs_captured, *arguments) -> list[Tensor]:
     """[dq, dk, dv], then dbias, dsinks and the gradients of captured tensors where needed."""
     problem, x, backend = described(arguments)
-    problem = replace(problem, learning=any(needs_captured))
+    problem = replace(problem, learning=any(needs_captured), differentiated=True)
     gradients: Gradients = backends.load(choose(problem, backend)).backward(
         problem, x, out, lse, dout, dlse, Needs(needs_bias, needs_sinks, tuple(needs_captured)))
     return ([arranged(g, promised) for g, promised in zip(gradients[:3], like_inputs(problem), strict=True)]

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from tilewise.backends import Gradients, Needs
 from tilewise.backends.gpu_math import NOT_INSTALLED, triton_version
+from tilewise.backends.hopper.configs import choose, fitting, head_dims
 from tilewise.problem import Operands, Problem
 
 DTYPES = (torch.float16, torch.bfloat16)
 VERSIONS = (3, 6), (3, 9)               # of Triton whose Gluon `gluon_names.py` bridges
-MAX_HEAD_DIM = 128                      # beyond it dK and dV do not fit into registers together
 
 
 def missing() -> str | None:
@@ -48,9 +48,10 @@ def unsupported(problem: Problem) -> str | None:
     """What these kernels lack for a problem, on any device."""
     absent = {
         f"{str(problem.dtype)[6:]} inputs (its kernels take fp16 and bf16)": problem.dtype not in DTYPES,
-        f"head dims over {MAX_HEAD_DIM}": max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM,
+        too_wide("forward"): fitting("forward", problem) is None,
+        f"gradients with {too_wide('backward')}": problem.differentiated and fitting("backward", problem) is None,
+        "gradients with dropout": problem.differentiated and problem.dropout > 0,
         "a bias": problem.bias_shape is not None,
-        "dropout": problem.dropout > 0,
         "keys from a cache": problem.cached,
         "batch_invariant": problem.batch_invariant,
         "num_splits": problem.splits > 1,
@@ -61,6 +62,10 @@ def unsupported(problem: Problem) -> str | None:
         "deterministic gradients": problem.deterministic,
     }
     return next((reason for reason, applies in absent.items() if applies), None)
+
+
+def too_wide(kernel: str) -> str:
+    return f"head dims over {max(map(max, head_dims(kernel)))}"
 
 
 def volunteers(problem: Problem) -> str | None:
@@ -75,7 +80,6 @@ def precision(problem: Problem) -> str:
 
 def tile_sizes(problem: Problem) -> tuple[int, int]:
     """(queries, keys) per tile of the forward kernel."""
-    from tilewise.backends.hopper.configs import choose
     config = choose("forward", problem)
     return config.BLOCK_M, config.BLOCK_N
 

@@ -3,48 +3,52 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from tilewise import masks, score_mods
 from tilewise.backends import Needs
-from tilewise.backends.gpu_math import elementary, gradients, masking, places, preprocess, rows, scoring, softmax
+from tilewise.backends.gpu_math import elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax
 from tilewise.backends.gpu_math.cases import Case, key, sources_hash, typed
 from tilewise.backends.gpu_math.entry import entry, flatten, source_of
-from tilewise.backends.hopper import backward_kernel, configs, forward_kernel, gluon_names, launch, tiles
+from tilewise.backends.hopper import backward_kernel, configs, dropout, forward_kernel, gluon_names, launch, tiles, unsupported
 from tilewise.backends.hopper import preprocess as with_lse
 from tilewise.block_sparse import block_mask
 from tilewise.problem import Layout, Operands, Problem, make, make_unequal
+from tilewise.rng import Rng
 
 ARCH = "sm_90"
-SOURCES = (elementary, gradients, masking, places, preprocess, rows, scoring, softmax, backward_kernel, forward_kernel,
-           gluon_names, tiles, with_lse)
+SOURCES = (elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax, backward_kernel, dropout,
+           forward_kernel, gluon_names, tiles, with_lse)
 N = 256
 
 
-def problems(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, Problem, Operands]]:
-    """What is compiled for a row of the table: "full", "causal", "listed", "packed"; with score functions and sinks, "rich"."""
-    q = torch.zeros(2, N, 2, head_dim, dtype=dtype)
+def problems(dtype: torch.dtype, head_dim: int, head_dim_v: int) -> Iterator[tuple[str, Problem, Operands]]:
+    """What is compiled for a row of the table: "full", "causal", "listed", "packed"; with score functions and sinks, "rich";
+    "dropout"."""
+    q, v = (torch.zeros(2, N, 2, dim, dtype=dtype) for dim in (head_dim, head_dim_v))
     sequences = torch.zeros(2, 3, dtype=torch.int32)
     sparse = block_mask(torch.ones(2, 4, 4, dtype=torch.bool), block_size=64)
     score = [score_mods.alibi(torch.zeros(2)), score_mods.softcap(30.0)]
     two_intervals = masks.causal() | masks.prefix(torch.zeros(2, dtype=torch.int32))
     programs: dict[str, dict[str, Any]] = {
         "full": {}, "causal": dict(causal=True), "listed": dict(mask=sparse),
-        "rich": dict(mask=two_intervals, score_mod=score, sinks=torch.zeros(2))}
+        "rich": dict(mask=two_intervals, score_mod=score, sinks=torch.zeros(2)),
+        "dropout": dict(causal=True, dropout_p=0.1, rng=Rng(0))}
     for name, options in programs.items():
-        yield name, *make(q, q, q, **options)
-    packed = q.flatten(0, 1)[None].transpose(1, 2)
-    yield "packed", *make_unequal(Layout(sequences, sequences, max_seqlen_q=N, max_seqlen_k=N), packed, packed, packed,
+        yield name, *make(q, q, v, **options)
+    packed, packed_v = (x.flatten(0, 1)[None].transpose(1, 2) for x in (q, v))
+    yield "packed", *make_unequal(Layout(sequences, sequences, max_seqlen_q=N, max_seqlen_k=N), packed, packed, packed_v,
                                   causal=True)
 
 
 def shipped(dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> Iterator[Case]:
     """The cases of each row of the table; fp16 compiles to the same counts as bf16."""
     for dtype in dtypes:
-        for head_dim in configs.HEAD_DIMS:
-            for name, problem, x in problems(dtype, head_dim):
+        for dims in sorted({*configs.head_dims("forward"), *configs.head_dims("backward")}):
+            for name, problem, x in problems(dtype, *dims):
                 yield from cases(name, problem, x)
 
 
@@ -56,7 +60,8 @@ def cases(name: str, problem: Problem, x: Operands) -> Iterator[Case]:
         recorded.append(case(name, kernel, problem, values, warps))
 
     out, lse = launch.forward(problem, x, start=record)
-    launch.backward(problem, x, out, lse, out, lse, Needs(False, x.sinks is not None), start=record)
+    if unsupported(replace(problem, differentiated=True)) is None:
+        launch.backward(problem, x, out, lse, out, lse, Needs(False, x.sinks is not None), start=record)
     return (case for case in recorded if case.kernel.fn.__name__ != "preprocess_entry" or name == "packed")
 
 
@@ -64,7 +69,8 @@ def case(name: str, kernel: Any, problem: Problem, values: Mapping[str, Any], wa
     flat = flatten(kernel, problem.program, values) | {"ALIGN": 16}
     point, called = entry(kernel, problem.program), kernel.fn.__name__
     signature, constants = typed(point, flat)
-    return Case(f"hopper {called}{values.get('PART', '')} d{problem.head_dim} {name}",
+    dims = "x".join(str(d) for d in dict.fromkeys((problem.head_dim, problem.head_dim_v)))
+    return Case(f"hopper {called}{values.get('PART', '')} d{dims} {name}",
                 "forward" if called == "forward" else "backward", ARCH, point, signature, constants, warps, 1,
                 called != "preprocess",
                 key(sources(), source_of(kernel, problem.program), sorted(signature.items()),
