@@ -108,7 +108,7 @@ def producer(given, C: gl.constexpr):
     VISIT: gl.constexpr = C.VISIT
     WARPGROUPS: gl.constexpr = C.BLOCK_M // ROWS
     blocks = gl.cdiv(nq_most, C.BLOCK_M)
-    item, number, done = gl.program_id(0), 0, 0
+    item, done, parity = gl.program_id(0), 0, 0
     while item < items:
         b, h, h_kv, first = place_together(item, WORK, blocks, heads, group, together, C.BLOCK_M)
         q_slot, q_start, nq = sequence(Q_ROWS, b, nq_most)
@@ -125,8 +125,8 @@ def producer(given, C: gl.constexpr):
             col = first_of(r, 0, masked, LIST, VISIT, C.BLOCK_N)
             load_keys(given, of_keys, col, done, C)
         for w in gl.static_range(WARPGROUPS):
-            mbarrier.wait(q_empty.index(w), (number & 1) ^ 1)
-        tell(messages, (number & 1) * FIELDS, (b, h, first, q_start + first, q_slot, nq, nk, r[8], r[9], masked, total))
+            mbarrier.wait(q_empty.index(w), parity ^ 1)
+        tell(messages, parity * FIELDS, (b, h, first, q_start + first, q_slot, nq, nk, r[8], r[9], masked, total))
         thread_barrier()                # all threads have stored before one of them arrives
         for w in gl.static_range(WARPGROUPS):
             if total > 0:
@@ -143,12 +143,12 @@ def producer(given, C: gl.constexpr):
                 load_keys(given, of_keys, after, done + t + 1, C)
             load_values(given, of_keys, col, done + t, C)
             col = after
-        number += 1
+        parity ^= 1
         done += total
     if C.PERSISTENT:
         for w in gl.static_range(WARPGROUPS):
-            mbarrier.wait(q_empty.index(w), (number & 1) ^ 1)
-        tell(messages, (number & 1) * FIELDS + TOTAL, (-1,))
+            mbarrier.wait(q_empty.index(w), parity ^ 1)
+        tell(messages, parity * FIELDS + TOTAL, (-1,))
         thread_barrier()
         for w in gl.static_range(WARPGROUPS):
             mbarrier.arrive(q_full.index(w), count=1)
@@ -176,35 +176,34 @@ def load_values(given, of_keys, col, t, C: gl.constexpr):
 def consumer(given, C: gl.constexpr, WARPGROUP: gl.constexpr):
     _descs, tiles, barriers, _memory, _sizes, _program = given
     messages, q_full = tiles[5], barriers[0]
-    number, done, turn = 0, 0, 0
+    done, parity, turn = 0, 0, 0
     if C.PINGPONG and WARPGROUP == C.BLOCK_M // ROWS - 1:       # the first turn is the first warpgroup's
         turn = named_barrier("arrive", FIRST_BARRIER, 256, turn)
     mbarrier.wait(q_full.index(WARPGROUP), 0)
     total = told(messages, TOTAL)
     while total >= 0:
-        m_i, l_i, acc, turn = attend_all(given, number, done, total, turn, C, WARPGROUP)
-        write(given, number, m_i, l_i, acc, C, WARPGROUP)
-        number += 1
-        done += total
+        m_i, l_i, acc, done, turn = attend_all(given, done, total, parity, turn, C, WARPGROUP)
+        write(given, parity, m_i, l_i, acc, C, WARPGROUP)
         total = -1
         if C.PERSISTENT:
-            mbarrier.wait(q_full.index(WARPGROUP), number & 1)
-            total = told(messages, (number & 1) * FIELDS + TOTAL)
+            parity ^= 1
+            mbarrier.wait(q_full.index(WARPGROUP), parity)
+            total = told(messages, parity * FIELDS + TOTAL)
     if C.PINGPONG and WARPGROUP == 0:                           # the turn that nobody is left to take
         turn = named_barrier("sync", FIRST_BARRIER, 256, turn)
     tma_store_wait(0)
 
 
 @gluon.jit
-def attend_all(given, number, done, total, turn, C: gl.constexpr, WARPGROUP: gl.constexpr):
-    """Statistics and sums of an item's tiles, `done` being those of the items before."""
+def attend_all(given, done, total, parity, turn, C: gl.constexpr, WARPGROUP: gl.constexpr):
+    """Statistics and sums of an item over its tiles; and `done`, how many tiles there have been, those of this item included."""
     _descs, tiles, barriers, _memory, _sizes, _program = given
     _q_tiles, _k_tiles, v_tiles, _o_tiles, first_cols, messages = tiles
     _q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     gl.static_assert(C.STAGES >= 2, "with one stage it waits for a tile that is loaded after one that it still holds")
     STAGES: gl.constexpr = C.STAGES
     S_ROWS: gl.constexpr = gl.SliceLayout(1, result_layout(C.BLOCK_N))
-    message = (number & 1) * FIELDS
+    message = parity * FIELDS
     m_i = gl.full([ROWS], -float("inf"), gl.float32, S_ROWS)
     l_i = gl.full([ROWS], 0.0, gl.float32, S_ROWS)
     acc = nothing(C)
@@ -222,19 +221,21 @@ def attend_all(given, number, done, total, turn, C: gl.constexpr, WARPGROUP: gl.
         middle = gl.minimum(done + told(messages, message + PARTIAL), last)     # V of the last partial tile comes one later
         for t in range(done + 1, middle + 1):
             m_i, l_i, acc, p, first, turn = attend(given, (m_i, l_i, acc, p, first, turn), t, last, message, C, True, WARPGROUP)
-        for t in range(middle + 1, last + 1):
-            m_i, l_i, acc, p, first, turn = attend(given, (m_i, l_i, acc, p, first, turn), t, last, message, C, False, WARPGROUP)
+        for t in range(middle + 1, last + 1):           # `first` stays that of the last partial tile
+            m_i, l_i, acc, p, _first, turn = attend(given, (m_i, l_i, acc, p, first, turn), t, last, message, C, False, WARPGROUP)
         if C.O_APART:
             mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
         slot = last % STAGES
         mbarrier.wait(v_full.index(slot), last // STAGES & 1)
         if C.HIDES:
-            turn = hide(tiles, slot, first, messages, message, turn, C, WARPGROUP)
+            if last == middle:          # of a full tile there is nothing to hide
+                turn = hide(tiles, slot, first, messages, message, turn, C, WARPGROUP)
         acc = finished(add_products(p, v_tiles, slot, acc, C))
         mbarrier.arrive(v_empty.index(slot), count=1)
+        done = last + 1
     elif C.O_APART:
         mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
-    return m_i, l_i, acc, turn
+    return m_i, l_i, acc, done, turn
 
 
 @gluon.jit
@@ -365,11 +366,13 @@ def softmax_of(s, m_i, l_i, first, given, message, C: gl.constexpr, MASKED: gl.c
         LAYOUT: gl.constexpr = s.type.layout
         kept = dropout.keep(memory[3], threshold, b, h, heads, first_row, first, C.BLOCK_N, LAYOUT)
         p = gl.where(kept, p, 0.0)
+    if C.BLOCK_DV > 128:
+        p = p.to(tiles[2].dtype)
     return m_i, l_i, alpha, p
 
 
 @gluon.jit
-def write(given, number, m_i, l_i, acc, C: gl.constexpr, WARPGROUP: gl.constexpr):
+def write(given, parity, m_i, l_i, acc, C: gl.constexpr, WARPGROUP: gl.constexpr):
     """An item's output and lse."""
     descs, tiles, barriers, memory, sizes, _program = given
     _q_tiles, _k_tiles, _v_tiles, o_tiles, _first_cols, messages = tiles
@@ -380,7 +383,7 @@ def write(given, number, m_i, l_i, acc, C: gl.constexpr, WARPGROUP: gl.constexpr
     # the first tile of O: in Q's memory it begins at a multiple of its own size
     PLACE: gl.constexpr = WARPGROUP * DV_PIECES if C.O_APART else (
         WARPGROUP * C.D_PIECES * C.BLOCK_D + C.BLOCK_DV - 1) // C.BLOCK_DV
-    message = (number & 1) * FIELDS
+    message = parity * FIELDS
     h, slot = told(messages, message + HEAD), told(messages, message + SLOT)
     row = told(messages, message + FIRST_ROW) + WARPGROUP * ROWS
     memory_row = told(messages, message + MEMORY_ROW) + WARPGROUP * ROWS
