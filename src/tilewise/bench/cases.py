@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -102,8 +102,13 @@ class Call:
         """Whether the backend says that it computes this."""
         return backends.load(backend).supports(self.described()[0]) is None
 
+    def trainable(self, backend: str) -> bool:
+        """Whether it also computes the gradients."""
+        problem = replace(self.described()[0], differentiated=True, learning="table" in self.options)
+        return backends.load(backend).supports(problem) is None
+
     def described(self) -> tuple[Problem, Operands]:
-        """What is to be computed, as backends take it."""
+        """What is to be computed, as backends take it, without gradients."""
         options = self.arguments({})
         if self.case.packed is None:
             return make(self.q, self.k, self.v, **options, layout=self.case.layout)

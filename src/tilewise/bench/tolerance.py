@@ -31,12 +31,14 @@ class Verdict(NamedTuple):
         return self.error <= self.allowed and not self.note
 
 
-def run(call: Call, backend: str, dtype: torch.dtype | None = None) -> Results:
-    """Forward and backward of a call; `dtype`: on copies of the floating inputs in that dtype."""
+def run(call: Call, backend: str, dtype: torch.dtype | None = None, gradients: bool = True) -> Results:
+    """Forward and, for gradients, backward of a call; `dtype`: on copies of the floating inputs in that dtype."""
     copies = {}
     for name, x in call.differentiable.items():
-        copies[name] = (x.detach() if dtype is None else x.detach().to(dtype)).requires_grad_()
+        copies[name] = (x.detach() if dtype is None else x.detach().to(dtype)).requires_grad_(gradients)
     out, lse = call.run(copies, backend)
+    if not gradients:
+        return Results({"out": out, "lse": lse})
     dout, dlse = _gradients_of_outputs(out, lse)
     finite = torch.where(lse == -torch.inf, 0.0, lse)
     found = torch.autograd.grad((out * dout).sum() + (finite * dlse).sum(), list(copies.values()))
@@ -80,5 +82,7 @@ def _verdict(name: str, x: Tensor, truth: Tensor, standard: Tensor, dtype: torch
 
 
 def check(call: Call, backend: str) -> list[Verdict]:
-    """Runs a call on a backend and judges out, lse and all gradients."""
-    return judge(call, run(call, backend), run(call, "reference", torch.float64), run(call, "reference"))
+    """Runs a call on a backend and judges out, lse and, where it has them, all gradients."""
+    trainable = call.trainable(backend)
+    return judge(call, *(run(call, name, dtype, trainable) for name, dtype in (
+        (backend, None), ("reference", torch.float64), ("reference", None))))

@@ -2,8 +2,8 @@
 
 A row says: this kernel, for D up to `head_dim`, D_v up to `head_dim_v` and these features ("plain"; "listed": with a list of
 tiles; "rich": with a score function or dropout), works on BLOCK_M queries x BLOCK_N keys per tile, with so many stages and
-registers of a thread. PARTS: passes of the backward kernel. PERSISTENT: programs of the forward kernel take one block of queries
-after another.
+registers of a thread. PARTS: passes of the backward kernel. PERSISTENT: programs of the forward kernel take one block of
+queries after another.
 Every row compiles without register spills (`results/gates.json`); none has been chosen by measured speed yet.
 """
 from __future__ import annotations

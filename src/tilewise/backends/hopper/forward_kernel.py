@@ -39,7 +39,14 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from tilewise.backends.gpu_math import masking, scoring, softmax
 from tilewise.backends.gpu_math.places import place_together, sequence
 from tilewise.backends.hopper import dropout
-from tilewise.backends.hopper.gluon_names import FIRST_BARRIER, named_barrier, thread_barrier, tma_store, tma_store_wait
+from tilewise.backends.hopper.gluon_names import (
+    FIRST_BARRIER,
+    named_barrier,
+    reinterpret,
+    thread_barrier,
+    tma_store,
+    tma_store_wait,
+)
 from tilewise.backends.hopper.tiles import as_block, first_of, hide_rows, load_pieces, reaches_out, store_rows
 
 ROWS = gl.constexpr(64)                 # queries of a warpgroup
@@ -196,7 +203,7 @@ def consumer(given, C: gl.constexpr, WARPGROUP: gl.constexpr):
 
 @gluon.jit
 def attend_all(given, done, total, parity, turn, C: gl.constexpr, WARPGROUP: gl.constexpr):
-    """Statistics and sums of an item over its tiles; and `done`, how many tiles there have been, those of this item included."""
+    """Statistics and sums of an item over its tiles; and how many tiles there have been with them: `done` before."""
     _descs, tiles, barriers, _memory, _sizes, _program = given
     _q_tiles, _k_tiles, v_tiles, _o_tiles, first_cols, messages = tiles
     _q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
@@ -222,7 +229,8 @@ def attend_all(given, done, total, parity, turn, C: gl.constexpr, WARPGROUP: gl.
         for t in range(done + 1, middle + 1):
             m_i, l_i, acc, p, first, turn = attend(given, (m_i, l_i, acc, p, first, turn), t, last, message, C, True, WARPGROUP)
         for t in range(middle + 1, last + 1):           # `first` stays that of the last partial tile
-            m_i, l_i, acc, p, _first, turn = attend(given, (m_i, l_i, acc, p, first, turn), t, last, message, C, False, WARPGROUP)
+            m_i, l_i, acc, p, _of_t, turn = attend(
+                given, (m_i, l_i, acc, p, first, turn), t, last, message, C, False, WARPGROUP)
         if C.O_APART:
             mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
         slot = last % STAGES
@@ -442,7 +450,7 @@ def forward(q_desc, k_desc, v_desc, o_desc, OUT, LSE, SINKS, RNG, LIST, Q_ROWS, 
     if O_APART:
         o_tiles = gl.allocate_shared_memory(TYPE, [WARPGROUPS * DV_PIECES, ROWS, BLOCK_DV], TILE)
     else:
-        o_tiles = q_tiles._reinterpret(TYPE, [WARPGROUPS * D_PIECES * BLOCK_D // BLOCK_DV, ROWS, BLOCK_DV], TILE)
+        o_tiles = reinterpret(q_tiles, TYPE, [WARPGROUPS * D_PIECES * BLOCK_D // BLOCK_DV, ROWS, BLOCK_DV], TILE)
     first_cols = gl.allocate_shared_memory(gl.int32, [STAGES, 1], NUMBERS)
     messages = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], NUMBERS)
     q_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], BARRIER)

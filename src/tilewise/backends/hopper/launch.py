@@ -116,7 +116,7 @@ def output_apart(c: Config, columns: int, columns_v: int) -> bool:
     return columns < columns_v or bool(c.PERSISTENT and fits)
 
 
-SIMULATED = 3                           # multiprocessors where there is no GPU
+SIMULATED = 2                           # multiprocessors where there is no GPU
 
 
 @functools.cache

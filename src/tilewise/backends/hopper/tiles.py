@@ -29,7 +29,8 @@ def load_pieces(desc, slot, head, row, barrier, tiles, place, PIECES: gl.constex
     """As `load`, of rows that PIECES tiles make up, each with the columns of a block, from tile place * PIECES on."""
     mbarrier.expect(barrier, PIECES * desc.block_type.nbytes)
     for i in gl.static_range(PIECES):
-        tma_load(desc, [slot, head, row, i * desc.block_type.shape[3]], barrier, as_block(tiles.index(place * PIECES + i), desc))
+        piece = as_block(tiles.index(place * PIECES + i), desc)
+        tma_load(desc, [slot, head, row, i * desc.block_type.shape[3]], barrier, piece)
 
 
 @gluon.jit
