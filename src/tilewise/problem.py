@@ -248,8 +248,14 @@ def describe(x: Operands, settings: Settings) -> Problem:
         dtype=x.q.dtype, device=x.q.device, bias_shape=None if x.bias is None else tuple(x.bias.shape),
         has_sinks=x.sinks is not None, settings=settings, packed_q=packed_q, packed_k=packed_k,
         page_size=None if x.pages is None else x.k.shape[2], stored=None if x.k_scale is None else x.k.dtype, unequal=unequal,
-        learning=any(t.requires_grad for t in x.captured), differentiated=torch.is_grad_enabled() and any(
-            t is not None and t.requires_grad for t in (x.q, x.k, x.v, x.bias, x.sinks, *x.captured)), aligned=all(aligned(t) for t in (x.q, x.k, x.v)))
+        learning=any(t.requires_grad for t in x.captured), differentiated=differentiated(x),
+        aligned=all(aligned(t) for t in (x.q, x.k, x.v)))
+
+
+def differentiated(x: Operands) -> bool:
+    """Whether autograd wants the gradient of any operand."""
+    tensors = (x.q, x.k, x.v, x.bias, x.sinks, *x.captured)
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def aligned(x: Tensor) -> bool:

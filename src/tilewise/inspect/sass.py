@@ -82,15 +82,15 @@ class Loop:
 
     @cached_property
     def overlap(self) -> tuple[int, int] | None:
-        """(early, all) exponentials, the early ones issued while the tensor cores still work: after a wait that leaves a
-        group of wgmma running, before the next wait for all.
+        """(early, all) exponentials, the early ones issued while the tensor cores still work: after a wait that leaves
+        groups of wgmma running, before the next wait for all.
 
         That is how softmax overlaps with matrix products inside a warpgroup (Shah et al. 2024, section 3.2). None: the loop
         has no exponentials, or does not wait in these two ways.
         """
         total = self.opcodes["MUFU.EX2"]
         waits = [i.outstanding for i in self.body if i.outstanding is not None]
-        if not total or not {0, 1} <= set(waits):
+        if not total or 0 not in waits or not any(waits):
             return None
         early, running = 0, waits[-1] > 0
         for i in self.body:

@@ -13,7 +13,18 @@ from tilewise.backends import Needs
 from tilewise.backends.gpu_math import elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax
 from tilewise.backends.gpu_math.cases import Case, key, sources_hash, typed
 from tilewise.backends.gpu_math.entry import entry, flatten, source_of
-from tilewise.backends.hopper import backward_kernel, configs, dropout, forward_kernel, gluon_names, launch, tiles, unsupported
+from tilewise.backends.hopper import (
+    backward_kernel,
+    configs,
+    dropout,
+    forward_kernel,
+    gluon_names,
+    launch,
+    messages,
+    products,
+    tiles,
+    unsupported,
+)
 from tilewise.backends.hopper import preprocess as with_lse
 from tilewise.block_sparse import block_mask
 from tilewise.problem import Layout, Operands, Problem, make, make_unequal
@@ -21,7 +32,7 @@ from tilewise.rng import Rng
 
 ARCH = "sm_90"
 SOURCES = (elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax, backward_kernel, dropout,
-           forward_kernel, gluon_names, tiles, with_lse)
+           forward_kernel, gluon_names, messages, products, tiles, with_lse)
 N = 256
 
 

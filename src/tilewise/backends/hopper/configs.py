@@ -55,4 +55,5 @@ def choose(kernel: str, problem: Problem) -> Config:
     dims = fitting(kernel, problem)
     assert dims is not None
     rich = problem.graphs.score is not None or (kernel == "forward" and problem.dropout > 0)
-    return table()[kernel, *dims, "rich" if rich else "listed" if problem.graphs.listed else "plain"]
+    features = "rich" if rich else "listed" if problem.graphs.listed else "plain"
+    return table()[kernel, dims[0], dims[1], features]

@@ -34,7 +34,7 @@ from typing import Any
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma_wait
 
 from tilewise.backends.gpu_math import masking, scoring, softmax
 from tilewise.backends.gpu_math.places import place_together, sequence
@@ -47,9 +47,10 @@ from tilewise.backends.hopper.gluon_names import (
     tma_store,
     tma_store_wait,
 )
+from tilewise.backends.hopper.messages import tell, told
+from tilewise.backends.hopper.products import ROWS, add_products, finished, nothing, result_layout, scaled, scores
 from tilewise.backends.hopper.tiles import as_block, first_of, hide_rows, load_pieces, reaches_out, store_rows
 
-ROWS = gl.constexpr(64)                 # queries of a warpgroup
 HIDING = gl.constexpr(FIRST_BARRIER.value + 4)      # the named barrier of `hide`
 
 # What the producer tells of an item: its sequence, head, first row there and in memory, slot, numbers of queries and keys, the
@@ -87,21 +88,6 @@ class Constants:
 @gluon.constexpr_function
 def constants(*values):
     return Constants(*values)
-
-
-@gluon.jit
-def tell(tile, first, numbers):
-    """Puts numbers into shared memory, from place `first` on: all threads of a warp do."""
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    COUNT: gl.constexpr = len(numbers)
-    for i in gl.static_range(COUNT):
-        tile.index(first + i).store(gl.full([1], numbers[i], gl.int32, ONE))
-
-
-@gluon.jit
-def told(tile, place):
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return gl.max(tile.index(place).load(ONE), 0)
 
 
 @gluon.jit
@@ -205,7 +191,7 @@ def consumer(given, C: gl.constexpr, WARPGROUP: gl.constexpr):
 def attend_all(given, done, total, parity, turn, C: gl.constexpr, WARPGROUP: gl.constexpr):
     """Statistics and sums of an item over its tiles; and how many tiles there have been with them: `done` before."""
     _descs, tiles, barriers, _memory, _sizes, _program = given
-    _q_tiles, _k_tiles, v_tiles, _o_tiles, first_cols, messages = tiles
+    q_tiles, k_tiles, v_tiles, _o_tiles, first_cols, messages = tiles
     _q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     gl.static_assert(C.STAGES >= 2, "with one stage it waits for a tile that is loaded after one that it still holds")
     STAGES: gl.constexpr = C.STAGES
@@ -213,12 +199,12 @@ def attend_all(given, done, total, parity, turn, C: gl.constexpr, WARPGROUP: gl.
     message = parity * FIELDS
     m_i = gl.full([ROWS], -float("inf"), gl.float32, S_ROWS)
     l_i = gl.full([ROWS], 0.0, gl.float32, S_ROWS)
-    acc = nothing(C)
+    acc = nothing(C.BLOCK_DV, C.DV_PIECES)
     if total > 0:
         slot = done % STAGES
         mbarrier.wait(k_full.index(slot), done // STAGES & 1)
         first = told(first_cols, slot)
-        s = warpgroup_mma_wait(0, deps=[scores(tiles, slot, C, WARPGROUP)])
+        s = warpgroup_mma_wait(0, deps=[scores(q_tiles, k_tiles, WARPGROUP, slot, C.D_PIECES)])
         mbarrier.arrive(k_empty.index(slot), count=1)
         m_i, l_i, _, p = softmax_of(s, m_i, l_i, first, given, message, C, True, WARPGROUP)
         if C.EARLY_K_WAIT:
@@ -235,10 +221,9 @@ def attend_all(given, done, total, parity, turn, C: gl.constexpr, WARPGROUP: gl.
             mbarrier.arrive(q_empty.index(WARPGROUP), count=1)
         slot = last % STAGES
         mbarrier.wait(v_full.index(slot), last // STAGES & 1)
-        if C.HIDES:
-            if last == middle:          # of a full tile there is nothing to hide
-                turn = hide(tiles, slot, first, messages, message, turn, C, WARPGROUP)
-        acc = finished(add_products(p, v_tiles, slot, acc, C))
+        if C.HIDES and last == middle:          # of a full tile there is nothing to hide
+            turn = hide(tiles, slot, first, messages, message, turn, C, WARPGROUP)
+        acc = finished(add_products(p, v_tiles, slot, acc))
         mbarrier.arrive(v_empty.index(slot), count=1)
         done = last + 1
     elif C.O_APART:
@@ -250,7 +235,7 @@ def attend_all(given, done, total, parity, turn, C: gl.constexpr, WARPGROUP: gl.
 def attend(given, state, t, last, message, C: gl.constexpr, MASKED: gl.constexpr, WARPGROUP: gl.constexpr):
     """Scores and softmax of tile t, P V of tile t - 1. `first` in the state: its first column."""
     _descs, tiles, barriers, _memory, _sizes, _program = given
-    _q_tiles, _k_tiles, v_tiles, _o_tiles, first_cols, messages = tiles
+    q_tiles, k_tiles, v_tiles, _o_tiles, first_cols, messages = tiles
     _q_full, _q_empty, k_full, k_empty, v_full, v_empty = barriers
     m_i, l_i, acc, p, first, turn = state
     STAGES: gl.constexpr = C.STAGES
@@ -267,10 +252,10 @@ def attend(given, state, t, last, message, C: gl.constexpr, MASKED: gl.constexpr
     first = told(first_cols, slot)
     if C.PINGPONG:
         turn = named_barrier("sync", MY_TURN, 256, turn)
-    s = scores(tiles, slot, C, WARPGROUP)
+    s = scores(q_tiles, k_tiles, WARPGROUP, slot, C.D_PIECES)
     if not MASKED:
         mbarrier.wait(v_full.index(before), (t - 1) // STAGES & 1)
-    acc = add_products(p, v_tiles, before, acc, C)
+    acc = add_products(p, v_tiles, before, acc)
     if C.PINGPONG:
         turn = named_barrier("arrive", NEXT_TURN, 256, turn)
     s = warpgroup_mma_wait(DV_PIECES, deps=[s])
@@ -297,68 +282,10 @@ def hide(tiles, slot, first, messages, message, turn, C: gl.constexpr, WARPGROUP
     return turn
 
 
-@gluon.constexpr_function
-def result_layout(columns):
-    """Of products of 64 rows by a warpgroup."""
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
-
-
-@gluon.jit
-def scores(tiles, slot, C: gl.constexpr, WARPGROUP: gl.constexpr):
-    """Q K^T, issued."""
-    D_PIECES: gl.constexpr = C.D_PIECES
-    BLOCK_N: gl.constexpr = C.BLOCK_N
-    s = gl.zeros([ROWS, BLOCK_N], gl.float32, result_layout(BLOCK_N))
-    for i in gl.static_range(D_PIECES):
-        s = warpgroup_mma(tiles[0].index(WARPGROUP * D_PIECES + i), tiles[1].index(slot * D_PIECES + i).permute((1, 0)), s,
-                          use_acc=i > 0, is_async=True)
-    return s
-
-
-@gluon.jit
-def nothing(C: gl.constexpr):
-    """Sums of P V, one for each piece of V's columns; the functions below work on all of them."""
-    DV_PIECES: gl.constexpr = C.DV_PIECES
-    BLOCK_DV: gl.constexpr = C.BLOCK_DV
-    acc = ()
-    for _ in gl.static_range(DV_PIECES):
-        acc = acc + (gl.zeros([ROWS, BLOCK_DV], gl.float32, result_layout(BLOCK_DV)),)
-    return acc
-
-
-@gluon.jit
-def add_products(p, v_tiles, slot, acc, C: gl.constexpr):
-    """acc + P V, issued. P is carried from tile to tile in fp32: halves would be unpacked and packed again."""
-    DV_PIECES: gl.constexpr = C.DV_PIECES
-    weights = gl.convert_layout(p.to(v_tiles.dtype), gl.DotOperandLayout(0, result_layout(C.BLOCK_DV), 2), assert_trivial=True)
-    sums = ()
-    for i in gl.static_range(DV_PIECES):
-        sums = sums + (warpgroup_mma(weights, v_tiles.index(slot * DV_PIECES + i), acc[i], is_async=True),)
-    return sums
-
-
-@gluon.jit
-def finished(acc):
-    """Waits until all products are there."""
-    if len(acc) == 1:
-        return (warpgroup_mma_wait(0, deps=[acc[0]]),)
-    else:
-        return warpgroup_mma_wait(0, deps=acc)
-
-
-@gluon.jit
-def scaled(acc, alpha):
-    PIECES: gl.constexpr = len(acc)
-    alpha = gl.convert_layout(alpha, gl.SliceLayout(1, acc[0].type.layout))[:, None]
-    products = ()
-    for i in gl.static_range(PIECES):
-        products = products + (acc[i] * alpha,)
-    return products
-
-
 @gluon.jit
 def softmax_of(s, m_i, l_i, first, given, message, C: gl.constexpr, MASKED: gl.constexpr, WARPGROUP: gl.constexpr):
-    """Statistics, the factor of what was summed before, and probabilities."""
+    """Statistics, the factor of what was summed before, and probabilities: if registers suffice in fp32, as halves would be
+    unpacked and packed again on their way to the next tile."""
     _descs, tiles, _barriers, memory, sizes, program = given
     messages = tiles[5]
     _out_stride, scale, heads, _group, _together, _items, _nq_most, _nk_most, _lse_rows, threshold = sizes
@@ -374,7 +301,7 @@ def softmax_of(s, m_i, l_i, first, given, message, C: gl.constexpr, MASKED: gl.c
         LAYOUT: gl.constexpr = s.type.layout
         kept = dropout.keep(memory[3], threshold, b, h, heads, first_row, first, C.BLOCK_N, LAYOUT)
         p = gl.where(kept, p, 0.0)
-    if C.BLOCK_DV > 128:
+    if C.BLOCK_DV > 128 or C.BLOCK_M > 128:             # registers are scarce
         p = p.to(tiles[2].dtype)
     return m_i, l_i, alpha, p
 

@@ -15,9 +15,9 @@ from tilewise.backends.gpu_math.arguments import arguments, in_all, padded, stri
 from tilewise.backends.gpu_math.entry import OPTIONS, entry, flatten
 from tilewise.backends.hopper.backward_kernel import backward as backward_kernel
 from tilewise.backends.hopper.configs import Config, choose
-from tilewise.backends.hopper.forward_kernel import ROWS
 from tilewise.backends.hopper.forward_kernel import forward as forward_kernel
 from tilewise.backends.hopper.preprocess import preprocess
+from tilewise.backends.hopper.products import ROWS
 from tilewise.problem import Operands, Problem, aligned
 from tilewise.state import sink_gradient
 

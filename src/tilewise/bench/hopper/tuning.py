@@ -38,8 +38,8 @@ FORWARD_TILES = {                               # by the wider of D and D_v
 
 
 def candidates(kernel: str, head_dim: int) -> list[Config]:
-    """The table's variant, then the others to try, for D = D_v. The forward kernel's all wait early: others compile to code that
-    does not overlap."""
+    """The table's variant, then the others to try, for D = D_v. The forward kernel's all wait early: without that nothing
+    overlaps in the machine code."""
     shipped = configs.table()[kernel, head_dim, head_dim, "plain"]
     if kernel == "forward":
         others = [Config(m, n, stages, 1, ping, 1, *CONSUMERS[m // 64], persistent) for (m, n), stages, ping, persistent in
