@@ -126,9 +126,6 @@ def producer(given, C: gl.constexpr):
                 load_pieces(q_desc, q_slot, h, q_start + first + w * ROWS, q_full.index(w), q_tiles, w, C.D_PIECES)
             else:
                 mbarrier.arrive(q_full.index(w), count=1)
-        item = items
-        if C.PERSISTENT:
-            item = gl.num_programs(0) + gl.atomic_add(COUNTER, 1, sem="relaxed")
         for t in range(total):          # K runs a tile ahead
             after = col
             if t + 1 < total:
@@ -136,6 +133,9 @@ def producer(given, C: gl.constexpr):
                 load_keys(given, of_keys, after, done + t + 1, C)
             load_values(given, of_keys, col, done + t, C)
             col = after
+        item = items
+        if C.PERSISTENT:                # waits for memory while consumers still have two tiles to work on
+            item = gl.num_programs(0) + gl.atomic_add(COUNTER, 1, sem="relaxed")
         parity ^= 1
         done += total
     if C.PERSISTENT:
