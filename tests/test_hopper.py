@@ -10,7 +10,7 @@ if INTERPRETING:
 from support.hopper.product import install
 
 import tilewise as tw
-from tilewise.backends import hopper, tiled
+from tilewise.backends import hopper
 from tilewise.backends.hopper import configs
 from tilewise.bench import tolerance
 from tilewise.bench.cases import CASES, draw, rows_in_use
@@ -24,14 +24,6 @@ BF16 = torch.bfloat16
 @pytest.fixture
 def simulated(monkeypatch):
     return install(monkeypatch)
-
-
-@pytest.fixture
-def backward_alone(simulated, monkeypatch):
-    """As `simulated`, where the forward pass is another backend's: of problems that only the backward kernels compute."""
-    monkeypatch.setattr(hopper, "supports", lambda problem: None)
-    monkeypatch.setattr(hopper, "forward", lambda problem, x: tuple(t.contiguous() for t in tiled.forward(problem, x)))
-    return simulated
 
 
 def assert_right(call):
@@ -55,29 +47,20 @@ def test_contract(case, dtype, simulated, poisoned):
     assert simulated.launched
 
 
-WHOLE = [case for case in LONGER if hopper.unsupported(draw(case, BF16).described()[0]) is None]
-
-
-@pytest.mark.parametrize("case", WHOLE, ids=str)
+@pytest.mark.parametrize("case", LONGER, ids=str)
 @pytest.mark.parametrize("seed", range(4))
 def test_several_tiles(case, seed, simulated, poisoned):
     simulated.seed = seed
-    assert_right(draw(case, BF16, seed=seed))
-    assert len(simulated.launched) == 2 + len(configs.passes(draw(case, BF16).described()[0]))
-
-
-@pytest.mark.parametrize("case", [case for case in LONGER if case not in WHOLE], ids=str)
-@pytest.mark.parametrize("seed", range(4))
-def test_several_tiles_backward(case, seed, backward_alone, poisoned):
-    backward_alone.seed = seed
-    assert_right(draw(case, BF16, seed=seed))
+    call = draw(case, BF16, seed=seed)
+    assert_right(call)
+    assert len(simulated.launched) == 2 + len(configs.passes(call.described()[0]))
 
 
 @pytest.mark.parametrize("case", [case for case in LONGER if "repeatable" in case.name], ids=str)
-def test_repeatable_gradients_have_the_same_bits_under_all_schedules(case, backward_alone):
+def test_repeatable_gradients_have_the_same_bits_under_all_schedules(case, simulated):
     call, found = draw(case, BF16), []
     assert hopper.repeatable(call.described()[0])
-    for backward_alone.seed in range(3):
+    for simulated.seed in range(3):
         found.append(tolerance.run(call, "hopper").tensors)
     for again in found[1:]:
         assert all(torch.equal(again[name], x) for name, x in found[0].items())
@@ -93,7 +76,7 @@ def test_explain_says_whether_gradients_are_repeatable(deterministic, words, sim
 
 SERVED = ("causal", "window", "grouped heads", "softcap", "alibi", "sinks", "key lengths", "documents", "prefix lm", "function",
           "blocks", "score function", "packed causal", "packed used", "head dim 40", "causal bhsd", "values wider",
-          "scale negative")
+          "scale negative", "dropout", "head dim 192")
 
 
 @pytest.mark.parametrize("name", SERVED)
@@ -102,7 +85,7 @@ def test_what_is_promised_is_served(name):
     assert hopper.unsupported(draw(case, BF16).described()[0]) is None
 
 
-REFUSED = {"fp32 inputs": "float32", "bias": "a bias", "dropout": "dropout", "head dim 192": "head dims over 128",
+REFUSED = {"fp32 inputs": "float32", "bias": "a bias", "head dim 512": "head dims over 256",
            "head dim 1": "rows that do not begin at multiples of 16 bytes", "batch invariant": "batch_invariant",
            "no keys": "without rows", "table of keys": None}
 
@@ -112,6 +95,18 @@ def test_what_is_not_says_why(name):
     case = next((case for case in CASES if case.name == name), CASES[0])
     reason = hopper.unsupported(draw(case, torch.float32 if name == "fp32 inputs" else BF16).described()[0])
     assert REFUSED[name] in (reason or "")
+
+
+@pytest.mark.parametrize("name, reason", {
+    "dropout": "gradients with dropout", "head dim 192": "gradients with head dims over 128"}.items())
+def test_what_is_served_without_gradients_only(name, reason):
+    call = draw(next(case for case in CASES if case.name == name), BF16)
+    q, k, v = (x.clone().requires_grad_() for x in (call.q, call.k, call.v))
+    described = [make(q, k, v, **call.options)[0]]
+    with torch.no_grad():
+        described.append(make(q, k, v, **call.options)[0])
+    assert reason in hopper.unsupported(described[0])
+    assert hopper.unsupported(described[1]) is None
 
 
 def test_results_have_rows_that_tma_can_write():
@@ -198,30 +193,42 @@ def test_correctness_command_finds_what_is_wrong(simulated, monkeypatch, tmp_pat
 
 
 def test_tuning_prints_rows_of_the_table():
-    rates = {"(128, 128, 2, 1, 1, 240, 24)": 500.0, "(128, 64, 2, 1, 1, 240, 24)": 600.0, "sdpa cudnn": 650.0}
-    row = dict(kernel="forward", head_dim=64, causal=True, seqlen=4096, failed={}, shipped="(128, 128, 2, 1, 1, 240, 24)",
+    rates = {"(128, 128, 2, 1, 1, 240, 24, 1)": 500.0, "(128, 64, 2, 1, 1, 240, 24, 0)": 600.0, "sdpa cudnn": 650.0}
+    row = dict(kernel="forward", head_dim=64, causal=True, seqlen=4096, failed={}, shipped="(128, 128, 2, 1, 1, 240, 24, 1)",
                tflops=rates, seconds={name: 1 / rate for name, rate in rates.items()})
     said = tuning.lines([row])
     assert said[0].startswith("forward d64 4k causal: 600 TFLOP/s by (128, 64,")
     assert "sdpa cudnn 650" in said[0]
     fields = said[-1].split("\t")
-    assert configs.Config(*map(int, fields[3:])) in tuning.candidates("forward", 64)
+    assert configs.Config(*map(int, fields[4:])) in tuning.candidates("forward", 64)
     assert len(fields) == len(configs.TABLE.read_text().splitlines()[0].split("\t"))
 
 
-@pytest.mark.parametrize("kernel, head_dim", [(name, dim) for name, dim, features in configs.table() if features == "plain"])
-def test_variants_to_try_are_right(kernel, head_dim, simulated, request):
+@pytest.mark.parametrize("head_dim", tuning.FORWARD_TILES)
+def test_variants_of_the_forward_kernel_are_right(head_dim, simulated):
+    """Each in the simulator, on several blocks of several tiles."""
+    q, k = (torch.randn(1, n, 1, head_dim, dtype=BF16) for n in (300, 200))
+    expected = tw.attention(q, k, k, causal=True, backend="reference")
+    for config in tuning.candidates("forward", head_dim):
+        with tuning.configured("forward", config):
+            assert tuning.deviation(tw.attention(q, k, k, causal=True, backend="hopper"), expected) < 1, config
+
+
+PASSES = {name for way in (*configs.ADDED, *configs.SEPARATE) for name in way}
+
+
+@pytest.mark.parametrize("kernel, head_dim", [
+    (name, dim) for name, dim, _, features in configs.table() if name in PASSES and features == "plain"])
+def test_variants_of_the_backward_kernels_are_right(kernel, head_dim, simulated):
     """Each in the simulator, on a problem of several tiles."""
-    if kernel != "forward":
-        request.getfixturevalue("backward_alone")
     added = any(kernel in way for way in configs.ADDED)
     q, k, dout = (torch.randn(1, n, 1, head_dim, dtype=BF16) for n in (200, 330, 200))
-    for config in tuning.candidates(kernel, head_dim):
+    found = {}
+    for config in ("reference", *tuning.candidates(kernel, head_dim)):
         with tuning.configured(kernel, config):
-            found = {}
-            for backend in ("hopper", "reference"):
-                inputs = [x.clone().requires_grad_() for x in (q, k, k)]
-                out = tw.attention(*inputs, causal=True, deterministic=not added, backend=backend)
-                found[backend] = [out, *torch.autograd.grad(out, inputs, dout)]
-        for x, expected in zip(*found.values(), strict=True):
+            inputs = [x.clone().requires_grad_() for x in (q, k, k)]
+            out = tw.attention(*inputs, causal=True, deterministic=not added,
+                               backend="reference" if config == "reference" else "hopper")
+            found[config] = torch.autograd.grad(out, inputs, dout)
+        for x, expected in zip(found[config], found["reference"], strict=True):
             assert tuning.deviation(x, expected) < 1, config

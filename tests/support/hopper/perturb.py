@@ -65,7 +65,7 @@ def _edits(call: ast.Call, scope: Scope) -> Iterator[tuple[str, Edit]]:
             yield "always slot 0", _argument(0, "index", lambda _: "0")
         return
     function = simulation(resolve(call.func, scope))
-    if any(keyword.arg == "sem" for keyword in call.keywords):
+    if any(keyword.arg == "sem" and ast.unparse(keyword.value) != "'relaxed'" for keyword in call.keywords):
         yield "relaxed", _argument(None, "sem", lambda _: "'relaxed'")
     if function in EDITS:
         yield from EDITS[function].items()

@@ -32,7 +32,7 @@ GRAPHS = {name.upper(): name for name in (*GROUPS, "factor", "place")}
 SCALARS = {"scale": "fp32", "heads": "i32", "group": "i32", "nq": "i32", "nk": "i32", "dropout": "i32",
            "sum_batch": "i32", "sum_heads": "i32", "lse_rows": "i32", "page_size": "i32", "pages_row": "i64", "splits": "i32",
            "out_split": "i64", "lse_split": "i64", "kv_heads": "i32", "room": "i32", "slots": "i32", "blocks": "i32",
-           "positions": "i32", "together": "i32", "mass_rows": "i32"}
+           "positions": "i32", "together": "i32", "items": "i32", "mass_rows": "i32"}
 MAX_ALIGN = 16
 OPTIONS = {"enable_fp_fusion": True}    # of the compiler: a * b + c rounds once; no longer its default from Triton 3.10 on
 

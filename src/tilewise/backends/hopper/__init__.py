@@ -25,8 +25,7 @@ from tilewise.rotary import Rotary
 
 DTYPES = (torch.float16, torch.bfloat16)
 VERSIONS = (3, 6), (3, 9)               # of Triton whose Gluon `gluon_names.py` bridges
-MAX_HEAD_DIM = 128                      # beyond it dK and dV do not fit into registers together
-MAX_DECODE_DIM = 256                    # of keys from a cache, which have no gradients
+MAX_HEAD_DIM = 256
 LEAST_PIECE = 8                         # rows of a page that TMA copies at once: as many as a swizzle spans
 
 
@@ -55,27 +54,31 @@ def supports(problem: Problem) -> str | None:
 
 def unsupported(problem: Problem) -> str | None:
     """What these kernels lack for a problem, on any device."""
-    most = MAX_DECODE_DIM if problem.cached else MAX_HEAD_DIM
     rows_k = () if problem.cached else problem.rows_k       # memory of a cache there is always
     of_16_bytes = 8 if problem.stored is None else 16
     absent = {
         f"{str(problem.dtype)[6:]} inputs (its kernels take fp16 and bf16)": problem.dtype not in DTYPES,
         "values that are a part of keys": problem.shared,
-        f"head dims over {most}": max(problem.head_dim, problem.head_dim_v) > most,
+        f"head dims over {MAX_HEAD_DIM}": max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM,
         "a bias": problem.bias_shape is not None,
-        "dropout": problem.dropout > 0,
+        "dropout over keys from a cache": problem.cached and problem.dropout > 0,
         f"keys from a cache for more than {DECODE_ROWS} queries of a group": problem.cached and not few_queries(problem),
         "keys from a cache, with a mask without intervals": problem.cached and problem.graphs.listed,
         f"pages of {problem.page_size} keys, no multiple of {LEAST_PIECE}": bool((problem.page_size or 0) % LEAST_PIECE),
         "batch_invariant": problem.batch_invariant,
         "statistics of rows and keys": problem.statistics != "",
-        "num_splits": problem.splits > 1 and not decodes(problem),
+        "num_splits": problem.splits > 1 and not by_decoding(problem),
         "tensors without rows or heads": 0 in (*problem.rows_q, *rows_k, problem.heads, problem.batch),
         "rows that do not begin at multiples of 16 bytes, as TMA needs": not problem.aligned or any(
             dim % of_16_bytes for dim in (problem.head_dim, problem.head_dim_v)),
         "gradients of captured tensors": problem.learning,
     }
     return next((reason for reason, applies in absent.items() if applies), None)
+
+
+def by_decoding(problem: Problem) -> bool:
+    """Whether the kernel for few queries serves a problem; it knows no dropout."""
+    return decodes(problem) and problem.dropout == 0
 
 
 def volunteers(problem: Problem) -> str | None:
@@ -91,7 +94,7 @@ def precision(problem: Problem) -> str:
 def tile_sizes(problem: Problem) -> tuple[int, int]:
     """(queries, keys) per tile of the forward kernel."""
     from tilewise.backends.hopper import configs, decoding
-    config = decoding.chosen(problem) if decodes(problem) else configs.choose("forward", problem)
+    config = decoding.chosen(problem) if by_decoding(problem) else configs.choose("forward", problem)
     return config.BLOCK_M, config.BLOCK_N
 
 
@@ -104,7 +107,7 @@ def repeatable(problem: Problem) -> bool:
 def splits(problem: Problem) -> int:
     """Shares of the keys, merged afterwards."""
     from tilewise.backends.hopper import decoding
-    return decoding.splits(problem) if decodes(problem) else 1
+    return decoding.splits(problem) if by_decoding(problem) else 1
 
 
 def workspace(problem: Problem) -> tuple[int, int]:
@@ -118,7 +121,7 @@ def workspace(problem: Problem) -> tuple[int, int]:
 
 def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
     from tilewise.backends.hopper import decoding, launch
-    return (decoding if decodes(problem) else launch).forward(problem, operands)
+    return (decoding if by_decoding(problem) else launch).forward(problem, operands)
 
 
 def write(stored: Stored, new: Tensor, k_new: Tensor, v_new: Tensor | None, q: Tensor | None, q_rows: Tensor | None,

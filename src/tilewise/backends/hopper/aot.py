@@ -24,7 +24,9 @@ from tilewise.backends.hopper import (
     gluon_names,
     launch,
     merge_kernel,
+    messages,
     pieces,
+    products,
 )
 from tilewise.backends.hopper import preprocess as with_lse
 from tilewise.backends.hopper import query_gradients_kernel as queries_kernel
@@ -37,16 +39,16 @@ from tilewise.rng import Rng
 
 ARCH = "sm_90"
 SOURCES = (elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax, backward_kernel,
-           backward_producer, decode_kernel, dropout, forward_kernel, gluon_names, merge_kernel, pieces, queries_kernel,
-           shared_tiles, with_lse)
+           backward_producer, decode_kernel, dropout, forward_kernel, gluon_names, merge_kernel, messages, pieces, products,
+           queries_kernel, shared_tiles, with_lse)
 N = 256
 DIRECTIONS = {"forward": "forward", "query_gradients": "dq", "decode": "decode", "merge": "decode"}
 
 
-def problems(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, Problem, Operands]]:
+def problems(dtype: torch.dtype, head_dim: int, head_dim_v: int) -> Iterator[tuple[str, Problem, Operands]]:
     """What is compiled for a row of the table: "full", "causal", "listed", "packed"; with score functions and sinks, "rich";
     "dropout"."""
-    q = torch.zeros(2, N, 2, head_dim, dtype=dtype)
+    q, v = (torch.zeros(2, N, 2, dim, dtype=dtype) for dim in (head_dim, head_dim_v))
     sequences = torch.zeros(2, 3, dtype=torch.int32)
     sparse = block_mask(torch.ones(2, 4, 4, dtype=torch.bool), block_size=64)
     score = [score_mods.alibi(torch.zeros(2)), score_mods.softcap(30.0)]
@@ -56,18 +58,19 @@ def problems(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, Problem, 
         "rich": dict(mask=two_intervals, score_mod=score, sinks=torch.zeros(2)),
         "dropout": dict(causal=True, dropout_p=0.1, rng=Rng(0))}
     for name, options in programs.items():
-        yield name, *make(q, q, q, **options)
-    packed = q.flatten(0, 1)[None].transpose(1, 2)
-    yield "packed", *make_unequal(Layout(sequences, sequences, max_seqlen_q=N, max_seqlen_k=N), packed, packed, packed,
+        yield name, *make(q, q, v, **options)
+    packed, packed_v = (x.flatten(0, 1)[None].transpose(1, 2) for x in (q, v))
+    yield "packed", *make_unequal(Layout(sequences, sequences, max_seqlen_q=N, max_seqlen_k=N), packed, packed, packed_v,
                                   causal=True)
 
 
 def shipped(dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> Iterator[Case]:
     """The cases of each row of the table; fp16 compiles to the same counts as bf16."""
     for dtype in dtypes:
-        for head_dim in configs.HEAD_DIMS:
-            for name, problem, x in problems(dtype, head_dim):
+        for dims in configs.head_dims("forward"):
+            for name, problem, x in problems(dtype, *dims):
                 yield from cases(name, problem, x)
+        for head_dim, _ in configs.head_dims("decode"):
             for name, problem, x in cached(dtype, head_dim):
                 yield from decode_cases(name, problem, x)
 
@@ -111,8 +114,7 @@ def cases(name: str, problem: Problem, x: Operands) -> Iterator[Case]:
         recorded.setdefault(one.name, one)
 
     out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
-    if configs.row("forward", problem) in configs.table():
-        launch.forward(problem, x, start=record)
+    launch.forward(problem, x, start=record)
     for deterministic in (False, True):
         asked = replace(problem, settings=problem.settings._replace(deterministic=deterministic))
         launch.backward(asked, x, out, lse, out, lse, Needs(False, x.sinks is not None), start=record)
@@ -124,7 +126,8 @@ def case(name: str, kernel: Any, problem: Problem, values: Mapping[str, Any], wa
     point, called = entry(kernel, problem.program), kernel.fn.__name__
     signature, constants = typed(point, flat)
     maxnreg = values.get("maxnreg")
-    return Case(" ".join(["hopper", called, *values.get("PART", "").split(), f"d{problem.head_dim}", name]).strip(),
+    dims = "x".join(str(d) for d in dict.fromkeys((problem.head_dim, problem.head_dim_v)))
+    return Case(" ".join(["hopper", called, *values.get("PART", "").split(), f"d{dims}", name]).strip(),
                 DIRECTIONS.get(called, "backward"), ARCH, point, signature, constants, warps, 1,
                 called not in ("preprocess", "merge"),
                 key(sources(), source_of(kernel, problem.program), sorted(signature.items()),

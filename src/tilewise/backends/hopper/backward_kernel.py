@@ -26,8 +26,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from tilewise.backends.gpu_math import gradients, scoring
 from tilewise.backends.gpu_math.places import place, sequence
 from tilewise.backends.hopper import dropout
-from tilewise.backends.hopper.backward_producer import advance, has, producer, told
+from tilewise.backends.hopper.backward_producer import FIELDS, HEAD, LEFT, ROW, advance, has, producer
 from tilewise.backends.hopper.gluon_names import reinterpret, thread_barrier, tma_add, tma_store, tma_store_wait
+from tilewise.backends.hopper.messages import told
 from tilewise.backends.hopper.tiles import as_block, hide_rows, store_rows
 
 
@@ -88,12 +89,12 @@ def step(tiles, for_dq, barriers, sums, slot, phase, row, h, cols, where, scale,
     after, phase_after = advance(slot, phase, STAGES)
     q, do = q_tiles.index(slot), do_tiles.index(slot)
     if MASKED and PACKED:
-        hide(q, told(messages, slot, 2))
+        hide(q, told(messages, slot * FIELDS + LEFT))
     s = warpgroup_mma(k_tile, q.permute((1, 0)), zero, use_acc=False, is_async=True)
     lse = lse_tiles.index(slot).load(ROWS)
     mbarrier.wait(do_full.index(slot), phase)
     if MASKED and PACKED:
-        hide(do, told(messages, slot, 2))
+        hide(do, told(messages, slot * FIELDS + LEFT))
     if not has(PART, "dk"):
         s = warpgroup_mma_wait(0, deps=[s])
     else:
@@ -110,7 +111,7 @@ def step(tiles, for_dq, barriers, sums, slot, phase, row, h, cols, where, scale,
     kept = p
     if DROPOUT:
         RNG, threshold, heads = drawn
-        first_row = nq - told(messages, slot, 2)
+        first_row = nq - told(messages, slot * FIELDS + LEFT)
         keep = dropout.keep_transposed(RNG, threshold, b, h, heads, first_row, first_col, BLOCK_M, BLOCK_N, S_LAYOUT)
         kept = gl.where(keep, p, 0.0)
     if not has(PART, "dk"):
@@ -181,9 +182,9 @@ def consumer(descs, tiles, for_dq, barriers, where, kv_heads, group, first_col, 
         hide(v_tile, nk - first_col)
     slot, phase = 0, 0
     mbarrier.wait(q_full.index(0), 0)
-    h = told(messages, 0, 1)
+    h = told(messages, HEAD)
     while h >= 0:
-        row = told(messages, slot, 0)
+        row = told(messages, slot * FIELDS + ROW)
         if row >= 0:
             dk, dv = step(tiles, for_dq, barriers, (dk, dv), slot, phase, row, h, cols, where, scale, drawn, first_col, program,
                           SCORE, SCORE_GRADIENT, MASK, RAW, DROPOUT, PACKED, True, PART, STAGES, EARLY_Q_WAIT)
@@ -191,7 +192,7 @@ def consumer(descs, tiles, for_dq, barriers, where, kv_heads, group, first_col, 
             dk, dv = step(tiles, for_dq, barriers, (dk, dv), slot, phase, ~row, h, cols, where, scale, drawn, first_col,
                           program, SCORE, SCORE_GRADIENT, MASK, RAW, DROPOUT, PACKED, False, PART, STAGES, EARLY_Q_WAIT)
         slot, phase = advance(slot, phase, STAGES)
-        h = told(messages, slot, 1)
+        h = told(messages, slot * FIELDS + HEAD)
     if PACKED:                          # found again rather than kept in registers
         b, _, h_kv, first_col = place(gl.program_id(0), WORK, 0, kv_heads, 1, BLOCK_N, False)
         k_slot, k_row, nk = sequence(K_ROWS, b, nk)
@@ -240,7 +241,7 @@ def backward(q_desc, k_desc, v_desc, do_desc, lse_desc, delta_desc, dq_desc, dk_
     do_tiles = gl.allocate_shared_memory(TYPE, [STAGES, BLOCK_M, BLOCK_DV], TILE)
     lse_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], lse_desc.layout)
     delta_tiles = gl.allocate_shared_memory(gl.float32, [STAGES, BLOCK_M], delta_desc.layout)
-    messages = gl.allocate_shared_memory(gl.int32, [4 * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    messages = gl.allocate_shared_memory(gl.int32, [FIELDS * STAGES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     row_tiles = gl.allocate_shared_memory(gl.int32, [STAGES, BLOCK_M], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     k_tile = gl.allocate_shared_memory(TYPE, [BLOCK_N, BLOCK_D], TILE)
     if has(PART, "dk") or BLOCK_D != BLOCK_DV:

@@ -5,7 +5,13 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from tilewise.backends.gpu_math import masking
 from tilewise.backends.hopper.gluon_names import thread_barrier, tma_load
+from tilewise.backends.hopper.messages import tell
 from tilewise.backends.hopper.tiles import first_of, load
+
+# What is told of a tile: its first row in memory, inverted if no element is hidden; its head, -1 behind the last tile; how many
+# rows the sequence has from there.
+ROW, HEAD, LEFT = map(gl.constexpr, range(3))
+FIELDS = gl.constexpr(4)
 
 
 @gluon.constexpr_function
@@ -47,7 +53,7 @@ def producer(descs, tiles, barriers, where, heads, group, first_col, blocks, LIS
             first = first_of(r, t, masked, LIST, VISIT, BLOCK_M)
             row = q_row + first
             mbarrier.wait(empty.index(slot), phase ^ 1)
-            tell(messages, slot, gl.where(t < masked, row, ~row), h, nq - first)
+            tell(messages, slot * FIELDS, (gl.where(t < masked, row, ~row), h, nq - first))
             row_tiles.index(slot).store(first + gl.arange(0, BLOCK_M, gl.BlockedLayout([1], [32], [1], [0])))
             thread_barrier()            # all threads have stored before one of them arrives
             mbarrier.expect(q_full.index(slot), q_desc.block_type.nbytes + lse_desc.block_type.nbytes)
@@ -58,7 +64,7 @@ def producer(descs, tiles, barriers, where, heads, group, first_col, blocks, LIS
             tma_load(delta_desc, [statistics + row], do_full.index(slot), delta_tiles.index(slot))
             slot, phase = advance(slot, phase, STAGES)
     mbarrier.wait(empty.index(slot), phase ^ 1)
-    tell(messages, slot, 0, -1, 0)
+    tell(messages, slot * FIELDS, (0, -1, 0))
     thread_barrier()
     mbarrier.arrive(q_full.index(slot), count=1)
 
@@ -68,19 +74,3 @@ def advance(slot, phase, STAGES: gl.constexpr):
     """The next stage and its phase."""
     last = slot == STAGES - 1
     return gl.where(last, 0, slot + 1), gl.where(last, phase ^ 1, phase)
-
-
-@gluon.jit
-def tell(messages, slot, row, h, left):
-    """Of a tile: its first row in memory, inverted if no element is hidden; its head, -1 behind the last tile; how many rows
-    the sequence has from there."""
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
-    messages.index(4 * slot).store(gl.full([1], row, gl.int32, ONE))
-    messages.index(4 * slot + 1).store(gl.full([1], h, gl.int32, ONE))
-    messages.index(4 * slot + 2).store(gl.full([1], left, gl.int32, ONE))
-
-
-@gluon.jit
-def told(messages, slot, FIELD: gl.constexpr):
-    ONE: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return gl.max(messages.index(4 * slot + FIELD).load(ONE), 0)

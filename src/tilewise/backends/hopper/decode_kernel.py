@@ -27,7 +27,7 @@ from tilewise.backends.gpu_math.places import sequence
 from tilewise.backends.gpu_math.rows import located
 from tilewise.backends.hopper.gluon_names import thread_barrier
 from tilewise.backends.hopper.pieces import load_pieces, located_pieces
-from tilewise.backends.hopper.tiles import first_of, hide_rows
+from tilewise.backends.hopper.tiles import first_of, hide_rows, reaches_out
 
 ROWS = gl.constexpr(64)                 # (query, head of the group)
 WIDE = gl.constexpr(2)                  # tiles of keys, and of values, that the converter has written or writes to
@@ -113,7 +113,7 @@ def attend(q, tiles, barriers, state, t, first, r, where, rows, scale, program, 
 @gluon.jit
 def hide(v, first, r):
     """Hides the values that no query sees, if the tile has some."""
-    if (first < r[8]) | (first + v.shape[0] > r[9]):
+    if reaches_out(first, v.shape[0], r[8], r[9]):
         hide_rows(v, first, r[8], r[9], 0, 1)
         fence_async_shared()
         thread_barrier()

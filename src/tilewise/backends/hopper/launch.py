@@ -13,11 +13,12 @@ from tilewise.backends import Gradients, Needs
 from tilewise.backends.gpu_math.arguments import arguments, in_all, padded, strides, visits, work
 from tilewise.backends.gpu_math.entry import entry, flatten
 from tilewise.backends.gpu_math.entry import start as begin
+from tilewise.backends.gpu_math.splits import multiprocessors
 from tilewise.backends.hopper.backward_kernel import backward as backward_kernel
 from tilewise.backends.hopper.configs import Config, choose, passes
-from tilewise.backends.hopper.forward_kernel import ROWS
 from tilewise.backends.hopper.forward_kernel import forward as forward_kernel
 from tilewise.backends.hopper.preprocess import preprocess
+from tilewise.backends.hopper.products import ROWS
 from tilewise.backends.hopper.query_gradients_kernel import query_gradients
 from tilewise.problem import Operands, Problem, aligned
 from tilewise.state import sink_gradient
@@ -37,14 +38,18 @@ def forward(problem: Problem, x: Operands, start: Start = start) -> tuple[Tensor
     out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
     c = choose("forward", problem)
     told = arguments(problem, x)
-    wide, wide_v = width(problem.head_dim), width(problem.head_dim_v)
-    start(forward_kernel, problem, query_blocks(problem, c), dict(
-        q_desc=descriptor(x.q, ROWS.value, wide), k_desc=descriptor(x.k, c.BLOCK_N, wide),
-        v_desc=descriptor(x.v, c.BLOCK_N, wide_v), o_desc=descriptor(out, ROWS.value, wide_v), OUT=out, LSE=lse, SINKS=x.sinks,
-        out_strides=strides(out), together=heads_together(problem), HAS_SINKS=problem.has_sinks,
-        HIDES=hides(problem, x), DV=problem.head_dim_v, BLOCK_D=wide, BLOCK_DV=wide_v,
-        PINGPONG=bool(c.PINGPONG), EARLY_K_WAIT=bool(c.EARLY_WAIT), CONSUMER_REGISTERS=c.CONSUMER_REGISTERS, **common(told, c),
-        **work(problem, x, "BLOCK_M")(c), **visits(problem, x)(c)), WARPS)
+    (pieces, columns), (pieces_v, columns_v) = pieces_of(problem.head_dim), pieces_of(problem.head_dim_v)
+    items = query_blocks(problem, c)
+    programs = min(items, multiprocessors(problem.device)) if c.PERSISTENT else items
+    start(forward_kernel, problem, programs, dict(
+        q_desc=descriptor(x.q, ROWS.value, columns), k_desc=descriptor(x.k, c.BLOCK_N, columns),
+        v_desc=descriptor(x.v, c.BLOCK_N, columns_v), o_desc=descriptor(out, ROWS.value, columns_v), OUT=out, LSE=lse,
+        SINKS=x.sinks, COUNTER=torch.zeros(1, dtype=torch.int32, device=problem.device) if c.PERSISTENT else None,
+        out_strides=strides(out), together=heads_together(problem), items=items, HAS_SINKS=problem.has_sinks,
+        HIDES=hides(problem, x), DV=problem.head_dim_v, BLOCK_D=columns, D_PIECES=pieces, BLOCK_DV=columns_v,
+        DV_PIECES=pieces_v, PINGPONG=bool(c.PINGPONG), EARLY_K_WAIT=bool(c.EARLY_WAIT), PERSISTENT=bool(c.PERSISTENT),
+        O_APART=output_apart(c, pieces * columns, pieces_v * columns_v), CONSUMER_REGISTERS=c.CONSUMER_REGISTERS,
+        **common(told, c), **work(problem, x, "BLOCK_M")(c), **visits(problem, x)(c)), WARPS)
     return out, lse
 
 
@@ -111,6 +116,23 @@ def hides(problem: Problem, x: Operands) -> bool:
 def width(dim: int) -> int:
     """Columns of a tile: TMA fills those beyond `dim` with 0."""
     return max(64, padded(dim))
+
+
+def pieces_of(dim: int) -> tuple[int, int]:
+    """(number, columns) of the tiles that rows are cut into: powers of two, so few that none is empty."""
+    blocks = -(-dim // 64)
+    return (3, 64) if blocks == 3 else (1, width(dim))
+
+
+SHARED_MEMORY = 232448 - 1024           # bytes, without what barriers and messages take
+
+
+def output_apart(c: Config, columns: int, columns_v: int) -> bool:
+    """Whether the forward kernel's output has shared memory of its own: where Q's is too small for it, and where another item
+    can use Q's meanwhile, if there is room."""
+    keys = c.STAGES * c.BLOCK_N * (columns + columns_v)
+    fits = 2 * (keys + c.BLOCK_M * (columns + columns_v)) <= SHARED_MEMORY
+    return columns < columns_v or bool(c.PERSISTENT and fits)
 
 
 def descriptor(x: Tensor, rows: int, columns: int, swizzle: int = 128) -> TensorDescriptor:

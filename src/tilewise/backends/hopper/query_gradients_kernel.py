@@ -26,9 +26,9 @@ from tilewise.backends.gpu_math import gradients, masking
 from tilewise.backends.gpu_math.places import place_together, sequence
 from tilewise.backends.hopper import dropout
 from tilewise.backends.hopper.gluon_names import FIRST_BARRIER, named_barrier, tma_store, tma_store_wait
+from tilewise.backends.hopper.products import ROWS, result_layout
 from tilewise.backends.hopper.tiles import as_block, first_of, first_of_full, hide_rows, load, reaches_out, store_rows
 
-ROWS = gl.constexpr(64)                 # queries of a warpgroup
 WARPGROUPS = gl.constexpr(2)
 
 
@@ -58,23 +58,18 @@ def producer(descs, tiles, barriers, where, r, masked, total, LIST, VISIT: gl.co
 def hide(k, first, r, turn, WARPGROUP: gl.constexpr):
     """Hides the keys that no query of the block sees: 0 * NaN would reach dQ. Both warpgroups take part and wait for each
     other."""
-    if reaches_out(k, first, r):
+    if reaches_out(first, k.shape[0], r[8], r[9]):
         hide_rows(k, first, r[8], r[9], WARPGROUP, WARPGROUPS)
         fence_async_shared()
         turn = named_barrier("sync", FIRST_BARRIER, WARPGROUPS * 128, turn)
     return turn
 
 
-@gluon.constexpr_function
-def scores_layout(cols):
-    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, cols, 16])
-
-
 @gluon.jit
 def products(a, b):
     """A B^T, issued."""
     BLOCK_N: gl.constexpr = b.shape[0]
-    LAYOUT: gl.constexpr = scores_layout(BLOCK_N)
+    LAYOUT: gl.constexpr = result_layout(BLOCK_N)
     zero = gl.zeros([ROWS, BLOCK_N], gl.float32, LAYOUT)
     return warpgroup_mma(a, b.permute((1, 0)), zero, use_acc=False, is_async=True)
 
@@ -96,7 +91,7 @@ def step(tiles, barriers, dq, ds, turn, t, total, first, lse, delta, row, where,
     b, h, _h_kv, _q_slot, _q_row, _k_slot, _k_row, nq, nk = where
     K_STAGES: gl.constexpr = STAGES + 1
     BLOCK_N: gl.constexpr = k_tiles.shape[1]
-    LAYOUT: gl.constexpr = scores_layout(BLOCK_N)
+    LAYOUT: gl.constexpr = result_layout(BLOCK_N)
     before, slot, after, v_slot = (t - 1) % K_STAGES, t % K_STAGES, (t + 1) % K_STAGES, t % STAGES
     k, v = k_tiles.index(slot), v_tiles.index(v_slot)
     if not FIRST and not EARLY_K_WAIT:
@@ -140,7 +135,7 @@ def consumer(descs, tiles, barriers, where, r, masked, total, block_row, LIST, D
     q_full, k_full, _k_empty, _v_full, _v_empty = barriers
     _b, h, _h_kv, q_slot, q_row, _k_slot, _k_row, nq, _nk = where
     BLOCK_D: gl.constexpr = q_tiles.shape[2]
-    OF_ROWS: gl.constexpr = gl.SliceLayout(1, scores_layout(BLOCK_N))
+    OF_ROWS: gl.constexpr = gl.SliceLayout(1, result_layout(BLOCK_N))
     DQ_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     gl.static_assert(STAGES >= 2, "K of one tile is held until the products of the next one are issued")
     row = block_row + WARPGROUP * ROWS

@@ -25,6 +25,15 @@ def load(desc, slot, head, row, barrier, tile, ALONE: gl.constexpr):
 
 
 @gluon.jit
+def load_pieces(desc, slot, head, row, barrier, tiles, place, PIECES: gl.constexpr):
+    """As `load`, of rows that PIECES tiles make up, each with the columns of a block, from tile place * PIECES on."""
+    mbarrier.expect(barrier, PIECES * desc.block_type.nbytes)
+    for i in gl.static_range(PIECES):
+        piece = as_block(tiles.index(place * PIECES + i), desc)
+        tma_load(desc, [slot, head, row, i * desc.block_type.shape[3]], barrier, piece)
+
+
+@gluon.jit
 def first_of_full(r, t, LIST, VISIT: gl.constexpr, BLOCK: gl.constexpr):
     """The first column of the t-th full tile."""
     return (masking.tile(r, t, LIST, VISIT, False, 0) * BLOCK).to(gl.int32)
@@ -32,7 +41,7 @@ def first_of_full(r, t, LIST, VISIT: gl.constexpr, BLOCK: gl.constexpr):
 
 @gluon.jit
 def first_of(r, t, masked, LIST, VISIT: gl.constexpr, BLOCK: gl.constexpr):
-    """Of the t-th of all visited tiles: the `masked` partial ones come first, then the full ones."""
+    """The first column of the t-th of all visited tiles: the `masked` partial ones come first, then the full ones."""
     if t < masked:
         first = (masking.tile(r, t, LIST, VISIT, True, 0) * BLOCK).to(gl.int32)
     else:
@@ -41,9 +50,9 @@ def first_of(r, t, masked, LIST, VISIT: gl.constexpr, BLOCK: gl.constexpr):
 
 
 @gluon.jit
-def reaches_out(tile, first, r):
-    """Whether a tile whose first row is `first` has rows outside r[8] .. r[9], the hull of what is visible."""
-    return (first < r[8]) | (first + tile.shape[0] > r[9])
+def reaches_out(first, ROWS: gl.constexpr, low, high):
+    """Whether ROWS rows from `first` on lie outside low .. high, the hull of what is visible."""
+    return (first < low) | (first + ROWS > high)
 
 
 @gluon.jit

@@ -33,13 +33,18 @@ PEERS = ("sdpa cudnn", "sdpa flash", "flex")
 CONSUMERS = {2: (240, 24), 3: (160, 32)}        # registers of a consumer's thread and of the producer's, by warpgroups
 
 
+FORWARD_TILES = {                               # by the wider of D and D_v
+    64: ((128, 128), (128, 64), (192, 128), (192, 64)), 128: ((128, 128), (128, 64), (192, 64)),
+    192: ((128, 128), (128, 64)), 256: ((128, 64), (128, 32))}
+
+
 def candidates(kernel: str, head_dim: int) -> list[Config]:
-    """The table's variant of the forward, or of a pass of the backward, then the others to try."""
-    shipped = configs.table()[kernel, head_dim, "plain"]
+    """The table's variant of the forward, or of a pass of the backward, then the others to try, for D = D_v. Those of the
+    forward all wait early: without that nothing overlaps in the machine code."""
+    shipped = configs.table()[kernel, head_dim, head_dim, "plain"]
     if kernel == "forward":
-        tiles = ((128, 128), (128, 64), (192, 128), (192, 64)) if head_dim == 64 else ((128, 128), (128, 64), (192, 64))
-        others = [Config(m, n, stages, ping, early, *CONSUMERS[m // 64])
-                  for (m, n), stages, ping, early in itertools.product(tiles, (2, 3), (1, 0), (1, 0))]
+        others = [Config(m, n, stages, ping, 1, *CONSUMERS[m // 64], persistent) for (m, n), stages, ping, persistent in
+                  itertools.product(FORWARD_TILES[head_dim], (2, 3), (1, 0), (1, 0))]
     elif kernel == "dq":
         others = [shipped._replace(BLOCK_N=n, STAGES=stages, EARLY_WAIT=early)
                   for n, stages, early in itertools.product((shipped.BLOCK_N, 2 * shipped.BLOCK_N), (2, 3), (1, 0))]
@@ -84,12 +89,15 @@ def measure(shape: Shape, device: torch.device) -> Iterator[dict[str, Any]]:
         "backward": lambda name: torch.autograd.grad(outs[name], (q, k, v), dout, retain_graph=True)}
     for kernel, run in runs.items():
         direction = "forward" if kernel == "forward" else "backward"
+        shipped = configs.table().get((kernel, shape.head_dim, shape.head_dim, "plain"))
+        if shipped is None:
+            continue
         right, failed = verified(kernel, shape.head_dim, run, device)
         calls: dict[str, Callable[[int], object]] = {str(tuple(config)): in_variant(kernel, config, run) for config in right}
         calls |= {name: in_turn(of_peers[direction], name) for name in peers}
         found: Mapping[str, Timing] = compare(calls, device, seconds=SECONDS) if right else {}
         yield {"kernel": kernel, "head_dim": shape.head_dim, "causal": shape.causal, "seqlen": shape.seqlen, "failed": failed,
-               "shipped": str(tuple(configs.table()[kernel, shape.head_dim, "plain"])),
+               "shipped": str(tuple(shipped)),
                "seconds": {name: timing.median for name, timing in found.items()},
                "tflops": {name: WORK[direction] * shape.flops() / timing.median / 1e12 for name, timing in found.items()}}
 
@@ -144,13 +152,13 @@ def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         common = [name for name in group[0] if name.startswith("(") and all(name in seconds for seconds in group)]
         if common:
             name = min(common, key=lambda name: geometric_mean([seconds[name] for seconds in group]))
-            best.append("\t".join([kernel, str(head_dim), "plain", *name.strip("()").split(", ")]))
+            best.append("\t".join([kernel, str(head_dim), str(head_dim), "plain", *name.strip("()").split(", ")]))
     return found + best
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tilewise.bench.hopper.tuning", description=__doc__.split("\n")[0])
-    parser.add_argument("--head-dims", type=lambda text: [int(d) for d in text.split(",")], default=list(configs.HEAD_DIMS))
+    parser.add_argument("--head-dims", type=lambda text: [int(d) for d in text.split(",")], default=[64, 128, 256])
     parser.add_argument("--out", type=Path, help="write the result as JSON")
     parser.add_argument("--seconds", type=float, default=300, help="begin no further shape after so long")
     options = parser.parse_args(arguments)
