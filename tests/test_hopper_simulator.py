@@ -282,12 +282,14 @@ def test_leaf_functions_of_the_gpu_backends():
     torch.testing.assert_close(lse, x.tanh().logsumexp(1))
 
 
-def test_philox():
-    out, seed = torch.zeros(64, 4, dtype=torch.int64), 0x123456789ABCDEF
-    launch(kernels.random_words, (1,), torch.tensor([seed]), out, ROUNDS=rng.ROUNDS)
-    rows, zero = torch.arange(64), torch.zeros(64, dtype=torch.int64)
-    key = torch.tensor(seed & rng.LOW), torch.tensor(seed >> 32)
-    assert torch.equal(out, torch.stack(rng.philox((rows, rows * 7, zero + 11, zero), key), 1))
+@pytest.mark.parametrize("rows, warps", [(64, 4), (64, 8), (32, 8)])
+def test_dropout(rows, warps):
+    source, threshold = rng.Rng(0x123456789ABCDEF, offset=5, first_sequence=2).tensor("cpu"), rng.threshold(0.3)
+    i, j = torch.arange(96, 96 + rows)[:, None], torch.arange(64, 192)[None, :]
+    expected = rng.keep(source, threshold, torch.tensor(0), torch.tensor(3), 7, i, j)
+    out = torch.zeros(rows, 128, dtype=torch.bool)
+    launch(kernels.kept, (1,), source, out, threshold, 3, 7, 96, 64, rows, 128, num_warps=warps)
+    assert torch.equal(out, expected)
 
 
 def case(kernel, constants, **signature):
@@ -304,7 +306,9 @@ def block(kind, *shape):
     (kernels.product, {"STAGES": 2},
      {"a": block("bf16", 64, 64), "b": block("bf16", 64, 64), "c": block("fp32", 64, 64), "n": "i32"}),
     (kernels.sum_in_order, {"N": 32, "BY_TMA": True}, {"x": "*fp32", "total": block("fp32", 32, 32), "turn": "*i32"}),
-    (kernels.random_words, {"ROUNDS": 10}, {"seed": "*i64", "out": "*i64"}),
+    (kernels.kept, {"ROWS": 64, "COLS": 128},
+     {"seeds": "*i64", "out": "*i1", **dict.fromkeys(
+         ("threshold", "h", "heads", "first_row", "first_col"), "i32")}),
     (kernels.transpose_heads, {}, {"source": block("fp32", 1, 32, 1, 32), "target": block("fp32", 1, 1, 32, 32)}),
     (kernels.softmax_of, {}, {"x": "*fp32", "out": "*fp32", "sums": "*fp32"}),
     (kernels.arithmetic, {}, {"x": "*bf16", "i": "*i32", "floats": "*fp32", "integers": "*i32"}),

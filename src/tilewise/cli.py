@@ -324,7 +324,7 @@ def inspect(
             model_hopper(arch, only)
         return
     if update:
-        matrix.run(shipped, store, jobs=jobs)
+        matrix.run(shipped, store, jobs=jobs, only=only, arch=arch)
     if not store.exists():
         console.print(f"No results in {store} yet: `tilewise inspect --update` makes them.", soft_wrap=True)
         return

@@ -11,6 +11,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 
+from tilewise.backends.gpu_math.entry import OPTIONS
+
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
     "sm_89": GPUTarget("cuda", 89, 32),
@@ -84,7 +86,7 @@ def build(case: KernelCase) -> CompiledKernel:
     target = TARGETS[case.arch]
     types = _types(case)
     source = _source_class(case.kernel)(case.kernel, types, _constants(case, types), _alignment(case, types, target))
-    options = {"num_warps": case.num_warps, "num_stages": case.num_stages}
+    options = {"num_warps": case.num_warps, "num_stages": case.num_stages, **OPTIONS}
     with contextlib.redirect_stdout(io.StringIO()):  # a failing ptxas would print the whole PTX
         return triton.compile(source, target=target, options=options)
 

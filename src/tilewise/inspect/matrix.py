@@ -27,8 +27,10 @@ Cases = Callable[[], Iterable[KernelCase]]  # a module-level function, so that w
 Row = dict[str, Any]
 
 
-def run(shipped: Cases, store: Path, jobs: int = 2, progress: bool = True) -> dict[str, Row]:
-    """Compile the cases that have no row at their current key; return all rows.
+def run(shipped: Cases, store: Path, jobs: int = 2, progress: bool = True, only: str = "",
+        arch: str | None = None) -> dict[str, Row]:
+    """Compile the cases that have no row at their current key; return all rows. only, arch: none but those whose name
+    contains it, for that GPU.
 
     `store` is rewritten after every result; rows of cases that no longer exist are dropped. A kernel that does not
     compile, or that crashes the compiler, gets a row that says so. Raises RuntimeError when TRITON_INTERPRET is set.
@@ -37,7 +39,8 @@ def run(shipped: Cases, store: Path, jobs: int = 2, progress: bool = True) -> di
         raise RuntimeError("TRITON_INTERPRET is set: unset it to compile kernels")
     cases = by_name(shipped())
     rows = {name: row for name, row in load(store).items() if name in cases}
-    todo = [name for name, case in cases.items() if rows.get(name, {}).get("key") != case.key]
+    todo = [name for name, case in cases.items()
+            if rows.get(name, {}).get("key") != case.key and only in name and arch in (None, case.arch)]
     save(store, rows)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=Console(stderr=True), disable=not progress) as bar:

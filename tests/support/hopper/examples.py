@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from support.hopper import named_barrier, simulate, store_complete, tma_reduce_add
 from tilewise.backends.gpu_math import elementary, softmax
+from tilewise.backends.hopper import dropout
 
 tma_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 tma_store = getattr(tma, "async_store", None) or tma.async_copy_shared_to_global
@@ -291,26 +292,19 @@ def by_assembly(out):
 # --- arithmetic -----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit
-def philox_words(c0, c1, c2, c3, k0, k1, ROUNDS: tl.constexpr):
-    for _ in tl.static_range(ROUNDS):
-        low_0, low_1 = c0 * tl.cast(0xD2511F53, tl.uint32), c2 * tl.cast(0xCD9E8D57, tl.uint32)
-        high_0, high_1 = tl.umulhi(c0, tl.cast(0xD2511F53, tl.uint32)), tl.umulhi(c2, tl.cast(0xCD9E8D57, tl.uint32))
-        c0, c1, c2, c3 = high_1 ^ c1 ^ k0, low_1, high_0 ^ c3 ^ k1, low_0
-        k0, k1 = k0 + tl.cast(0x9E3779B9, tl.uint32), k1 + tl.cast(0xBB67AE85, tl.uint32)
-    return tl.join(tl.join(c0, c1), tl.join(c2, c3))    # [.., word % 2, word // 2]
-
-
 @gluon.jit
-def random_words(seed, out, ROUNDS: gl.constexpr):
-    """Four words of each of 64 counters."""
-    words: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [4, 1], [1, 0])
-    rows = gl.arange(0, 64, layout=gl.SliceLayout(1, words)).to(gl.uint32)
-    low, high = (gl.load(seed) & 0xFFFFFFFF).to(gl.uint32), ((gl.load(seed) >> 32) & 0xFFFFFFFF).to(gl.uint32)
-    found = philox_words(rows, rows * 7, rows * 0 + 11, rows * 0, low, high, ROUNDS)
-    found = gl.reshape(gl.permute(found, (0, 2, 1)), [64, 4])
-    i, j = rows_and_columns(64, 4, words)
-    gl.store(out + i * 4 + j, gl.convert_layout(found.to(gl.int64), words))
+def kept(seeds, out, threshold, h, heads, first_row, first_col, ROWS: gl.constexpr, COLS: gl.constexpr):
+    """What dropout keeps of a tile [ROWS, COLS]: by 8 warps, transposed; by 4, of 64 rows."""
+    if gl.num_warps() == 4:
+        TILE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, COLS, 16])
+        i, j = rows_and_columns(ROWS, COLS, TILE)
+        keep = dropout.keep(seeds, threshold, gl.program_id(0), h, heads, first_row, first_col, COLS, TILE)
+        gl.store(out + i * COLS + j, keep)
+    else:
+        TURNED: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [8, 1], [16, ROWS, 16])
+        j, i = rows_and_columns(COLS, ROWS, TURNED)
+        keep = dropout.keep_transposed(seeds, threshold, gl.program_id(0), h, heads, first_row, first_col, ROWS, COLS, TURNED)
+        gl.store(out + i * COLS + j, keep)
 
 
 @triton.jit

@@ -8,6 +8,7 @@ from tilewise.backends.hopper import gluon_names
 
 simulate(gluon_names.named_barrier, named_barrier)
 simulate(gluon_names.tma_add, tma_reduce_add)
+simulate(gluon_names.reinterpret, lambda tile, dtype, shape, layout: tile._reinterpret(dtype, shape, layout))
 
 
 def simulated(kernel, problem, programs, values, warps, seed=0):

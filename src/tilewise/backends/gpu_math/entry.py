@@ -31,6 +31,7 @@ SCALARS = {"scale": "fp32", "heads": "i32", "group": "i32", "nq": "i32", "nk": "
            "out_split": "i64", "lse_split": "i64", "kv_heads": "i32", "room": "i32", "slots": "i32", "blocks": "i32",
            "positions": "i32", "together": "i32"}
 MAX_ALIGN = 16
+OPTIONS = {"enable_fp_fusion": True}    # of the compiler: a * b + c rounds once; no longer its default from Triton 3.10 on
 
 
 class Parameter(NamedTuple):

@@ -30,17 +30,20 @@ def of_scores(p, s, dp, delta, scale, b, h, rows, cols, nq, nk, program, SCORE_G
 
 
 @triton.jit
-def tile_gradients(s, dp, lse, delta, scale, b, h, heads, rows, cols, first_row, first_col, nq, nk, BIAS,
-                   bias_strides, RNG, dropout, program, SCORE: tl.constexpr, SCORE_GRADIENT: tl.constexpr, MASK: tl.constexpr,
+def tile_gradients(s, dp, lse, delta, scale, b, h, heads, rows, cols, first_col, nq, nk, BIAS, bias_strides,
+                   RNG, dropout, program, SCORE: tl.constexpr, SCORE_GRADIENT: tl.constexpr, MASK: tl.constexpr,
                    BIAS_COLS: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, NATURAL: tl.constexpr,
-                   MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
+                   MASKED: tl.constexpr, BLOCK_N: tl.constexpr, TRANSPOSED: tl.constexpr):
     """(kept p, d loss / d finished score, d loss / d (scale * q.k)) of a tile, from s = q.k and dp = dO.v."""
     p = probabilities(s, lse, scale, b, h, rows, cols, nq, nk, BIAS, bias_strides, program, SCORE, MASK, BIAS_COLS, RAW,
                       NATURAL, MASKED)
     kept = p
     if DROPOUT:
-        drawn = first_row + tl.arange(0, BLOCK_M)
-        keep = philox.keep(RNG, dropout, b, h, heads, drawn, first_col, BLOCK_M, BLOCK_N, TRANSPOSED)
+        groups = first_col // 8 + tl.arange(0, BLOCK_N // 8)
+        if TRANSPOSED:
+            keep = philox.keep(RNG, dropout, b, h, heads, rows, groups[:, None], True)
+        else:
+            keep = philox.keep(RNG, dropout, b, h, heads, rows, groups[None, :], False)
         kept = tl.where(keep, p, 0.0)
         dp = tl.where(keep, dp * (65536.0 / (65536 - dropout)), 0.0)
     ds, ds_raw = of_scores(p, s, dp, delta, scale, b, h, rows, cols, nq, nk, program, SCORE_GRADIENT, MASKED)

@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from tilewise.backends.gpu_math import gradients, masking, scoring
 from tilewise.backends.gpu_math.places import place, sequence
-from tilewise.backends.hopper.gluon_names import thread_barrier, tma_add, tma_load, tma_store, tma_store_wait
+from tilewise.backends.hopper.gluon_names import reinterpret, thread_barrier, tma_add, tma_load, tma_store, tma_store_wait
 from tilewise.backends.hopper.tiles import as_block, first_of, hide_rows, load, store_rows
 
 
@@ -255,7 +255,7 @@ def consumer(descs, tiles, barriers, where, kv_heads, group, first_col, DK, DV_,
 def store(desc, tile, x, slot, head, row, left, X, strides, PACKED: gl.constexpr, DIM: gl.constexpr):
     """dK or dV to memory. PACKED: the rows behind the `left` ones are another sequence's. Swizzled unlike the tiles of the
     loop: what their addresses have in common would be kept in registers throughout it."""
-    tile = tile._reinterpret(tile.dtype, tile.shape, gl.NVMMASharedLayout(64, 16))
+    tile = reinterpret(tile, tile.dtype, tile.shape, gl.NVMMASharedLayout(64, 16))
     tile.store(x.to(tile.dtype))
     if PACKED:
         X += slot.to(gl.int64) * strides[0] + head.to(gl.int64) * strides[1]

@@ -19,6 +19,13 @@ def tma_add(desc, coord, src, _semantic=None):
     _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, coord, src.handle)
 
 
+@builtin
+def reinterpret(tile, dtype, shape, layout, _semantic=None):
+    """A tile in shared memory as one of another shape or layout (3.9 made it public)."""
+    method = getattr(tile, "reinterpret", None) or tile._reinterpret
+    return method(dtype, shape, layout, _semantic=_semantic)
+
+
 FIRST_BARRIER = gl.constexpr(8)         # Triton itself has been seen to use named barriers 0 to 3
 
 

@@ -11,7 +11,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilewise.backends import Gradients, Needs
 from tilewise.backends.gpu_math.arguments import arguments, in_all, padded, strides, visits, work
-from tilewise.backends.gpu_math.entry import entry, flatten
+from tilewise.backends.gpu_math.entry import OPTIONS, entry, flatten
 from tilewise.backends.hopper.backward_kernel import backward as backward_kernel
 from tilewise.backends.hopper.configs import Config, choose
 from tilewise.backends.hopper.forward_kernel import ROWS
@@ -27,7 +27,8 @@ WARPS = 4                               # of the first partition; the others say
 def start(kernel: Any, problem: Problem, programs: int, values: Mapping[str, Any], warps: int) -> None:
     """Launches a kernel on the device of the problem, whichever is current."""
     with torch.cuda.device(problem.device):
-        entry(kernel, problem.program)[(programs,)](**flatten(kernel, problem.program, values), num_warps=warps)
+        flat = flatten(kernel, problem.program, values)
+        entry(kernel, problem.program)[(programs,)](**flat, num_warps=warps, **OPTIONS)
 
 
 def forward(problem: Problem, x: Operands, start: Start = start) -> tuple[Tensor, Tensor]:

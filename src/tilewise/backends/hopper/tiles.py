@@ -7,13 +7,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from tilewise.backends.gpu_math import masking
-from tilewise.backends.hopper.gluon_names import tma_load
+from tilewise.backends.hopper.gluon_names import reinterpret, tma_load
 
 
 @gluon.jit
 def as_block(tile, desc):
     """A tile [rows, columns] as the block [1, 1, rows, columns] of a descriptor of (slots, heads, rows, columns)."""
-    return tile._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+    return reinterpret(tile, desc.dtype, desc.block_type.shape, desc.layout)
 
 
 @gluon.jit

@@ -67,9 +67,9 @@ def key_gradients(Q, K, V, BIAS, RNG, LIST, DO, LSE, DELTA, DK, DV_, DBIAS, Q_RO
                 dp = s if PART == " dv" else tl.dot(v, tl.trans(do), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
                 lse, delta = load_statistics(LSE, DELTA, statistics, rows, nq, NATURAL)
                 p, ds, ds_raw = tile_gradients(
-                    s, dp, lse[None, :], delta[None, :], scale, b, h, heads, rows[None, :], cols[:, None], first_row,
-                    first_col, nq, nk, BIAS, bias_strides, RNG, dropout, program, SCORE, SCORE_GRADIENT, MASK, BIAS_COLS,
-                    DROPOUT, RAW, NATURAL, MASKED, BLOCK_M, BLOCK_N, True)
+                    s, dp, lse[None, :], delta[None, :], scale, b, h, heads, rows[None, :], cols[:, None], first_col, nq, nk,
+                    BIAS, bias_strides, RNG, dropout, program, SCORE, SCORE_GRADIENT, MASK, BIAS_COLS,
+                    DROPOUT, RAW, NATURAL, MASKED, BLOCK_N, True)
                 if PART != " dk":
                     dv = tl.dot(p.to(do.dtype), do, dv, input_precision=PRECISION)
                 if PART != " dv":
@@ -121,9 +121,9 @@ def query_gradients(Q, K, V, BIAS, RNG, LIST, DO, LSE, DELTA, DQ, DBIAS, Q_ROWS,
             v = load_rows_between(V, v_strides[2], first_col, r[8], r[9], BLOCK_N, DV, BLOCK_DV, MASKED)
             dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)            # [BLOCK_M, BLOCK_N]
             _kept, ds, ds_raw = tile_gradients(
-                s, dp, lse[:, None], delta[:, None], scale, b, h, heads, rows[:, None], cols[None, :], first_row,
-                first_col, nq, nk, BIAS, bias_strides, RNG, dropout, program, SCORE, SCORE_GRADIENT, MASK, BIAS_COLS, DROPOUT,
-                RAW, NATURAL, MASKED, BLOCK_M, BLOCK_N, False)
+                s, dp, lse[:, None], delta[:, None], scale, b, h, heads, rows[:, None], cols[None, :], first_col, nq, nk,
+                BIAS, bias_strides, RNG, dropout, program, SCORE, SCORE_GRADIENT, MASK, BIAS_COLS, DROPOUT,
+                RAW, NATURAL, MASKED, BLOCK_N, False)
             dq = tl.dot(ds_raw.to(k.dtype), k, dq, input_precision=PRECISION)
             if DBIAS_MODE == "direct":
                 store_tile(DBIAS, dbias_strides, b, h, rows, cols, nq, nk, ds)
@@ -207,9 +207,9 @@ def summed_gradient(Q, K, V, BIAS, RNG, DO, LSE, DELTA, SUMS, SCALE, Q_ROWS, K_R
                 dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
                 lse, delta = load_statistics(LSE, DELTA, statistics, rows, nq, NATURAL)
                 _kept, _ds, terms = tile_gradients(
-                    s, dp, lse[:, None], delta[:, None], scale, b, h, heads, rows[:, None], cols[None, :], m * BLOCK_M,
-                    n * BLOCK_N, nq, nk, BIAS, bias_strides, RNG, dropout, program, SCORE, FACTOR, MASK, BIAS_COLS, DROPOUT,
-                    RAW, NATURAL, True, BLOCK_M, BLOCK_N, False)
+                    s, dp, lse[:, None], delta[:, None], scale, b, h, heads, rows[:, None], cols[None, :], n * BLOCK_N, nq, nk,
+                    BIAS, bias_strides, RNG, dropout, program, SCORE, FACTOR, MASK, BIAS_COLS, DROPOUT,
+                    RAW, NATURAL, True, BLOCK_N, False)
                 if PATTERN == "any":
                     place = PLACE(b, h, tl.minimum(rows, nq - 1)[:, None], tl.minimum(cols, nk - 1)[None, :], nq, nk, captured,
                                   ints, floats)

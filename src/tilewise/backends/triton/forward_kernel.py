@@ -125,8 +125,9 @@ def attend(r, q, q_tail, K, V, BIAS, RNG, LIST, PAGES, V_SCALE, k_strides, v_str
                                SCORE, MASK, BIAS_COLS, RAW, MASKED)
             m_i, l_i, acc, p = softmax.update(m_i, l_i, acc, s, unit, NATURAL)
             if DROPOUT:
-                kept = philox.keep(RNG, dropout, b, h, heads, rows + (nk - nq if CACHED else 0), first_col, BLOCK_M, BLOCK_N,
-                                   False)
+                drawn = rows + (nk - nq if CACHED else 0)
+                groups = first_col // 8 + tl.arange(0, BLOCK_N // 8)
+                kept = philox.keep(RNG, dropout, b, h, heads, drawn[:, None], groups[None, :], False)
                 p = tl.where(kept, p, 0.0)
             if SHARED:
                 v = k

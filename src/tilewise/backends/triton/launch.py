@@ -12,7 +12,7 @@ from torch import Tensor
 
 from tilewise.backends import Gradients, Needs
 from tilewise.backends.gpu_math.arguments import arguments, blocks, in_all, padded, strides, visits, work
-from tilewise.backends.gpu_math.entry import entry, flatten
+from tilewise.backends.gpu_math.entry import OPTIONS, entry, flatten
 from tilewise.backends.gpu_math.preprocess import preprocess
 from tilewise.backends.triton import backward_kernels as bwd
 from tilewise.backends.triton.configs import (
@@ -56,7 +56,7 @@ def run(kernel: Any, problem: Problem, programs: Callable[[Config], tuple[int, .
 def start(point: Any, grid: tuple[int, ...], flat: Mapping[str, Any], config: Config, device: torch.device) -> None:
     """Launches an entry point. Triton does so on the current device, whatever device the tensors are on."""
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        point[grid](**flat, num_warps=config.num_warps, num_stages=config.num_stages)
+        point[grid](**flat, num_warps=config.num_warps, num_stages=config.num_stages, **OPTIONS)
 
 
 def settled(problem: Problem, values: Mapping[str, Any], config: Config) -> dict[str, Any]:
