@@ -97,7 +97,8 @@ def forward(problem: Problem, x: Operands, run: Run = run, found: Statistics = N
         return out, lse
     parts = torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device)
     part_lse = torch.full((splits, *lse.shape), -torch.inf, device=lse.device)
-    of_parts = found if found is NONE else Statistics(*(t if t is None else t.expand(splits, *t.shape).clone() for t in found[:2]))
+    of_parts = found if found is NONE else Statistics(*(
+        None if t is None else t.expand(splits, *t.shape).clone() for t in found[:2]))
     shares = dict(splits=splits, out_split=parts.stride(0), lse_split=part_lse.stride(0))
     per_block = per_query_block(problem, fold)
     run(forward_kernel, problem, lambda c: (*per_block(c), splits), values | shares | dict(
