@@ -1,4 +1,7 @@
 """max_score, entropy and key_mass on every backend, against their dense definition in fp64 by the tolerance rule."""
+import functools
+import importlib.util
+
 import pytest
 import torch
 from support.backends import AVAILABLE, DEVICE, INTERPRETING
@@ -247,3 +250,16 @@ def test_hopper_does_not_compute_them():
     q = call.q.contiguous()
     problem, _ = tw.api.make(q, q, q, return_stats=("max_score",))
     assert backends.load("hopper").unsupported(problem) == "statistics of rows and keys"
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
+def test_triton_ships_them_wherever_it_ships_attention():
+    from tilewise.backends.triton import aot, configs
+    for arch in configs.ARCHITECTURES:
+        for width in configs.WIDTHS:
+            for head_dim in configs.HEAD_DIMS[:-1]:
+                for features in ("plain", "rich"):
+                    for variant in ("packed", "prefill pages"):
+                        example = functools.partial(aot.example, width, head_dim, features)
+                        if configs.missing(example(variant)[0], arch) is None:
+                            assert configs.missing(example(f"statistics {variant}")[0], arch) is None
