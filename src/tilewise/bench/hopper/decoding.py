@@ -118,7 +118,7 @@ def in_fp8(world: World) -> tuple[tw.KVCache, World]:
 
 def candidates(head_dim: int) -> list[Config]:
     """The table's variant, then others: tiles of 32 to 128 keys, rings for one program on a multiprocessor and for two."""
-    shipped = configs.table()["decode", head_dim, "plain"]
+    shipped = configs.table()["decode", head_dim, head_dim, "plain"]
     tile, queries = 4 * head_dim, 2 * 64 * head_dim         # bytes of a key and its value; of Q
     others = []
     for keys in (32, 64, 128):
@@ -181,8 +181,8 @@ def lines(result: Row) -> list[str]:
     for row in result["tuned"]:
         if row["seconds"]:
             best = min(row["seconds"], key=lambda name: row["seconds"][name])
-            shipped = row["seconds"].get(str(tuple(configs.table()["decode", row["head_dim"], "plain"])))
-            found.append("\t".join(["decode", str(row["head_dim"]), "plain", *best.strip("()").split(", ")])
+            shipped = row["seconds"].get(str(tuple(configs.table()["decode", row["head_dim"], row["head_dim"], "plain"])))
+            found.append("\t".join(["decode", *[str(row["head_dim"])] * 2, "plain", *best.strip("()").split(", ")])
                          + ("" if shipped is None else f"   {shipped / row['seconds'][best]:.2f} times the table's speed"))
     return found
 
