@@ -69,7 +69,8 @@ def query_gradient_tangents(
             _kept, ds_tangent, ds_raw, ds_raw_tangent = tile_gradient_tangents(
                 s, s_tangent, dp, dp_tangent, lse[:, None], lse_tangent[:, None], delta[:, None], delta_tangent[:, None], scale,
                 b, h, heads, rows[:, None], cols[None, :], first_col, nq, nk, BIAS, bias_strides, BIAS_TANGENT, RNG,
-                dropout, program, SCORE, SCORE_GRADIENT, SCORE_CURVATURE, MASK, BIAS_COLS, DROPOUT, RAW, NATURAL, MASKED, BLOCK_N)
+                dropout, program, SCORE, SCORE_GRADIENT, SCORE_CURVATURE, MASK, BIAS_COLS, DROPOUT, RAW, NATURAL, MASKED,
+                BLOCK_N)
             dq = tl.dot(ds_raw_tangent.to(k.dtype), k, dq, input_precision=PRECISION)
             dq = tl.dot(ds_raw.to(k.dtype), k_tangent, dq, input_precision=PRECISION)
             if DBIAS_MODE == "direct":
