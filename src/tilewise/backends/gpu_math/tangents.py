@@ -25,10 +25,10 @@ def of_finished(s_tangent, slope, scale, b, h, rows, cols, nq, nk, BIAS_TANGENT,
 
 
 @triton.jit
-def tile_tangents(s, s_tangent, lse, scale, b, h, heads, rows, cols, first_row, first_col, nq, nk, BIAS, bias_strides,
+def tile_tangents(s, s_tangent, lse, scale, b, h, heads, rows, cols, first_col, nq, nk, BIAS, bias_strides,
                   BIAS_TANGENT, RNG, dropout, program, SCORE: tl.constexpr, SCORE_GRADIENT: tl.constexpr, MASK: tl.constexpr,
                   BIAS_COLS: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, NATURAL: tl.constexpr,
-                  MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                  MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
     """(p * score', kept p, kept p * score') of a tile."""
     p = probabilities(s, lse, scale, b, h, rows, cols, nq, nk, BIAS, bias_strides, program, SCORE, MASK, BIAS_COLS, RAW,
                       NATURAL, MASKED)
@@ -39,17 +39,18 @@ def tile_tangents(s, s_tangent, lse, scale, b, h, heads, rows, cols, first_row, 
         weighted = tl.where(p == 0.0, 0.0, weighted)                           # 0 also where its factor is not finite
     kept, kept_weighted = p, weighted
     if DROPOUT:
-        keep = philox.keep(RNG, dropout, b, h, heads, first_row + tl.arange(0, BLOCK_M), first_col, BLOCK_M, BLOCK_N, False)
+        groups = first_col // 8 + tl.arange(0, BLOCK_N // 8)
+        keep = philox.keep(RNG, dropout, b, h, heads, rows, groups[None, :], False)
         kept, kept_weighted = tl.where(keep, p, 0.0), tl.where(keep, weighted, 0.0)
     return weighted, kept, kept_weighted
 
 
 @triton.jit
 def tile_gradient_tangents(s, s_tangent, dp, dp_tangent, lse, lse_tangent, delta, delta_tangent, scale, b, h, heads, rows, cols,
-                           first_row, first_col, nq, nk, BIAS, bias_strides, BIAS_TANGENT, RNG, dropout, program,
+                           first_col, nq, nk, BIAS, bias_strides, BIAS_TANGENT, RNG, dropout, program,
                            SCORE: tl.constexpr, SCORE_GRADIENT: tl.constexpr, SCORE_CURVATURE: tl.constexpr, MASK: tl.constexpr,
                            BIAS_COLS: tl.constexpr, DROPOUT: tl.constexpr, RAW: tl.constexpr, NATURAL: tl.constexpr,
-                           MASKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+                           MASKED: tl.constexpr, BLOCK_N: tl.constexpr):
     """(kept p', dS', d loss / d (scale * q.k), its tangent) of a tile, from dp = dO.v and dp_tangent = dO.v' besides."""
     p = probabilities(s, lse, scale, b, h, rows, cols, nq, nk, BIAS, bias_strides, program, SCORE, MASK, BIAS_COLS, RAW,
                       NATURAL, MASKED)
@@ -60,8 +61,8 @@ def tile_gradient_tangents(s, s_tangent, dp, dp_tangent, lse, lse_tangent, delta
         p_tangent = tl.where(p == 0.0, 0.0, p_tangent)                         # 0 also where its factor is not finite
     kept = p_tangent
     if DROPOUT:
-        drawn, rescale = first_row + tl.arange(0, BLOCK_M), 65536.0 / (65536 - dropout)
-        keep = philox.keep(RNG, dropout, b, h, heads, drawn, first_col, BLOCK_M, BLOCK_N, False)
+        groups, rescale = first_col // 8 + tl.arange(0, BLOCK_N // 8), 65536.0 / (65536 - dropout)
+        keep = philox.keep(RNG, dropout, b, h, heads, rows, groups[None, :], False)
         kept = tl.where(keep, p_tangent, 0.0)
         dp, dp_tangent = tl.where(keep, dp * rescale, 0.0), tl.where(keep, dp_tangent * rescale, 0.0)
     ds = p * (dp - delta)

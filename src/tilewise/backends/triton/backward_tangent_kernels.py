@@ -68,9 +68,9 @@ def query_gradient_tangents(
             dp_tangent = tl.dot(do, tl.trans(v), input_precision=PRECISION)
             _kept, ds_tangent, ds_raw, ds_raw_tangent = tile_gradient_tangents(
                 s, s_tangent, dp, dp_tangent, lse[:, None], lse_tangent[:, None], delta[:, None], delta_tangent[:, None], scale,
-                b, h, heads, rows[:, None], cols[None, :], first_row, first_col, nq, nk, BIAS, bias_strides, BIAS_TANGENT, RNG,
+                b, h, heads, rows[:, None], cols[None, :], first_col, nq, nk, BIAS, bias_strides, BIAS_TANGENT, RNG,
                 dropout, program, SCORE, SCORE_GRADIENT, SCORE_CURVATURE, MASK, BIAS_COLS, DROPOUT, RAW, NATURAL, MASKED,
-                BLOCK_M, BLOCK_N)
+                BLOCK_N)
             dq = tl.dot(ds_raw_tangent.to(k.dtype), k, dq, input_precision=PRECISION)
             dq = tl.dot(ds_raw.to(k.dtype), k_tangent, dq, input_precision=PRECISION)
             if DBIAS_MODE == "direct":
@@ -135,9 +135,9 @@ def key_gradient_tangents(
                 lse_tangent, delta_tangent = load_tangents(LSE_TANGENT, DELTA_TANGENT, statistics, rows, nq)
                 p_tangent, ds_tangent, ds_raw, ds_raw_tangent = tile_gradient_tangents(
                     s, s_tangent, dp, dp_tangent, lse[:, None], lse_tangent[:, None], delta[:, None], delta_tangent[:, None],
-                    scale, b, h, heads, rows[:, None], cols[None, :], first_row, first_col, nq, nk, BIAS, bias_strides,
+                    scale, b, h, heads, rows[:, None], cols[None, :], first_col, nq, nk, BIAS, bias_strides,
                     BIAS_TANGENT, RNG, dropout, program, SCORE, SCORE_GRADIENT, SCORE_CURVATURE, MASK, BIAS_COLS, DROPOUT, RAW,
-                    NATURAL, MASKED, BLOCK_M, BLOCK_N)
+                    NATURAL, MASKED, BLOCK_N)
                 if PART == " dk":
                     total = tl.dot(tl.trans(ds_raw_tangent.to(q.dtype)), q, total, input_precision=PRECISION)
                     total = tl.dot(tl.trans(ds_raw.to(q.dtype)), q_tangent, total, input_precision=PRECISION)
@@ -205,8 +205,7 @@ def bias_gradient_tangent(
             lse_tangent, delta_tangent = load_tangents(LSE_TANGENT, DELTA_TANGENT, statistics, rows, nq)
             _kept, ds_tangent, _raw, _raw_tangent = tile_gradient_tangents(
                 s, s_tangent, dp, dp_tangent, lse[:, None], lse_tangent[:, None], delta[:, None], delta_tangent[:, None], scale,
-                b, h, heads, rows[:, None], cols[None, :], m * BLOCK_M, n * BLOCK_N, nq, nk, BIAS, bias_strides, BIAS_TANGENT,
-                RNG, dropout, program, SCORE, SCORE_GRADIENT, None, MASK, BIAS_COLS, DROPOUT, RAW, NATURAL, True, BLOCK_M,
-                BLOCK_N)
+                b, h, heads, rows[:, None], cols[None, :], n * BLOCK_N, nq, nk, BIAS, bias_strides, BIAS_TANGENT,
+                RNG, dropout, program, SCORE, SCORE_GRADIENT, None, MASK, BIAS_COLS, DROPOUT, RAW, NATURAL, True, BLOCK_N)
             total += ds_tangent
     store_tile(DBIAS, dbias_strides, own_b, own_h, rows, cols, longest_q, longest_k, total)

@@ -52,9 +52,9 @@ def tangent(Q, K, V, Q_TANGENT, K_TANGENT, V_TANGENT, BIAS, BIAS_TANGENT, SINKS,
             k = load_rows_between(K_TANGENT, k_strides[2], first_col, r[8], r[9], BLOCK_N, D, BLOCK_D, MASKED)
             s_tangent = tl.dot(q, tl.trans(k), s_tangent, input_precision=PRECISION)
             weighted, kept, kept_weighted = tile_tangents(
-                s, s_tangent, lse[:, None], scale, b, h, heads, rows[:, None], cols[None, :], first_row, first_col, nq, nk,
+                s, s_tangent, lse[:, None], scale, b, h, heads, rows[:, None], cols[None, :], first_col, nq, nk,
                 BIAS, bias_strides, BIAS_TANGENT, RNG, dropout, program, SCORE, SCORE_GRADIENT, MASK, BIAS_COLS, DROPOUT, RAW,
-                NATURAL, MASKED, BLOCK_M, BLOCK_N)
+                NATURAL, MASKED, BLOCK_N)
             lse_tangent += tl.sum(weighted, 1)
             v = load_rows_between(V, v_strides[2], first_col, r[8], r[9], BLOCK_N, DV, BLOCK_DV, MASKED)
             acc = tl.dot(kept_weighted.to(v.dtype), v, acc, input_precision=PRECISION)
