@@ -6,6 +6,8 @@ D and D_v) and these features, works on BLOCK_M queries x BLOCK_N keys per tile 
     width      "16" (fp16, bf16), "ieee" or "tf32" (fp32 by the precision of its products)
     features   "plain"; "rich": with score function, bias or dropout, which take registers; "listed": plain with a list of
                tiles, where "rich", which also serves it, will not do
+    kernel     as `forward_row` calls it; "forward entropy": in its place where the entropy is asked for and takes registers
+               that the kernel does not have
 
 Every row compiles without register spills and inside the shared memory of its architecture (`results/gates.json`); where no
 row exists nothing is shipped. BLOCK_N is a multiple of 32, as dropout's bits want. Rows were chosen by that and by size, not
@@ -71,7 +73,8 @@ def choose(kernel: str, problem: Problem, arch: str) -> Config:
     if arch == "interpreter":
         return INTERPRETER
     rows, wanted = table(), key(kernel, problem, arch)
-    return rows[wanted if wanted in rows else wanted._replace(features="rich")]
+    wanted = wanted if wanted in rows else wanted._replace(features="rich")
+    return (rows.get(wanted._replace(kernel=f"{wanted.kernel} entropy")) if "entropy" in problem.statistics else None) or rows[wanted]
 
 
 DECODE_ROWS = 64                        # queries of a group up to which its keys are split rather than walked at once
