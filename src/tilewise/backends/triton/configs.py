@@ -74,7 +74,8 @@ def choose(kernel: str, problem: Problem, arch: str) -> Config:
         return INTERPRETER
     rows, wanted = table(), key(kernel, problem, arch)
     wanted = wanted if wanted in rows else wanted._replace(features="rich")
-    return (rows.get(wanted._replace(kernel=f"{wanted.kernel} entropy")) if "entropy" in problem.statistics else None) or rows[wanted]
+    own = wanted._replace(kernel=f"{kernel} entropy")
+    return rows[own if "entropy" in problem.statistics and own in rows else wanted]
 
 
 DECODE_ROWS = 64                        # queries of a group up to which its keys are split rather than walked at once
