@@ -6,6 +6,8 @@ D and D_v) and these features, works on BLOCK_M queries x BLOCK_N keys per tile 
     width      "16" (fp16, bf16), "ieee" or "tf32" (fp32 by the precision of its products)
     features   "plain"; "rich": with score function, bias or dropout, which take registers; "listed": plain with a list of
                tiles, where "rich", which also serves it, will not do
+    kernel     as `forward_row` calls it; "forward entropy": in its place where the entropy is asked for and takes registers
+               that the kernel does not have
 
 Every row compiles without register spills and inside the shared memory of its architecture (`results/gates.json`); where no
 row exists nothing is shipped: of forward mode and second derivatives (`missing_tangents`) less than of the rest. BLOCK_N is
@@ -73,7 +75,9 @@ def choose(kernel: str, problem: Problem, arch: str) -> Config:
     if arch == "interpreter":
         return INTERPRETER
     rows, wanted = table(), key(kernel, problem, arch)
-    return rows[wanted if wanted in rows else wanted._replace(features="rich")]
+    wanted = wanted if wanted in rows else wanted._replace(features="rich")
+    own = wanted._replace(kernel=f"{kernel} entropy")
+    return rows[own if "entropy" in problem.statistics and own in rows else wanted]
 
 
 SPAN = 1024                             # keys in a span of batch_invariant
