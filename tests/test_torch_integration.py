@@ -392,3 +392,18 @@ def test_caches_travel(way, kind, v_in_k):
     assert again.lengths.tolist()[:2] == [5, 5]
     assert torch.equal(step(again, 1, 2), expected)
     assert (again.v.data_ptr() == again.k.data_ptr()) == v_in_k
+
+
+def test_dropout_is_drawn_inside_compiled_code():
+    """From the default generator, without a graph break: what eager draws."""
+    q = torch.randn(1, 20, 2, 8)
+    attend = lambda q: tw.attention(q, q, q, causal=True, dropout_p=0.5)  # noqa: E731
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    found = []
+    for function in (attend, compiled):
+        torch.manual_seed(3)
+        found.append((function(q), function(q)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+    assert not torch.equal(*found[1])
