@@ -28,6 +28,8 @@ def supports(problem: Problem) -> str | None:
         return "fp64 inputs (its kernels take fp16, bf16 and fp32)"
     if problem.device.type != "cuda" and not interpreting():
         return f"inputs are on {problem.device.type}; Triton kernels run on GPUs"
+    if "entropy" in problem.statistics and (problem.cached or problem.batch_invariant):
+        return "the entropy of rows over keys from a cache, or batch-invariant: its kernels would spill registers"
     from tilewise.backends.triton import configs
     return configs.missing(problem, configs.architecture(problem.device))
 

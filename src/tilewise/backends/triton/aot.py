@@ -55,7 +55,7 @@ OF_TANGENTS = (*SOURCES, of_tiles, tangent_kernel, backward_tangent_kernels)
 # What is compiled for each kind of row: a forward and a backward pass, of equal sequences ("") or packed ones, which takes more
 # registers; `summed_gradient` alone ("tables"); forward passes alone, from a cache, batch-invariant or with statistics.
 CACHED = ("decode", "decode pages", "prefill pages", "invariant pages")
-STATISTICS = ("statistics packed", *(f"statistics {cached}" for cached in CACHED[1:]))
+STATISTICS = ("statistics packed", "statistics prefill pages")
 VARIANTS = {"plain": ("", "packed", "invariant", *CACHED[:3], *STATISTICS), "listed": ("", "statistics"),
             "rich": ("packed", "tables", *CACHED[1:], *STATISTICS)}
 OF_DIRECTIONS = {"plain": "packed", "listed": "", "rich": "packed"}       # forward mode and second derivatives
@@ -89,7 +89,8 @@ def cases(arch: str, width: str, head_dim: int, features: str, variant: str = ""
 
     def record(kernel, problem, programs, values):
         name = kernel.fn.__name__
-        if label in ONLY.get(name, (label,)) and (variant != "tables" or name == "summed_gradient"):
+        alone = {"tables": "summed_gradient", "statistics prefill pages": "key_mass"}.get(variant, name)
+        if label in ONLY.get(name, (label,)) and name == alone:
             recorded.append((kernel, problem, values))
 
     out, lse, _found = launch.forward_with_statistics(problem, x, run=record)
@@ -141,7 +142,8 @@ def example(width: str, head_dim: int, features: str, variant: str = "") -> tupl
     }
     options = programs.get(f"{features} {variant}", programs[features])
     if variant.startswith("statistics"):
-        options, variant = {**options, "return_stats": Statistics._fields}, variant.removeprefix("statistics").strip()
+        variant = variant.removeprefix("statistics").strip()
+        options = {**options, "return_stats": ("key_mass",) if variant in CACHED else Statistics._fields}
     kind, _, pages = variant.partition(" ")
     if kind in ("packed", "decode", "prefill", "invariant") and variant != "invariant":
         problem, x = unequal(kind, bool(pages), head_dim, dtype, options)

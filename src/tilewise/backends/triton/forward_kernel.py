@@ -89,18 +89,20 @@ def forward(Q, K, V, BIAS, SINKS, RNG, LIST, OUT, LSE, MAX_SCORE, ENTROPY, Q_ROW
             m_i, l_i, acc = softmax.merge(m_i, l_i, acc, part, lse, NATURAL)
             if WEIGHTED:
                 w_i = statistics.weighted_part(w_i, m_before, l_before, m_i, w, l, m, NATURAL)
-    of_rows = (q_slot * heads + h).to(tl.int64) * lse_rows + q_start + rows
-    if SPLIT:
-        of_rows += tl.program_id(1).to(tl.int64) * lse_split
-    if MAX_SCORE is not None:
-        tl.store(MAX_SCORE + of_rows, statistics.natural(largest, NATURAL), mask=rows < nq)
-    if WEIGHTED:
-        tl.store(ENTROPY + of_rows, statistics.entropy(w_i, l_i, NATURAL), mask=rows < nq)
+    if MAX_SCORE is not None or WEIGHTED:
+        of_rows = (q_slot * heads + h).to(tl.int64) * lse_rows + q_start + rows
+        if SPLIT:
+            of_rows += tl.program_id(1).to(tl.int64) * lse_split
+        if MAX_SCORE is not None:
+            tl.store(MAX_SCORE + of_rows, statistics.natural(largest, NATURAL), mask=rows < nq)
+        if WEIGHTED:
+            tl.store(ENTROPY + of_rows, statistics.entropy(w_i, l_i, NATURAL), mask=rows < nq)
     if HAS_SINKS:
         m_i, l_i, acc = softmax.add_sink(m_i, l_i, acc, tl.load(SINKS + h).to(tl.float32), NATURAL)
     out, lse = softmax.finalize(m_i, l_i, acc, NATURAL)
     if SPLIT:
         OUT += tl.program_id(1).to(tl.int64) * out_split
+        LSE += tl.program_id(1).to(tl.int64) * lse_split
     if FOLD:
         OUT = located(OUT, out_strides, q_slot, h_kv * group, q_start)
         of_out = OUT + (rows.to(tl.int64) * out_strides[2] + (row % group).to(tl.int64) * out_strides[1])[:, None]
@@ -108,7 +110,7 @@ def forward(Q, K, V, BIAS, SINKS, RNG, LIST, OUT, LSE, MAX_SCORE, ENTROPY, Q_ROW
         OUT = located(OUT, out_strides, q_slot, h, q_start)
         of_out = OUT + first.to(tl.int64) * out_strides[2] + tl.arange(0, BLOCK_M)[:, None].to(tl.int64) * out_strides[2]
     store_at(of_out, live, out, DV, BLOCK_DV)
-    tl.store(LSE + of_rows, lse, mask=rows < nq)
+    tl.store(LSE + (q_slot * heads + h).to(tl.int64) * lse_rows + q_start + rows, lse, mask=rows < nq)
 
 
 @triton.jit
