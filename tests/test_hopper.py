@@ -97,18 +97,6 @@ def test_what_is_not_says_why(name):
     assert REFUSED[name] in (reason or "")
 
 
-@pytest.mark.parametrize("name, reason", {
-    "dropout": "gradients with dropout", "head dim 192": "gradients with head dims over 128"}.items())
-def test_what_is_served_without_gradients_only(name, reason):
-    call = draw(next(case for case in CASES if case.name == name), BF16)
-    q, k, v = (x.clone().requires_grad_() for x in (call.q, call.k, call.v))
-    described = [make(q, k, v, **call.options)[0]]
-    with torch.no_grad():
-        described.append(make(q, k, v, **call.options)[0])
-    assert reason in hopper.unsupported(described[0])
-    assert hopper.unsupported(described[1]) is None
-
-
 def test_results_have_rows_that_tma_can_write():
     """Inputs may be views of something wider; what is allocated for them is not."""
     q, v = torch.zeros(1, 8, 1, 64, dtype=BF16), torch.zeros(1, 8, 1, 16, dtype=BF16)

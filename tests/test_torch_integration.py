@@ -119,9 +119,9 @@ def test_make_fx():
         torch.testing.assert_close(graph(2 * q), gradient(2 * q))
 
 
-def test_opcheck_of_the_backward():
+def test_opcheck_of_the_backward_and_of_statistics():
     assert {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("tilewise::")} == {
-        "tilewise::attention", "tilewise::attention_backward"}  # the first: test_ops.py
+        "tilewise::attention", "tilewise::attention_backward", "tilewise::attention_with_statistics"}  # first: test_ops.py
     from tilewise.problem import make
     q, k, v = inputs(9)
     table = normal(H, 17).requires_grad_()
@@ -132,6 +132,8 @@ def test_opcheck_of_the_backward():
     torch.library.opcheck(torch.ops.tilewise.attention_backward.default,
                           (normal(*out.shape), normal(*lse.shape), out, lse, True, True, [True], *x, *problem.settings, "auto"),
                           test_utils=("test_schema", "test_faketensor"))
+    problem, x = make(q, k, v, causal=True, return_stats=("max_score", "key_mass"))
+    torch.library.opcheck(torch.ops.tilewise.attention_with_statistics.default, (*x, *problem.settings, "auto"))
 
 
 # ---- tensors without values -----------------------------------------------------------------------------------------
