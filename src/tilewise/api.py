@@ -61,7 +61,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ma
         return_stats: names of statistics to return as well, among "max_score", "entropy" and "key_mass" (`tw.Statistics`).
             The first two are computed in the same pass, key_mass takes one more product of q and k.
         layout: "bshd" or "bhsd".
-        backend: "auto", "triton", "cpu", "tiled" or "reference"; a backend named runs or raises.
+        backend: "auto", "hopper", "triton", "cpu", "tiled" or "reference"; a backend named runs or raises.
 
     Returns:
         out [B, S_q, H, D_v] (or [B, H, S_q, D_v]) in q's dtype; with return_lse, (out, lse), lse [B, H, S_q] in fp32

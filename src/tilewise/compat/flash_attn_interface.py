@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilewise.compat.flash_calls import Descale, New, Place, Turning, cached, dense, packed
+from tilewise.compat.flash_calls import Descale, New, Place, cached, dense, packed, turned_by
 from tilewise.compat.flash_options import hints, options
 from tilewise.kv_cache import INTEGERS, check_tensor
 from tilewise.state import AttentionState, merge_states
@@ -104,11 +104,8 @@ def flash_attn_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tens
     given = options(softmax_scale=softmax_scale, causal=causal, window_size=window_size, attention_chunk=attention_chunk,
                     softcap=softcap, **more)
     place = Place(cache_seqlens, cache_leftpad, cache_batch_idx, page_table)
-    turning = None
-    if rotary_cos is not None or rotary_sin is not None:
-        local = given["causal"] or given["mask"] is not None
-        turning = Turning(rotary_cos, rotary_sin, rotary_interleaved, rotary_seqlens, moving=local)
-    elif rotary_seqlens is not None:
+    turning = turned_by(rotary_cos, rotary_sin, rotary_interleaved, given, rotary_seqlens)
+    if turning is None and rotary_seqlens is not None:
         raise ValueError("rotary_seqlens: expected None without rotary_cos and rotary_sin")
     out, lse = cached(q, k_cache, v_cache, place, given, New(k, v, cu_seqlens_k_new), turning, qv,
                       Descale(q_descale, k_descale, v_descale), cu_seqlens_q, max_seqlen_q, splits)

@@ -192,6 +192,15 @@ def new_counts(new: New) -> Tensor | int:
 
 # ---- rotary embedding -----------------------------------------------------------------------------------------------
 
+def turned_by(cos: Tensor | None, sin: Tensor | None, interleaved: bool, given: dict[str, Any],
+              starts: Tensor | None = None) -> Turning | None:
+    """What flash-attn's rotary arguments ask for; None: nothing is turned. Under a causal or local mask queries stand one after
+    another."""
+    if cos is None and sin is None:
+        return None
+    return Turning(cos, sin, interleaved, starts, moving=given["causal"] or given["mask"] is not None)
+
+
 def _rotary(turning: Turning, rows: int) -> Rotary:
     if turning.cos is None or turning.sin is None:
         raise ValueError("rotary_cos, rotary_sin: expected both or none, got one")

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from tilewise import rng
-from tilewise.compat.flash_calls import New, Place, Turning, cached, dense, packed
+from tilewise.compat.flash_calls import New, Place, cached, dense, packed, turned_by
 from tilewise.compat.flash_options import hints, options
 from tilewise.problem import MAX_HEAD_DIM
 
@@ -147,10 +147,7 @@ def flash_attn_with_kvcache(q: Tensor, k_cache: Tensor, v_cache: Tensor, k: Tens
     given = options(softmax_scale=softmax_scale, causal=causal, window_size=window_size, softcap=softcap,
                     alibi_slopes=alibi_slopes, **more)
     place = Place(cache_seqlens, cache_leftpad, cache_batch_idx, block_table)
-    turning = None
-    if rotary_cos is not None or rotary_sin is not None:
-        local = given["causal"] or given["mask"] is not None
-        turning = Turning(rotary_cos, rotary_sin, rotary_interleaved, None, moving=local)
+    turning = turned_by(rotary_cos, rotary_sin, rotary_interleaved, given)
     out, lse = cached(q, k_cache, v_cache, place, given, New(k, v), turning, num_splits=hints(num_splits))
     return (out, _empty_rows_positive(lse)) if return_softmax_lse else out
 
