@@ -91,28 +91,33 @@ def sdpa(name: str, backend: SDPBackend, device: torch.device) -> Contender:
 
 def flex(device: torch.device) -> Contender:
     """FlexAttention, compiled; on a CPU it refuses inputs that require gradients."""
-    try:
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-    except ImportError as error:
-        return Contender("flex", None, str(error))
-    compiled = torch.compile(flex_attention, dynamic=False)
-    no_gradients = "" if device.type == "cuda" else NO_GRADIENTS
+    found = flex_attend(device), flex_attend(device, lambda b, h, q, k: q >= k)
+    return Contender("flex", lambda q, k, v, causal: found[causal](q, k, v), compiles=True, heads_first=True,
+                     no_gradients="" if device.type == "cuda" else NO_GRADIENTS)
 
-    def visible(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-        return q_idx >= kv_idx
+
+def flex_attend(device: torch.device, mask: Callable | None = None, score: Callable | None = None) -> Callable[..., Tensor]:
+    """FlexAttention of q, k, v [B, S, H, D] with functions of the indices; the block mask is made once."""
+    from torch.nn.attention.flex_attention import create_block_mask
 
     @functools.lru_cache(maxsize=16)
-    def block_mask(rows: int, cols: int, where: torch.device):
-        return create_block_mask(visible, None, None, rows, cols, device=where)
+    def block_mask(rows: int, cols: int):
+        return None if mask is None else create_block_mask(mask, None, None, rows, cols, device=str(device))
 
-    def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
-        mask = block_mask(q.shape[1], k.shape[1], q.device) if causal else None
-        q, k, v = (x.detach() if no_gradients else x for x in (q, k, v))
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        out = compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        blocks = block_mask(q.shape[1], k.shape[1])
+        q, k, v = (x.transpose(1, 2) if device.type == "cuda" else x.detach().transpose(1, 2) for x in (q, k, v))
+        out = compiled_flex()(q, k, v, score_mod=score, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)
 
-    return Contender("flex", attend, compiles=True, heads_first=True, no_gradients=no_gradients)
+    return attend
+
+
+@functools.cache
+def compiled_flex() -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
 
 
 def flash_attn(name: str, module: str, device: torch.device) -> Contender:

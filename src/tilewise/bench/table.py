@@ -11,26 +11,25 @@ WIDTH = 128
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
-    """For each part a line per case: our time, rate and memory, and how many times faster we are than each other; what falls
-    short of its bar; and why there are gaps, once for each reason."""
+    """For each part a line per case: our time and rate, then how many times faster we are than each other, "!" where that is
+    less than promised; then why there are gaps."""
     found = []
     for part, group in groupby(rows, key=lambda row: row["part"]):
         of_part = list(group)
         others = list(dict.fromkeys(name for row in of_part for name, entry in list(row["contenders"].items())[1:]
                                     if entry["state"] != "absent"))
-        first = max(len(part), *(len(row["case"]) for row in of_part)) + 2
-        rate = unit_of(of_part)
-        head = f"{part:{first}} {'ours':>9} {rate:>{max(len(rate), 6)}}" + ("  times faster than" if others else "")
-        found.append(head.rstrip())
-        widths = [max(len(name), 7) for name in others]
-        if others:
-            found.append(" " * (first + 11 + max(len(rate), 6)) + " ".join(map(str.rjust, others, widths)))
+        first, rate = max(len(part), *(len(row["case"]) + 2 for row in of_part)), unit_of(of_part)
+        widths = [max(5, *map(len, name.rsplit(" ", 1))) for name in others]
+        upper, lower = ([name.rpartition(" ")[half].rjust(width) for name, width in zip(others, widths, strict=True)]
+                        for half in (0, 2))
+        blank = " " * (first + 19)
+        found += [" ".join([blank, *upper])] * any(map(str.strip, upper))
+        found.append(" ".join([f"{part:{first}} {'ours':>9} {rate:>8}", *lower]))
         for row in of_part:
             cells = [cell(row, name).rjust(width) for name, width in zip(others, widths, strict=True)]
-            found.append(" ".join([f"  {row['case']:{first - 2}}", f"{duration(ours(row)):>9}",
-                                   f"{rate_of(ours(row), rate):>{max(len(rate), 6)}}", *cells]).rstrip())
+            found.append(" ".join([f"  {row['case']:{first - 2}} {duration(ours(row)):>9} {rate_of(ours(row), rate):>8}", *cells]))
         found += [f"  {words}" for words in (*promises(of_part), *remarks(of_part))]
-    return [line[:WIDTH] for line in found]
+    return [line[:WIDTH].rstrip() for line in found]
 
 
 def markdown(rows: Sequence[Row]) -> str:
