@@ -41,6 +41,7 @@ class Entry(Judged, total=False):
     count: int
     errors: dict[str, list[float]]
     bar: float                          # seconds that ours is promised to take at most
+    yardstick: bool                     # what the machine can do, no other implementation
 
 
 class Faster(TypedDict, total=False):
