@@ -2,6 +2,8 @@
 import json
 import time
 from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from tilewise.bench.timing import Timing
 from tilewise.cli import app
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[1]
 TINY = Shape(1, 64, 4, 2, 16, True, "float32")
 HERE = Wanted(CPU, quick=True)
 
@@ -312,3 +315,23 @@ def test_a_result_is_compared_with_an_earlier_one(trials, tmp_path, monkeypatch)
     bench("attention", "--device", "cpu", "--out", tmp_path / "old.json")
     monkeypatch.setattr(cli, "comparison", lambda old: lambda new: [f"{len(old['rows'])} and {len(new['rows'])}"])
     assert "1 and 1" in bench("attention", "--device", "cpu", "--against", tmp_path / "old.json").output
+
+
+def test_docs_show_results(tmp_path):
+    """The pages name files and parts; the tables between their marks are the files'."""
+    script = ROOT / "scripts" / "figures"
+    figures = ModuleType("figures")
+    figures.__file__ = str(script)
+    exec(compile(script.read_text(), script, "exec"), vars(figures))
+    assert any(figures.BLOCK.search(page.read_text()) for page in (ROOT / "docs").glob("*.md"))
+    entry = {"state": "timed", "reason": "", "seconds": 1.0, "quartiles": [1.0, 1.0]}
+    rows = [{"part": part, "case": f"{part} case", "setting": {}, "contenders": {"tilewise": entry}, "times_faster": {}}
+            for part in ("decode", "packed")]
+    record.write(tmp_path / "results" / "a.json", {**record.new("cpu", "cpu", False), "rows": rows})
+    text = "before\n<!-- results/a.json decode -->\nold\n<!-- /results -->\nafter"
+    found = figures.rewritten(text, tmp_path)
+    assert "| decode case | 1 s |" in found
+    assert "packed case" not in found
+    assert "old" not in found
+    assert found.startswith("before\n")
+    assert figures.rewritten(found, tmp_path) == found
