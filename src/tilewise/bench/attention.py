@@ -59,8 +59,6 @@ def measure(shape: Shape, field: Sequence[Contender], device: torch.device, *, m
     """The rows of one shape. With the forward mode alone, it keeps nothing for a backward."""
     sets = [shape.draw(device, seed) for seed in (0, 1)]
     relaid: list[Inputs] = []
-    if device.type == "cuda":
-        torch.compiler.reset()      # shapes are compiled apart, and torch.compile gives up after a few
     gate, alone, entrants = Gate(*sets[0], shape.causal), tuple(modes) == (FORWARD,), []
     for contender in field:
         if contender.heads_first and not relaid:

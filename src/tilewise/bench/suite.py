@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -106,6 +107,8 @@ def kept(path: Path, result: Result) -> list[Row]:
 
 def attempt(trial: Trial, wanted: Wanted) -> list[Row]:
     """A trial's rows, with bars where shapes are large enough to tell; if it fails as a whole, they say so of ours."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()      # cases are compiled apart, and torch.compile gives up after a few
     try:
         return trial.rows(trial.measure(), promised=not wanted.quick)
     except Exception as error:  # such as memory
