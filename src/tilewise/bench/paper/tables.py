@@ -1,0 +1,67 @@
+"""Results as the papers print them: plain text, published numbers below or beside those measured here."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tilewise.bench.paper.race import Row
+
+Columns = Sequence[tuple[str, Row]]     # what stands above a column, and the row of the result that it shows
+NAME, CELL = 30, 9                      # widths
+
+
+def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
+    """Rows with the same key together, in order."""
+    found: dict[Any, list[Row]] = {}
+    for row in sorted(rows, key=key):
+        found.setdefault(key(row), []).append(row)
+    return found
+
+
+def grid(title: str, columns: Columns, quantity: str, unit: float) -> list[str]:
+    """A line for each method: measured here, then published elsewhere."""
+    found = [title]
+    for heading, part in (("measured here", "contenders"), ("published, other hardware", "published")):
+        names = list(dict.fromkeys(name for _, row in columns for name, entry in row.get(part, {}).items()
+                                   if entry.get("state") != "absent"))
+        if names:
+            found.append(f"  {heading:{NAME}}" + "".join(f"{head:>{CELL}}" for head, _ in columns))
+        found += [f"    {name:{NAME - 2}}" + "".join(f"{cell(row.get(part, {}).get(name), quantity, unit):>{CELL}}"
+                                                     for _, row in columns) for name in names]
+    return found
+
+
+def transposed(title: str, columns: Columns, quantity: str, unit: float) -> list[str]:
+    """A column for each method: measured here, then published elsewhere, marked by *."""
+    names = list(dict.fromkeys((part, name) for part in ("contenders", "published") for _, row in columns
+                               for name, entry in row.get(part, {}).items() if entry.get("state") != "absent"))
+    heads = [name + "*" * (part == "published") for part, name in names]
+    widths = [max(len(head), CELL) + 2 for head in heads]
+    found = [f"{title:{NAME}}" + "".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True))]
+    for title, row in columns:
+        found.append(f"  {title:{NAME - 2}}" + "".join(f"{cell(row.get(part, {}).get(name), quantity, unit):>{width}}"
+                                                       for (part, name), width in zip(names, widths, strict=True)))
+    return [*found, "* published, other hardware"]
+
+
+def cell(entry: Row | None, quantity: str, unit: float) -> str:
+    """A number; "-" as in the papers where there is none, "wrong" where there must not be one."""
+    if entry is None or quantity not in entry:
+        return "wrong" if entry and entry.get("state") == "wrong" else "-"
+    return number(entry[quantity] * unit)
+
+
+def number(value: float) -> str:
+    return f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """Why there are gaps: a line for each method and reason."""
+    reasons: dict[tuple[str, str, str], int] = {}
+    for row in rows:
+        for name, entry in row["contenders"].items():
+            if entry["state"] != "timed":
+                key = name, entry["state"], entry["reason"]
+                reasons[key] = reasons.get(key, 0) + 1
+    return [f"  {name}: {state}{f' {count} times' if count > 1 else ''}: {reason}"[:128]
+            for (name, state, reason), count in reasons.items()]
