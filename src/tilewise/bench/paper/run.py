@@ -75,7 +75,7 @@ def lines(result: Row, device: torch.device) -> list[str]:
 
 
 def where(result: Row) -> str:
-    return result["machine"].get("GPU", result["machine"]["CPU"])
+    return result["machine"]["GPU" if result["device"] == "cuda" else "CPU"]
 
 
 def picture(result: Row, path: Path) -> str:
