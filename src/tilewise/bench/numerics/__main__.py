@@ -2,14 +2,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
+from tilewise.bench.__main__ import say
 from tilewise.bench.numerics import plot
-from tilewise.bench.numerics.run import benchmark
+from tilewise.bench.suite import Wanted, run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,8 +19,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="short sequences")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
-    result = benchmark(torch.device(options.device), quick=options.quick, out=options.out, progress=lambda part, done, total, words:
-                       print(f"{part} {done + 1}/{total}: {words}", file=sys.stderr, flush=True))
+    result = run("numerics", Wanted(torch.device(options.device), options.quick), out=options.out, progress=say)
     if options.plot:
         plot.save(result["rows"], options.plot, result["machine"]["GPU" if result["device"] == "cuda" else "CPU"])
     print("\n".join(result["lines"]))

@@ -4,16 +4,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tilewise.bench.cases import Call, Case
+from tilewise.bench.gate import Found
 from tilewise.bench.numerics.inputs import Inputs
-from tilewise.bench.tolerance import Results, judge
 
 CHUNK_BYTES = 2**26     # of one fp64 matrix of scores
-Found = dict[str, Tensor]
 
 
 def truth(x: Inputs, causal: bool) -> Found:
-    """out [1, S_q, H, D], lse [1, H, S_q], dq, dk and dv in fp64 by FlashAttention's equations, some rows at a time: linear memory."""
+    """out [1, S_q, H, D], lse [1, H, S_q], dq, dk and dv in fp64, by the equations of FlashAttention's appendix B, some rows at a
+    time: memory is linear in the lengths."""
     q, k, v, dout = (t.double().transpose(1, 2) for t in x)     # [1, H, S, D]
     rows, cols = q.shape[2], k.shape[2]
     scale, step = q.shape[3] ** -0.5, max(1, CHUNK_BYTES // (8 * cols * q.shape[1]))
@@ -35,13 +34,6 @@ def truth(x: Inputs, causal: bool) -> Found:
         dq[:, :, own] = scale * ds @ k
         dk += scale * ds.mT @ q[:, :, own]
     return {"lse": lse} | {name: t.transpose(1, 2) for name, t in (("out", out), ("dq", dq), ("dk", dk), ("dv", dv))}
-
-
-def distances(found: Found, right: Found, standard: Found, x: Inputs) -> dict[str, dict[str, float]]:
-    """By tensor: the largest error and what the tolerance rule allows, the root mean square of errors, and of the truth."""
-    verdicts = judge(Call(Case("numerics"), x.q, x.k, x.v, {}), Results(found), Results(right), Results(standard))
-    return {v.name: {"max": (found[v.name].double() - right[v.name]).abs().max().item(), "allowed": v.allowed,
-                     "rms": rms(found[v.name].double() - right[v.name]), "truth": rms(right[v.name])} for v in verdicts}
 
 
 def rms(x: Tensor) -> float:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FEW = 256               # queries that a long sequence has: the last ones
+FEW = 64                # queries that a long sequence has: the last ones
 DTYPES = "float32", "bfloat16", "float16"
 PRECISIONS = "highest", "high", "medium"        # of torch.set_float32_matmul_precision
 
@@ -31,7 +31,8 @@ class Setting:
     def __str__(self) -> str:
         mask = "causal" if self.causal else "full"
         precision = "" if self.precision == "highest" else f" {self.precision}"
-        return f"{self.kind} {self.dtype}{precision} N {self.seqlen_q} x {self.seqlen_k} H {self.heads} D {self.head_dim} {mask}"
+        sizes = f"N {self.seqlen_q} x {self.seqlen_k} H {self.heads} D {self.head_dim}"
+        return f"{self.kind} {self.dtype}{precision} {sizes} {mask}"
 
 
 class Inputs(NamedTuple):
@@ -92,11 +93,11 @@ class Sizes(NamedTuple):
     lengths: tuple[int, ...]
 
 
-FULL, QUICK = Sizes(2048, 4, (512, 2048, 8192, 32768, 131072)), Sizes(256, 1, (512, 1024))
+FULL, QUICK = Sizes(1024, 2, (512, 2048, 8192, 32768, 131072)), Sizes(256, 1, (512, 1024))
 
 
 def settings(device: torch.device, sizes: Sizes) -> dict[str, list[Setting]]:
-    """By part: kinds of inputs; long causal rows; on GPUs the precisions of fp32 products, which CPUs all multiply as IEEE says."""
+    """By part: kinds of inputs; long causal rows; on GPUs the precisions of fp32 products, which our CPU kernels do not have."""
     n, heads, lengths = sizes
     found = {"inputs": [Setting(kind, dtype, n, n, heads) for kind in KINDS for dtype in DTYPES],
              "lengths": [Setting("normal", dtype, FEW, length, 1, causal=True) for length in lengths for dtype in DTYPES]}

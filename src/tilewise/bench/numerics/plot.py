@@ -3,14 +3,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from tilewise.bench.numerics.table import SHORT
+from tilewise.bench.record import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-Row = dict[str, Any]
 # Okabe and Ito's colours, and a marker of its own for each
 STYLES = (("#0072b2", "o"), ("#009e73", "s"), ("#d55e00", "^"), ("#cc79a7", "D"), ("#e69f00", "v"), ("#56b4e9", "P"),
           ("#6b7280", "X"))
@@ -42,8 +42,9 @@ def save(rows: Sequence[Row], path: Path, device: str) -> None:
 
 def draw(axes: Axes, rows: Sequence[Row], tensor: str, styles: dict[str, tuple[str, str]], long: bool) -> None:
     for name, (colour, marker) in styles.items():
-        points = [(row["setting"]["seqlen_k"] if long else place, entry["rms"][tensor] / entry["rms_of_truth"][tensor])
-                  for place, row in enumerate(rows) for entry in [row["contenders"].get(name, {})] if tensor in entry.get("rms", {})]
+        errors = [row["contenders"].get(name, {}).get("rms", {}).get(tensor) for row in rows]
+        points = [(row["setting"]["seqlen_k"] if long else place, of[0] / of[1])
+                  for place, (row, of) in enumerate(zip(rows, errors, strict=True)) if of]
         if points:
             axes.plot(*zip(*points, strict=True), linestyle="-" if long else "none", color=colour, marker=marker, markersize=5,
                       markerfacecolor="none", label=name)

@@ -4,7 +4,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-Row = dict[str, Any]
+from tilewise.bench.contest import BOTH
+from tilewise.bench.record import Entry, Row
+
 TENSORS = "out", "lse", "dq", "dk", "dv"
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -13,7 +15,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
     """Each setting and contender: root mean square and maximum of the errors against fp64."""
     found = ["error against fp64: root mean square, maximum      " + " ".join(f"{name:>15}" for name in TENSORS)]
     for row in rows:
-        found.append(f"{row['case']}{': ' + row['error'] if 'error' in row else ''}")
+        found.append(row["case"].removesuffix(f" {BOTH}"))
         for name, entry in row["contenders"].items():
             if "rms" in entry:
                 cells = " ".join(f"{pair(entry, tensor):>15}" for tensor in TENSORS)
@@ -21,8 +23,8 @@ def lines(rows: Sequence[Row]) -> list[str]:
     return found + gaps(rows)
 
 
-def pair(entry: Row, tensor: str) -> str:
-    return f"{entry['rms'][tensor]:.1e} {entry['errors'][tensor][0]:.1e}" if tensor in entry["rms"] else "-"
+def pair(entry: Entry, tensor: str) -> str:
+    return f"{entry['rms'][tensor][0]:.1e} {entry['errors'][tensor][0]:.1e}" if tensor in entry["rms"] else "-"
 
 
 def gaps(rows: Sequence[Row]) -> list[str]:
@@ -47,8 +49,8 @@ def markdown(rows: Sequence[Row], tensors: Sequence[str], label: Any, heads: Seq
     columns = [(tensor, name) for tensor in tensors for name in names
                if any(tensor in row["contenders"][name].get("rms", {}) for row in rows)]
     titles = [name if len(tensors) == 1 else f"{tensor}, {name}" for tensor, name in columns]
-    found = [list(heads) + titles, ["---"] * (len(heads) + len(columns))]
+    found = [[*heads, *titles], ["---"] * (len(heads) + len(columns))]
     for row in rows:
         of = [row["contenders"].get(name, {}).get("rms", {}).get(tensor) for tensor, name in columns]
-        found.append(label(row["setting"]) + ["" if x is None else f"{x:.1e}" for x in of])
+        found.append(label(row["setting"]) + ["" if x is None else f"{x[0]:.1e}" for x in of])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in found)

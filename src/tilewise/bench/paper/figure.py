@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tilewise.bench.paper.race import Row
+from tilewise.bench.paper.flash_attention import TITLE, table_of
+from tilewise.bench.record import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,9 +25,9 @@ def save(rows: Sequence[Row], path: Path, device: str) -> None:
     from matplotlib.figure import Figure
 
     picture = Figure(figsize=(11, 4.6), layout="constrained")
-    picture.suptitle(f"FlashAttention's figure 3: {device} (solid); the paper's A100 with batch 16, 8 heads (dashed)", fontsize=10)
+    picture.suptitle(f"FlashAttention's figure 3: {device} (solid), A100, batch 16, 8 heads (dashed)", fontsize=10)
     for axes, (table, quantity, unit, title) in zip(picture.subplots(1, 2), PANELS, strict=True):
-        draw(axes, [row for row in rows if row["setting"].get("table") == table], quantity, unit)
+        draw(axes, [row for row in rows if row["part"] == TITLE and table_of(row) == table], quantity, unit)
         axes.set_title(title, loc="left", fontsize=9)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tilewise"}):
         picture.savefig(path)

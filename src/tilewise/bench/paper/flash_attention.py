@@ -8,75 +8,72 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 
-import torch
-
+from tilewise.bench.contest import PASSES
 from tilewise.bench.paper import memory, passes, published, tables
-from tilewise.bench.paper.inputs import Cut, Setting
-from tilewise.bench.paper.methods import of_flash_attention
-from tilewise.bench.paper.race import Row
+from tilewise.bench.paper.cut import Cut, Cuts
+from tilewise.bench.paper.inputs import Setting
+from tilewise.bench.paper.methods import butterfly
+from tilewise.bench.record import Row
+from tilewise.bench.suite import Trial, Wanted
 
 TITLE = "FlashAttention, tables 9-21"
 LENGTHS = tuple(2**i for i in range(7, 17))
 FUSIONS = {9: (0.1, True), 12: (0.0, True), 15: (0.1, False), 18: (0.0, False)}     # first table: dropout, padding mask
 MEMORY = 21
-PAPER = Cut(16, 8, 65536)
-CPU, CPU_QUICK, CUDA_QUICK = Cut(1, 2, 4096, "float32"), Cut(1, 2, 256, "float32", 0.1), Cut(16, 8, 1024, seconds=0.5)
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One column of some tables: forward, backward and both, or memory."""
-    tables: tuple[int, ...]
-    setting: Setting
-
-    def modes(self) -> dict[int, str]:
-        return {MEMORY: "memory"} if self.tables == (MEMORY,) else dict(zip(self.tables, passes.WORK, strict=True))
-
-    def cases(self) -> list[str]:
-        return [f"table {table} N {self.setting.seqlen}" for table in self.tables]
-
-    def __str__(self) -> str:
-        return f"tables {self.tables[0]}-{self.tables[-1]} N {self.setting.seqlen}"
+class Sizes(Cut):
+    batch: int = 16
+    heads: int = 8
+    longest: int = 65536
 
 
-def cut_for(device: torch.device, quick: bool) -> Cut:
-    if device.type == "cuda":
-        return CUDA_QUICK if quick else PAPER
-    return CPU_QUICK if quick else CPU
+CUTS = Cuts(Sizes(), Sizes(seconds=0.5, longest=1024), Sizes("float32", batch=1, heads=2, longest=4096),
+            Sizes("float32", 0.1, batch=1, heads=2, longest=256))
 
 
-def measurements(device: torch.device, quick: bool = False) -> list[Measurement]:
+def trials(wanted: Wanted) -> list[Trial]:
     """All columns of all tables that a device does."""
-    cut = cut_for(device, quick)
+    cut = CUTS.of(wanted.device, wanted.quick)
+    assert isinstance(cut, Sizes)
     lengths = [n for n in LENGTHS if n <= cut.longest]
-    found = [Measurement((first, first + 1, first + 2), made(cut, n, *FUSIONS[first])) for first in FUSIONS for n in lengths]
-    return found + [Measurement((MEMORY,), made(cut, n)) for n in lengths]
+    return [trial(first, made(cut, n, *fused), wanted, cut.seconds) for first, fused in (*FUSIONS.items(), (MEMORY, ()))
+            for n in lengths]
 
 
-def made(cut: Cut, seqlen: int, dropout: float = 0.0, padding: bool = False) -> Setting:
-    return Setting(cut.batch, seqlen, cut.heads, 64, cut.dtype, dropout=dropout, padding=padding, seconds=cut.seconds)
+def made(cut: Sizes, seqlen: int, dropout: float = 0.0, padding: bool = False) -> Setting:
+    return Setting(cut.batch, seqlen, cut.heads, 64, cut.dtype, dropout, padding)
 
 
-def measure(measurement: Measurement, device: torch.device) -> list[Row]:
-    """A row for each of its tables."""
-    setting, modes = measurement.setting, measurement.modes()
-    if measurement.tables == (MEMORY,):
-        found = {"memory": memory.measure(setting, device)}
-    else:
-        found = passes.measure(setting, of_flash_attention(setting, device), device)
-    return [{"case": case, "setting": asdict(setting) | {"table": table, "mode": mode}, **found[mode],
-             "published": published.flash_attention(table, setting.seqlen)}
-            for case, (table, mode) in zip(measurement.cases(), modes.items(), strict=True)]
+def trial(table: int, setting: Setting, wanted: Wanted, seconds: float) -> Trial:
+    """One column of a table and the next two, or of the table of memory."""
+    modes = (memory.MEMORY,) if table == MEMORY else PASSES
+    measure = partial(memory.measure, setting, wanted) if table == MEMORY else partial(passes.measure, setting, wanted, seconds)
+    of = {mode: published.flash_attention(table + i, setting.seqlen) for i, mode in enumerate(modes)}
+    facts = asdict(setting) | {"table": table, "density": butterfly(setting.seqlen).float().mean().item()}
+    name = f"table {table}" if table == MEMORY else f"tables {table}-{table + 2}"
+    return published.Trial(TITLE, f"{name} N {setting.seqlen}", facts, modes, measure, of)
 
 
-def lines(rows: Sequence[Row], device: torch.device, quick: bool) -> list[str]:
+def fusion(row: Row) -> str:
+    setting = row["setting"]
+    return ", ".join([setting["mode"], *["dropout 0.1"] * (setting["dropout"] > 0), *["padding mask"] * setting["padding"]])
+
+
+def table_of(row: Row) -> int:
+    """Its number in the paper."""
+    first, mode = row["setting"]["table"], row["setting"]["mode"]
+    return first if first == MEMORY else first + PASSES.index(mode)
+
+
+def lines(rows: Sequence[Row], wanted: Wanted) -> list[str]:
     """The tables as the paper prints them, published methods below ours."""
-    found, words = [TITLE], cut_for(device, quick).words(PAPER)
-    for table, of_table in tables.grouped(rows, lambda row: row["setting"]["table"]).items():
-        setting = of_table[0]["setting"]
-        fusion = [*["dropout 0.1"] * (setting["dropout"] > 0), *["padding mask"] * setting["padding"]]
+    found = [TITLE, *CUTS.lines(wanted.device, wanted.quick)]
+    for table, of_table in tables.grouped(rows, table_of).items():
         quantity, unit, name = ("bytes", 2**-20, "MB") if table == MEMORY else ("seconds", 1000, "ms")
-        title = f"table {table}: {', '.join([setting['mode'], *fusion])}; {name}"
-        found += tables.grid(title, [(str(row["setting"]["seqlen"]), row) for row in of_table], quantity, unit)
-    return found + tables.remarks(rows) + ([f"cut: {words}"] if words else [])
+        found += tables.grid(f"table {table}: {fusion(of_table[0])}; {name}",
+                             [(str(row["setting"]["seqlen"]), row) for row in of_table], quantity, unit)
+    return found + tables.remarks(rows)

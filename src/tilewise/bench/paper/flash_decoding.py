@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 
 import torch
@@ -14,64 +14,63 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import tilewise as tw
-from tilewise.bench.cases import Call, Case
+from tilewise.bench.contest import FORWARD, Entrant, Outcome, race
+from tilewise.bench.gate import Expected
 from tilewise.bench.paper import published, tables
-from tilewise.bench.paper.race import FORWARD, Entrant, Row, race, short_of
-from tilewise.bench.tolerance import Results, Verdict, judge
+from tilewise.bench.paper.cut import Cut, Cuts
+from tilewise.bench.paper.passes import lack
+from tilewise.bench.record import Row
+from tilewise.bench.suite import Trial, Wanted
+from tilewise.bench.tolerance import Verdict
 
 TITLE = "Flash-Decoding, attention of one query"
 SIZES = (*((2**(8 - i), 2**(8 + i)) for i in range(9)), (1, 131072))
 HEADS, KV_HEADS, HEAD_DIM = 16, 2, 128
-QUICK = 64              # times fewer keys, which in the paper are 64k in all
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]     # q [B, H, 1, D], k and v [B, H_kv, N, D] -> [B, H, 1, D]
+
+
+@dataclass(frozen=True)
+class Sizes(Cut):
+    """keys: of all sequences together, in all rows of the table but the last, which has twice as many."""
+    keys: int = 65536
+
+
+CUTS = Cuts(Sizes(), Sizes(seconds=0.2), Sizes("float32"), Sizes("float32", 0.1, keys=1024))
 
 
 @dataclass(frozen=True)
 class Setting:
     batch: int
     seqlen: int
-    dtype: str = "float16"
-    seconds: float = 2.0
+    dtype: str
 
     def nbytes(self) -> int:
         """Of all keys and values."""
         return 2 * self.batch * self.seqlen * KV_HEADS * HEAD_DIM * getattr(torch, self.dtype).itemsize
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """A row of the table. paper: its sizes there; setting: here."""
-    paper: tuple[int, int]
-    setting: Setting
-
-    def cases(self) -> list[str]:
-        return [str(self)]
-
-    def __str__(self) -> str:
-        return "decode B {} N {}".format(*self.paper)
-
-
-def measurements(device: torch.device, quick: bool = False) -> list[Measurement]:
+def trials(wanted: Wanted) -> list[Trial]:
     """The ten rows of the table."""
-    found = [Measurement((b, n), Setting(b, n, "float16" if device.type == "cuda" else "float32")) for b, n in SIZES]
-    return [replace(m, setting=smaller(m.setting)) for m in found] if quick else found
+    cut = CUTS.of(wanted.device, wanted.quick)
+    assert isinstance(cut, Sizes)
+    fewer = Sizes().keys // cut.keys
+    return [trial(paper, Setting(max(1, paper[0] // fewer), min(paper[1], paper[0] * paper[1] // fewer), cut.dtype), wanted,
+                  cut.seconds) for paper in SIZES]
 
 
-def smaller(setting: Setting) -> Setting:
-    shorter = min(QUICK, setting.seqlen // 64)
-    return replace(setting, batch=max(1, setting.batch * shorter // QUICK), seqlen=setting.seqlen // shorter, seconds=0.1)
+def trial(paper: tuple[int, int], setting: Setting, wanted: Wanted, seconds: float) -> Trial:
+    """paper: batch and seqlen there."""
+    facts = asdict(setting) | {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "paper": list(paper)}
+    return published.Trial(TITLE, "B {} N {}".format(*paper), facts, (FORWARD,), partial(measure, setting, wanted, seconds),
+                           {FORWARD: published.flash_decoding(*paper)})
 
 
 @torch.inference_mode()
-def measure(measurement: Measurement, device: torch.device) -> list[Row]:
-    s = measurement.setting
-    words = short_of(3 * s.nbytes(), device, "keys and values, twice,")
-    entrants = [Entrant("tilewise", state="refused", reason=words)] if words else field(s, device)
-    found = race(entrants, device, [FORWARD], seconds=s.seconds,
-                 rates=lambda mode, seconds: {"gb_per_s": s.nbytes() / seconds / 1e9})
-    sizes = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "paper": list(measurement.paper)}
-    return [{"case": str(measurement), "setting": asdict(s) | sizes | {"mode": FORWARD}, **found[FORWARD],
-             "published": published.flash_decoding(*measurement.paper)}]
+def measure(setting: Setting, wanted: Wanted, seconds: float) -> dict[str, Outcome]:
+    if words := lack(3 * setting.nbytes(), wanted.device, "keys and values in two layouts"):
+        raise MemoryError(words)
+    return race(field(setting, wanted.device), wanted.device, (FORWARD,), seconds=seconds,
+                rates=lambda mode, time: {"gb_per_s": setting.nbytes() / time / 1e9})
 
 
 def field(s: Setting, device: torch.device) -> list[Entrant]:
@@ -92,14 +91,14 @@ def field(s: Setting, device: torch.device) -> list[Entrant]:
 
     def verdicts(call: Callable[[int], Tensor]) -> list[Verdict]:
         last = q[-1:, :, -1:], cache.k[-1:, :, -1:], cache.v[-1:, :, -1:]
-        truth, standard = (Results({"out": tw.attention(*(x.to(kind) for x in last), backend="reference")})
-                           for kind in (torch.float64, dtype))
-        return judge(Call(Case("timed"), *last, {}), Results({"out": call(0)[-1:, :, -1:]}), truth, standard)
+        truth, usual = ({"out": tw.attention(*(x.to(kind) for x in last), backend="reference")}
+                        for kind in (torch.float64, dtype))
+        return Expected(truth, usual, last).verdicts({"out": call(0)[-1:, :, -1:]})
 
     def entrant(name: str, call: Callable[[int], Tensor]) -> Entrant:
         return Entrant(name, {FORWARD: call}, partial(verdicts, call))
 
-    words = short_of((1 + HEADS // KV_HEADS) * s.nbytes(), device, "repeated keys and values")
+    words = lack((1 + HEADS // KV_HEADS) * s.nbytes(), device, "repeated keys and values")
     return [entrant("tilewise", ours), entrant("tilewise unsplit", partial(ours, splits=1)),
             Entrant("standard", state="refused", reason=words) if words else entrant("standard", partial(other, standard)),
             entrant("sdpa", partial(other, sdpa))]
@@ -114,9 +113,8 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scaled_dot_product_attention(q, k, v, enable_gqa=True)
 
 
-def lines(rows: Sequence[Row], device: torch.device, quick: bool) -> list[str]:
+def lines(rows: Sequence[Row], wanted: Wanted) -> list[str]:
     """As the blog prints it: a line for each B, N."""
     columns = [("{}, {}".format(*row["setting"]["paper"]), row) for row in rows]
-    cut = [*["float32 (paper: float16)"] * (device.type != "cuda"), *[f"{QUICK} times fewer keys"] * quick]
-    return [TITLE, *tables.transposed("B, N; microseconds", columns, "seconds", 1e6), *tables.remarks(rows),
-            *([f"cut: {', '.join(cut)}"] if cut else [])]
+    return [TITLE, *CUTS.lines(wanted.device, wanted.quick),
+            *tables.transposed("B, N; microseconds", columns, "seconds", 1e6), *tables.remarks(rows)]

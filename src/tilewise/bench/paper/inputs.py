@@ -1,8 +1,8 @@
-"""Self-attention as the papers time it: its sizes, its tensors, and what is right for a sample of its queries."""
+"""Self-attention as FlashAttention times it: its sizes, its tensors, and what is right for a sample of its queries."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -10,10 +10,9 @@ from torch import Tensor
 
 import tilewise as tw
 from tilewise import rng
-from tilewise.bench.cases import Call, Case
-from tilewise.bench.tolerance import Results, Verdict, judge
+from tilewise.bench.gate import Expected, Found
+from tilewise.bench.shapes import heads_first
 
-Found = dict[str, Tensor]
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]     # q, k, v, out [B, S, H, D]
 
 SAMPLE = 128            # queries of the last sequence's last head whose results are checked
@@ -23,23 +22,14 @@ SEED = tw.Rng(20220527)
 
 @dataclass(frozen=True)
 class Setting:
-    """q, k, v [batch, seqlen, heads, head_dim]. dropout: its probability; padding: sequence b sees its first lengths[b] keys.
-
-    seconds: for all methods and passes together.
-    """
+    """q, k, v [batch, seqlen, heads, head_dim]. dropout: its probability; padding: sequence b has its first lengths[b] keys."""
     batch: int
     seqlen: int
     heads: int
     head_dim: int
     dtype: str
-    causal: bool = False
     dropout: float = 0.0
     padding: bool = False
-    seconds: float = 2.0
-
-    def flops(self) -> float:
-        """Of the forward pass, as the papers count it: half under a causal mask, all of it under any other."""
-        return 4 * self.batch * self.heads * self.seqlen**2 * self.head_dim / (2 if self.causal else 1)
 
     @property
     def kind(self) -> torch.dtype:
@@ -56,22 +46,6 @@ class Setting:
         return self.batch * self.heads * self.seqlen**2 * self.kind.itemsize
 
 
-@dataclass(frozen=True)
-class Cut:
-    """How much of a paper's protocol a machine does. Of the paper itself: its own sizes."""
-    batch: int
-    heads: int
-    longest: int
-    dtype: str = "float16"
-    seconds: float = 2.0
-
-    def words(self, paper: Cut) -> str:
-        """What is less than in the paper; nothing, if nothing is."""
-        pairs = (("batch", self.batch, paper.batch), ("heads", self.heads, paper.heads),
-                 ("N up to", self.longest, paper.longest), ("", self.dtype, paper.dtype))
-        return ", ".join(f"{name} {mine} (paper: {theirs})".strip() for name, mine, theirs in pairs if mine != theirs)
-
-
 class Inputs:
     """The tensors of a setting: q, k and v, which require gradients, dout, and lengths int32 [batch]."""
 
@@ -80,15 +54,17 @@ class Inputs:
         self.setting, self.device = setting, device
         q, k, v, dout = (torch.randn((s.batch, s.seqlen, s.heads, s.head_dim), generator=generator, device=device, dtype=s.kind)
                          for _ in range(4))
-        self.leaves = q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
-        self.dout = dout
+        self.leaves, self.dout = leaves(q, k, v), dout
         hidden = torch.randint(0, min(PADDED, s.seqlen - 1) + 1, (s.batch,), generator=generator, device=device)
         self.lengths = (s.seqlen - hidden).int()
 
-    def without_dropout(self) -> Inputs:
-        """The same tensors."""
+    def like(self, setting: Setting | None = None, relaid: bool = False) -> Inputs:
+        """The same numbers under another setting; relaid: each head's rows in one piece of memory."""
         same = object.__new__(Inputs)
-        same.__dict__.update(vars(self) | {"setting": replace(self.setting, dropout=0.0)})
+        same.__dict__.update(vars(self) | {"setting": setting or self.setting})
+        if relaid:
+            q, k, v, same.dout = (heads_first(x.detach()) for x in (*self.leaves, self.dout))
+            same.leaves = leaves(q, k, v)
         return same
 
     @cached_property
@@ -104,15 +80,14 @@ class Inputs:
         dout[-1, self.rows, -1] = self.dout[-1, self.rows, -1]
         return dout
 
-    def verdicts(self, found: Found, visible: Tensor | None = None) -> list[Verdict]:
-        """On what a method found: against standard attention in fp64, by that in the setting's dtype.
+    def expected(self, visible: Tensor | None = None) -> Expected:
+        """What is right: standard attention in fp64, and the same in the setting's dtype.
 
         visible [queries checked, seqlen]: a further mask.
         """
         q, k, v = (x[-1].detach() for x in self.leaves)
-        call = Call(Case("timed"), q[None, self.rows, -1:], k[None, :, -1:], v[None, :, -1:], {})
         truth, standard = (self.standard(dtype, visible) for dtype in (torch.float64, self.setting.kind))
-        return judge(call, Results(found), Results(truth), Results(standard))
+        return Expected(truth, standard, (q[None, self.rows, -1:], k[None, :, -1:], v[None, :, -1:]))
 
     def standard(self, dtype: torch.dtype, visible: Tensor | None = None) -> Found:
         """Standard attention of the queries that are checked, in a dtype, softmax in fp32 at least."""
@@ -129,20 +104,24 @@ class Inputs:
     def visible(self) -> Tensor:
         """Which keys the queries checked see: [queries, seqlen]."""
         s, cols = self.setting, torch.arange(self.setting.seqlen, device=self.device)
-        seen = self.rows[:, None] >= cols if s.causal else torch.ones(len(self.rows), s.seqlen, device=self.device).bool()
-        return seen & (cols < self.lengths[-1]) if s.padding else seen
+        seen = (cols < self.lengths[-1]) if s.padding else cols >= 0
+        return seen.expand(len(self.rows), -1)
 
     def kept(self) -> Tensor:
         """Which of their probabilities our dropout keeps."""
-        s, where = self.setting, torch.tensor([self.setting.batch - 1, self.setting.heads - 1], device=self.device)
-        cols = torch.arange(s.seqlen, device=self.device)
-        return rng.keep(SEED.tensor(self.device), rng.threshold(s.dropout), where[0], where[1], s.heads, self.rows[:, None], cols)
+        s, cols = self.setting, torch.arange(self.setting.seqlen, device=self.device)
+        sequence, head = (torch.tensor(n - 1, device=self.device) for n in (s.batch, s.heads))
+        return rng.keep(SEED.tensor(self.device), rng.threshold(s.dropout), sequence, head, s.heads, self.rows[:, None], cols)
 
     def sampled(self, attend: Attend) -> Found:
         """The same by a method, of the whole problem with `sampled_dout`."""
         out = attend(*self.leaves)
         dq, dk, dv = (x[-1, :, -1] for x in torch.autograd.grad(out, self.leaves, self.sampled_dout))
         return named(out[-1, self.rows, -1], (dq[self.rows], dk, dv))
+
+
+def leaves(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return q.requires_grad_(), k.requires_grad_(), v.requires_grad_()
 
 
 def named(out: Tensor, gradients: tuple[Tensor, ...]) -> Found:

@@ -5,62 +5,59 @@ On CUDA what torch allocates; elsewhere resident memory, as Linux counts it, in 
 from __future__ import annotations
 
 import gc
-import json
-import os
-import subprocess
 import sys
 from dataclasses import asdict
+from typing import Any
 
 import torch
 
+from tilewise.bench.contest import Outcome, admit
 from tilewise.bench.paper.inputs import Inputs, Setting
-from tilewise.bench.paper.methods import Method, of_flash_attention
+from tilewise.bench.paper.methods import Method, methods
 from tilewise.bench.paper.passes import both, entrant
-from tilewise.bench.paper.race import Row, admit
+from tilewise.bench.record import Entry
 from tilewise.bench.resident import GIVE_BACK, restart_peak, status_bytes
+from tilewise.bench.suite import Wanted
+from tilewise.bench.workers import apart
 
-PATIENCE = 300.0        # seconds for all methods on one setting
+MEMORY = "memory"       # the mode of table 21
+PATIENCE = 600.0        # seconds for all methods on one setting
 
 
-def measure(setting: Setting, device: torch.device) -> Row:
-    """{"contenders": {method: its state and bytes}}."""
-    if device.type == "cuda":
-        found = measured_here(setting, device)
+def measure(setting: Setting, wanted: Wanted) -> dict[str, Outcome]:
+    """Each method's state, and bytes."""
+    found: dict[str, Entry]
+    if wanted.device.type == "cuda":
+        found = {method.name: held(method, setting, wanted.device) for method in methods(setting, wanted)}
     elif sys.platform == "linux":
-        found = measured_apart(setting)
+        found = apart("paper.memory", "held_here", asdict(setting), environment=GIVE_BACK, patience=PATIENCE)
     else:
-        words = "resident memory is counted on Linux only"
-        found = {method.name: {"state": "refused", "reason": words} for method in of_flash_attention(setting, device)}
-    return {"contenders": found, "times_faster": {}}
+        found = {method.name: Entry(state="refused", reason="resident memory is counted on Linux only")
+                 for method in methods(setting, wanted)}
+    return {MEMORY: Outcome(contenders=found, times_faster={})}
 
 
-def measured_apart(setting: Setting) -> dict[str, Row]:
-    """The same on the CPU in another process, in which freed memory is given back. Raises RuntimeError with its last words."""
-    code = f"from tilewise.bench.paper import memory; memory.print_measured({json.dumps(asdict(setting))!r})"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=os.environ | GIVE_BACK, capture_output=True,
-                          text=True, timeout=PATIENCE)
-    if done.returncode:
-        raise RuntimeError((done.stderr.splitlines() or ["it was killed"])[-1])
-    return json.loads(done.stdout.splitlines()[-1])
+def held_here(fields: dict[str, Any]) -> dict[str, Entry]:
+    """All methods, in a process in which freed memory is given back at once."""
+    setting, device = Setting(**fields), torch.device("cpu")
+    return {method.name: held(method, setting, device) for method in methods(setting, Wanted(device))}
 
 
-def print_measured(text: str) -> None:
-    print(json.dumps(measured_here(Setting(**json.loads(text)), torch.device("cpu"))))
-
-
-def measured_here(setting: Setting, device: torch.device) -> dict[str, Row]:
-    return {method.name: of_method(method, setting, device) for method in of_flash_attention(setting, device)}
-
-
-def of_method(method: Method, setting: Setting, device: torch.device) -> Row:
-    """Its state, and bytes if it is right; the first run, which may compile and allocate for good, is not counted."""
-    if (state := admit(entrant(method, [Inputs(setting, device)]), device))["state"] != "timed":
+def held(method: Method, setting: Setting, device: torch.device) -> Entry:
+    """A method's state, and bytes if it is right; the first run, which may compile and allocate for good, is not counted."""
+    state = admit(entrant(method, [drawn(method, setting, device)]), device)
+    if state["state"] != "timed":
         return state
     gc.collect()
     before = start(device)
-    x = Inputs(setting, device)
+    x = drawn(method, setting, device)
     both([x], [method.prepare(x)], 0)
-    return state | {"bytes": max(0, peak(device) - before)}
+    return state | Entry(state="timed", reason="", bytes=max(0, peak(device) - before))
+
+
+def drawn(method: Method, setting: Setting, device: torch.device) -> Inputs:
+    x = Inputs(setting, device)
+    return x.like(relaid=True) if method.heads_first else x
 
 
 def start(device: torch.device) -> int:

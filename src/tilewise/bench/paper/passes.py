@@ -5,43 +5,42 @@ The forward pass keeps what the backward needs; the backward's time is that of b
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from tilewise.bench.paper.inputs import Inputs, Setting
-from tilewise.bench.paper.methods import BLOCK, Attend, Method, butterfly
-from tilewise.bench.paper.race import BACKWARD, BOTH, FORWARD, PASSES, Entrant, Row, race, short_of
+from tilewise.bench.contest import BOTH, FORWARD, PASSES, Entrant, Outcome, free_bytes, gib, race
+from tilewise.bench.paper.inputs import Attend, Inputs, Setting
+from tilewise.bench.paper.methods import BLOCK, Method, butterfly, methods
+from tilewise.bench.suite import Wanted
 from tilewise.bench.tolerance import Verdict
 
-WORK = {FORWARD: 1.0, BACKWARD: 2.5, BOTH: 3.5}     # in forward passes
-TENSORS = 14            # like q that are alive at once: two sets of inputs, out and gradients, and someone's copies
+TENSORS = 20            # like q that are alive at once: two sets of inputs in two layouts, out and gradients
 TWICE = 2.0             # between 1/2 and 2: of what dropout changes, measured over expected
 
 
-def measure(setting: Setting, methods: Sequence[Method], device: torch.device) -> dict[str, Row]:
-    """By pass: contenders, and how many times faster than others the first method is."""
-    words = short_of(TENSORS * setting.tensor_bytes, device, "q, k, v, out and gradients")
-    if device.type == "cuda":
+def measure(setting: Setting, wanted: Wanted, seconds: float) -> dict[str, Outcome]:
+    """By pass: states and times of all methods, and how many times faster than each other ours is."""
+    if wanted.device.type == "cuda":
         torch.compiler.reset()      # settings are compiled apart, and torch.compile gives up after a few
-    sets = [] if words else [Inputs(setting, device, seed) for seed in (0, 1)]
-    field = [Entrant(method.name, state="refused", reason=words) if words else entrant(method, sets) for method in methods]
-    found = race(field, device, PASSES, seconds=setting.seconds)
-    for mode, row in found.items():
-        for method in methods:
-            entry = row["contenders"][method.name]
-            if method.sparse:       # a share of the work, which the papers' formula does not know
-                entry["density"] = butterfly(setting.seqlen).float().mean().item()
-            elif "seconds" in entry:
-                entry["tflops"] = WORK[mode] * setting.flops() / entry["seconds"] / 1e12
-    return found
+    return race(entrants(setting, wanted), wanted.device, PASSES, seconds=seconds)
+
+
+def entrants(setting: Setting, wanted: Wanted, seeds: Sequence[int] = (0, 1)) -> list[Entrant]:
+    """All methods on a setting, on as many sets of inputs as there are seeds, each as it wants them in memory."""
+    if words := lack(TENSORS * setting.tensor_bytes, wanted.device, "inputs and results"):
+        return [Entrant(method.name, state="refused", reason=words) for method in methods(setting, wanted)]
+    sets = [Inputs(setting, wanted.device, seed) for seed in seeds]
+    relaid = [x.like(relaid=True) for x in sets]
+    return [entrant(method, relaid if method.heads_first else sets) for method in methods(setting, wanted)]
 
 
 def entrant(method: Method, sets: Sequence[Inputs]) -> Entrant:
     """A method on some sets of inputs, if it can and there is room."""
     x = sets[0]
-    if words := short_of(method.matrices * x.setting.matrix_bytes, x.device, "matrices of scores"):
+    if words := lack(method.matrices * x.setting.matrix_bytes, x.device, "matrices of scores"):
         return Entrant(method.name, state="refused", reason=words)
     try:
         attends = [method.prepare(one) for one in sets]
@@ -49,6 +48,12 @@ def entrant(method: Method, sets: Sequence[Inputs]) -> Entrant:
         return Entrant(method.name, reason=str(error))
     calls = {FORWARD: partial(forward, sets, attends), BOTH: partial(both, sets, attends)}
     return Entrant(method.name, calls, partial(check, method, x, attends[0]))
+
+
+def lack(needed: float, device: torch.device, what: str) -> str:
+    """Why there is no room for so many bytes; nothing, if there is."""
+    free = free_bytes(device) if needed else 0
+    return f"{what} need {gib(needed)}, free {gib(free)}" if needed > free else ""
 
 
 def forward(sets: Sequence[Inputs], attends: Sequence[Attend], turn: int) -> Tensor:
@@ -64,12 +69,12 @@ def both(sets: Sequence[Inputs], attends: Sequence[Attend], turn: int) -> tuple[
 def check(method: Method, x: Inputs, attend: Attend) -> list[Verdict]:
     """Random bits of others cannot be foreseen: held to the rule without dropout, then to what dropout changes on average."""
     if method.own_dropout and x.setting.dropout:
-        plain = x.without_dropout()
-        return [*plain.verdicts(plain.sampled(method.prepare(plain))), change(x, x.sampled(attend)["out"])]
+        plain = x.like(replace(x.setting, dropout=0.0))
+        return [*plain.expected().verdicts(plain.sampled(method.prepare(plain))), change(x, x.sampled(attend)["out"])]
     if not method.sparse:
-        return x.verdicts(x.sampled(attend))
+        return x.expected().verdicts(x.sampled(attend))
     layout, cols = butterfly(x.setting.seqlen).to(x.device), torch.arange(x.setting.seqlen, device=x.device)
-    return x.verdicts(x.sampled(attend), layout[x.rows[:, None] // BLOCK, cols // BLOCK])
+    return x.expected(layout[x.rows[:, None] // BLOCK, cols // BLOCK]).verdicts(x.sampled(attend))
 
 
 def change(x: Inputs, out: Tensor) -> Verdict:
@@ -80,4 +85,4 @@ def change(x: Inputs, out: Tensor) -> Verdict:
     expected = p / (1 - p) * (probabilities.square() @ v.square())
     found = ((out.double() - probabilities @ v).square().sum() / expected.sum()).item()
     ratio = max(found, 1 / found) if found else float("inf")
-    return Verdict("dropout", ratio, TWICE, "" if ratio <= TWICE else f"changes out by {found:.2f} times what it should, squared")
+    return Verdict("dropout", ratio, TWICE, "" if ratio <= TWICE else f"it changes out by {found:.2f} times its variance")

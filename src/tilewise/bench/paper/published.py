@@ -2,13 +2,27 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from importlib import resources
 from typing import Any
 
+from tilewise.bench import suite
+from tilewise.bench.contest import Outcome
+from tilewise.bench.record import Row
+
 A100_40GB, A100 = "A100-40GB", "A100"       # of FlashAttention; of Flash-Decoding, which does not say which
-MODES = {"fwd": "forward", "bwd": "backward", "fwdbwd": "forward+backward", "memory_fwdbwd": "memory"}
 Published = dict[str, dict[str, Any]]       # "who, where" -> a value in SI units, and the hardware
+
+
+@dataclass(frozen=True)
+class Trial(suite.Trial):
+    """One whose rows say, by mode, what a paper printed."""
+    published: Mapping[str, Published] = field(default_factory=dict)
+
+    def rows(self, found: dict[str, Outcome]) -> list[Row]:
+        return [row | Row(published=self.published[mode]) for row, mode in zip(super().rows(found), self.modes, strict=True)]
 
 
 @cache
@@ -28,7 +42,8 @@ def flash_attention_2(mode: str, head_dim: int, causal: bool, seqlen: int) -> Pu
     """TFLOP/s; mode: "forward", "backward" or "forward+backward"."""
     wanted = mode, str(head_dim), "causal" if causal else "full", str(seqlen)
     return {f"{cell['method']}, {cell['hardware'].split('-')[0]}": _cell(cell["hardware"], float(cell["tflops"]), "tflops", 1)
-            for cell in cells("flash_attention_2") if tuple(cell[name] for name in ("mode", "head_dim", "mask", "seqlen")) == wanted}
+            for cell in cells("flash_attention_2")
+            if (cell["mode"], cell["head_dim"], cell["mask"], cell["seqlen"]) == wanted}
 
 
 def flash_decoding(batch: int, seqlen: int) -> Published:

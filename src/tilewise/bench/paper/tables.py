@@ -4,7 +4,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from tilewise.bench.paper.race import Row
+from tilewise.bench import table
+from tilewise.bench.record import Row
 
 Columns = Sequence[tuple[str, Row]]     # what stands above a column, and the row of the result that it shows
 NAME, CELL = 30, 9                      # widths
@@ -44,7 +45,7 @@ def transposed(title: str, columns: Columns, quantity: str, unit: float) -> list
     return [*found, "* published, other hardware"]
 
 
-def cell(entry: Row | None, quantity: str, unit: float) -> str:
+def cell(entry: dict[str, Any] | None, quantity: str, unit: float) -> str:
     """A number; "-" as in the papers where there is none, "wrong" where there must not be one."""
     if entry is None or quantity not in entry:
         return "wrong" if entry and entry.get("state") == "wrong" else "-"
@@ -56,12 +57,5 @@ def number(value: float) -> str:
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """Why there are gaps: a line for each method and reason."""
-    reasons: dict[tuple[str, str, str], int] = {}
-    for row in rows:
-        for name, entry in row["contenders"].items():
-            if entry["state"] != "timed":
-                key = name, entry["state"], entry["reason"]
-                reasons[key] = reasons.get(key, 0) + 1
-    return [f"  {name}: {state}{f' {count} times' if count > 1 else ''}: {reason}"[:128]
-            for (name, state, reason), count in reasons.items()]
+    """Why there are gaps."""
+    return [f"  {line}"[:table.WIDTH] for line in table.remarks(rows)]
