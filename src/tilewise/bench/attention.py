@@ -5,7 +5,7 @@ inputs take turns, and everyone finds them as it wants them in memory.
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tilewise import backends
-from tilewise.bench.contest import BOTH, FORWARD, PASSES, Entrant, Outcome, free_bytes, gib, race
+from tilewise.bench.contest import BOTH, FORWARD, PASSES, Bars, Entrant, Outcome, free_bytes, gib, race
 from tilewise.bench.gate import Gate
 from tilewise.bench.peers import Attend, Contender, discover, ours
 from tilewise.bench.shapes import WORK, Inputs, Shape, heads_first, of_the_paper
@@ -26,21 +26,18 @@ SLOW_TO_COMPILE = "left out of quick runs: on a CPU it compiles for half a minut
 
 def trials(wanted: Wanted) -> list[Trial]:
     seconds = SECONDS[wanted.device.type] / (4 if wanted.quick else 1)
-    return [trial(shape, wanted, f"D {shape.head_dim} N {shape.seqlen} {shape.mask}",
-                  f"attention, {shape.batch * shape.seqlen} tokens, {shape.heads} heads of {shape.head_dim}, {shape.dtype}",
-                  seconds=seconds)
+    return [trial(shape, wanted, seconds=seconds)
             for shape in of_the_paper(wanted.device, wanted.quick, wanted.head_dims, wanted.lengths)]
 
 
-def trial(shape: Shape, wanted: Wanted, case: str, part: str, *, modes: tuple[str, ...] = PASSES, seconds: float,
-          only: Sequence[str] | None = None, beside: Callable[[], Sequence[Entrant]] = list,
-          bars: Mapping[tuple[str, str], float] | None = None) -> Trial:
-    """only: the peers that take part. beside: yardsticks."""
+def trial(shape: Shape, wanted: Wanted, *, part: str = "attention", modes: tuple[str, ...] = PASSES, seconds: float,
+          only: Sequence[str] | None = None, beside: Callable[[], Sequence[Entrant]] = list, bars: Bars | None = None) -> Trial:
+    """only: those that take part beside ours. beside: yardsticks."""
     def run() -> dict[str, Outcome]:
         field = [c for c in contenders(shape, wanted) if only is None or c.name in ("tilewise", *only)]
         return measure(shape, field, wanted.device, modes=modes, seconds=seconds, beside=beside(), bars=bars)
 
-    return Trial(part, case, asdict(shape) | {"mask": shape.mask}, modes, run)
+    return Trial(part, f"{shape}, {part}" if part != "attention" else str(shape), asdict(shape) | {"mask": shape.mask}, modes, run)
 
 
 def contenders(shape: Shape, wanted: Wanted) -> list[Contender]:
@@ -57,7 +54,7 @@ def contenders(shape: Shape, wanted: Wanted) -> list[Contender]:
 
 
 def measure(shape: Shape, field: Sequence[Contender], device: torch.device, *, modes: Sequence[str] = PASSES, seconds: float,
-            beside: Sequence[Entrant] = (), bars: Mapping[tuple[str, str], float] | None = None) -> dict[str, Outcome]:
+            beside: Sequence[Entrant] = (), bars: Bars | None = None) -> dict[str, Outcome]:
     """The rows of one shape. With the forward mode alone, it keeps nothing for a backward."""
     sets = [shape.draw(device, seed) for seed in (0, 1)]
     relaid: list[Inputs] = []

@@ -51,9 +51,9 @@ def settings(device: torch.device, quick: bool = False) -> list[Setting]:
 
 def trials(setting: Setting, device: torch.device) -> list[Trial]:
     shape = f"{setting.heads}/{setting.kv_heads}/{setting.head_dim}"
-    return [Trial("prompts in chunks", f"{setting.prompt} tokens, {shape}", asdict(setting), (FORWARD,),
+    return [Trial("chunks", f"prompt of {setting.prompt} tokens, {shape}", asdict(setting), (FORWARD,),
                   partial(prefill, setting, device)),
-            Trial("drafted tokens", f"{len(PARENTS)} behind {setting.context}, {shape}", asdict(setting), (FORWARD,),
+            Trial("drafts", f"{len(PARENTS)} drafted tokens behind {setting.context}, {shape}", asdict(setting), (FORWARD,),
                   partial(drafts, setting, device))]
 
 

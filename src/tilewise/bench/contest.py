@@ -20,17 +20,18 @@ from tilewise.bench.tolerance import Verdict
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 PASSES = FORWARD, BACKWARD, BOTH
+Bars = Mapping[tuple[str, str], float]          # by mode and the other's name, how many times faster ours is promised to be
 
 
 @dataclass(frozen=True)
 class Entrant:
     """A contender. calls: what is timed, by mode; without one for a mode, `state` and `reason` say why.
 
-    check: verdicts on one such call. factor: what its time is multiplied by.
+    check: verdicts on one such call; None: a yardstick. factor: what its time is multiplied by.
     """
     name: str
     calls: Mapping[str, Call] = field(default_factory=dict)
-    check: Callable[[], Sequence[Verdict]] = list
+    check: Callable[[], Sequence[Verdict]] | None = None
     state: State = "absent"
     reason: str = ""
     factor: float = 1.0
@@ -46,6 +47,8 @@ def admit(entrant: Entrant, device: torch.device) -> Entry:
     """The contender's state before timing, with the errors found."""
     if not entrant.calls:
         return {"state": entrant.state, "reason": entrant.reason}
+    if entrant.check is None:
+        return {"state": "timed", "reason": "", "yardstick": True}
     try:
         verdicts = entrant.check()
     except Exception as error:  # whatever a library raises on what it does not take, such as memory
@@ -58,11 +61,11 @@ def admit(entrant: Entrant, device: torch.device) -> Entry:
 
 def race(entrants: Sequence[Entrant], device: torch.device, modes: Sequence[str], *, seconds: float, least: int = 3,
          most: int = 100, rates: Callable[[str, float], Any] = lambda mode, seconds: {},
-         bars: Mapping[tuple[str, str], float] | None = None) -> dict[str, Outcome]:
+         bars: Bars | None = None) -> dict[str, Outcome]:
     """For each mode the contenders' states and times, and how many times faster the first is than each other.
 
     The backward is the difference of both passes together and the forward alone, within a round. seconds: for all together.
-    rates: more of a contender's entry, from mode and seconds. bars: what is promised, by mode and the other's name.
+    rates: more of a contender's entry, from mode and seconds.
     """
     states = {e.name: admit(e, device) for e in entrants}
     right = [e for e in entrants if states[e.name]["state"] == "timed"]
@@ -104,7 +107,7 @@ def entry(entrant: Entrant, state: Entry, timing: Timing | None) -> Entry:
 
 
 def compared(first: str, mode: str, timed: Mapping[str, Timing],
-             bars: Mapping[tuple[str, str], float]) -> Iterator[tuple[str, Faster]]:
+             bars: Bars) -> Iterator[tuple[str, Faster]]:
     for name, timing in timed.items():
         if first in timed and name != first:
             ratio: Any = times_faster(timed[first], timing)

@@ -6,7 +6,7 @@ these have: a copy, half of them read and half written, and a sum, which reads t
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import partial
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import tilewise as tw
 from tilewise.bench.caches import STEPS, Decoder, Setting, World, decoders
-from tilewise.bench.contest import Entrant, Outcome, free_bytes, gib, race
+from tilewise.bench.contest import Bars, Entrant, Outcome, free_bytes, gib, race
 from tilewise.bench.gate import Expected
 from tilewise.bench.suite import Trial, Wanted
 from tilewise.bench.timing import Call
@@ -48,11 +48,11 @@ def settings(device: torch.device, quick: bool = False) -> list[Setting]:
 
 def trials(wanted: Wanted) -> list[Trial]:
     found = settings(wanted.device, wanted.quick)
-    return [trial(setting, wanted.device, bars=BARS if setting == found[0] and not wanted.quick else None) for setting in found]
+    return [trial(setting, wanted.device, bars=wanted.bars(BARS if setting == found[0] else {})) for setting in found]
 
 
-def trial(setting: Setting, device: torch.device, *, part: str = "decode, one layer", only: Sequence[str] | None = None,
-          modes: tuple[str, ...] = (ATTEND, STEP), bars: Mapping[tuple[str, str], float] | None = None) -> Trial:
+def trial(setting: Setting, device: torch.device, *, part: str = "decode", only: Sequence[str] | None = None,
+          modes: tuple[str, ...] = (ATTEND, STEP), bars: Bars | None = None) -> Trial:
     """only: those that take part beside ours and the yardsticks."""
     facts = asdict(setting) | {"seqlen_q": 1, "seqlen_k": setting.context}
     return Trial(part, str(setting), facts, modes, partial(measure, setting, device, only, modes, bars))
@@ -60,7 +60,7 @@ def trial(setting: Setting, device: torch.device, *, part: str = "decode, one la
 
 @torch.inference_mode()
 def measure(setting: Setting, device: torch.device, only: Sequence[str] | None = None, modes: Sequence[str] = (ATTEND, STEP),
-            bars: Mapping[tuple[str, str], float] | None = None) -> dict[str, Outcome]:
+            bars: Bars | None = None) -> dict[str, Outcome]:
     """Attention alone and whole steps, ours beside the others in turns."""
     size, free = setting.nbytes(setting.context + STEPS), free_bytes(device)
     if 3 * size > free:

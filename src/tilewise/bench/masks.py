@@ -1,9 +1,10 @@
 """What masks and score functions cost: capturing them, finding their tiles, gradients of the tables that they read."""
 from __future__ import annotations
 
+import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,19 +12,21 @@ import torch
 from torch import Tensor
 
 import tilewise as tw
-from tilewise.bench.contest import BOTH, Entrant, Outcome, admit, gib, outcome, race
+from tilewise.bench.attention import SLOW_TO_COMPILE
+from tilewise.bench.contest import BOTH, Bars, Entrant, Outcome, admit, gib, outcome, race
 from tilewise.bench.peers import NO_GRADIENTS, flex_attend
 from tilewise.bench.record import Entry
 from tilewise.bench.resident import GIVE_BACK, restart_peak, status_bytes
 from tilewise.bench.suite import Trial, Wanted
-from tilewise.bench.timing import Timing, finish, minus
+from tilewise.bench.timing import Timing, finish
 from tilewise.bench.work import SAMPLE, Work, draw
 from tilewise.bench.workers import apart
 from tilewise.trace.bounds import EMPTY, FULL, PARTIAL
 
 NEW_FUNCTION, NEW_LENGTH, CLASSIFY = "first with a new function", "first at a new length", "classify"
+AGAIN = "the same again"
 WITHOUT = "without its gradient"
-BAR = 1 / 1.3                           # the gradient of a captured table costs at most so much
+BARS = {(BOTH, WITHOUT): 1 / 1.3}       # the gradient of a captured table costs at most so much
 FLEX_BYTES = 10                         # of create_block_mask, for each score: measured
 MOST_BYTES = 2**31                      # that it may take
 DOCUMENT = 4096                         # tokens, on average
@@ -35,25 +38,25 @@ class Sizes:
     functions: int = 1024
     classified: tuple[int, ...] = (4096, 16384, 131072, 1048576)
     captured: int = 2048
-    repeats: int = 15
+    repeats: int = 5
     seconds: float = 7.0
     heads: int = 4
     head_dim: int = 64
     block: int = 128
 
 
-QUICK = Sizes(classified=(4096,), captured=512, repeats=5, seconds=1.0)
+QUICK = Sizes(classified=(4096,), captured=512, repeats=1, seconds=1.0)
 
 
 def trials(wanted: Wanted) -> list[Trial]:
     sizes, device = QUICK if wanted.quick else Sizes(), wanted.device
     shape = {"batch": 1, "heads": sizes.heads, "head_dim": sizes.head_dim, "dtype": "float32"}
-    found = [Trial("functions: capture, derive, find tiles", f"{what}, N {sizes.functions}", shape | {"seqlen": sizes.functions},
-                   (NEW_FUNCTION, NEW_LENGTH), partial(functions, what, sizes, device)) for what in FUNCTIONS]
-    found += [Trial("tiles of a causal document function", f"N {n}", {"seqlen": n, "block": sizes.block}, (CLASSIFY,),
+    found = [Trial("functions", f"{what}, N {sizes.functions}", shape | {"seqlen": sizes.functions},
+                   (NEW_FUNCTION, NEW_LENGTH), partial(functions, what, sizes, device, not wanted.quick)) for what in FUNCTIONS]
+    found += [Trial("tiles", f"N {n}", {"seqlen": n, "block": sizes.block}, (CLASSIFY,),
                     partial(tiles, n, sizes.block)) for n in sizes.classified]
-    return found + [Trial("gradient of a captured table", f"{name}, N {sizes.captured}", shape | {"seqlen": sizes.captured},
-                          (BOTH,), partial(captured, name, sizes, device)) for name in tables(1, 1)]
+    return found + [Trial("tables", f"{name}, N {sizes.captured}", shape | {"seqlen": sizes.captured},
+                          (BOTH,), partial(captured, name, sizes, device, wanted.bars(BARS))) for name in tables(1, 1)]
 
 
 # ---- 1. functions: the first call with a new one, and at a new length -----------------------------------------------------
@@ -89,45 +92,46 @@ def with_score(tensors: dict[str, Tensor], dout: Tensor, index: int) -> Work:
 FUNCTIONS: dict[str, Callable[[dict[str, Tensor], Tensor, int], Work]] = {"mask": with_mask, "score": with_score}
 
 
-def functions(what: str, sizes: Sizes, device: torch.device) -> dict[str, Outcome]:
-    """What first calls take beyond the same call again; beside that call, and torch's way to find a mask's tiles."""
-    inputs = draw(sizes.functions, sizes.heads, sizes.head_dim, device)
-    state = admit(FUNCTIONS[what](*inputs, 0).entrant("tilewise"), device)
+def functions(what: str, sizes: Sizes, device: torch.device, compiled: bool) -> dict[str, Outcome]:
+    """First calls beside the same calls again, in a process whose compilers have kept nothing; FlexAttention's first calls."""
+    state = admit(FUNCTIONS[what](*draw(sizes.functions, sizes.heads, sizes.head_dim, device), 0).entrant("tilewise"), device)
     if state["state"] != "timed":
         return dict.fromkeys((NEW_FUNCTION, NEW_LENGTH), Outcome(contenders={"tilewise": state}, times_faster={}))
-
-    def at_length(index: int) -> Callable[[], Tensor]:
-        longer = draw(sizes.functions + 16 * (1 + index), sizes.heads, sizes.head_dim, device)
-        return FUNCTIONS[what](*longer, 0).forward
-
-    makes = {NEW_FUNCTION: lambda index: FUNCTIONS[what](*inputs, index).forward, NEW_LENGTH: at_length}
     found = {}
-    for mode, make in makes.items():
-        first, again = first_calls(make, sizes.repeats, device)
-        timed = {"tilewise": minus(first, again), "the call": again}
-        if what == "mask" and mode == NEW_FUNCTION:
-            timed["create_block_mask"] = seconds_of([partial(flex_blocks, new_mask(i), sizes.functions, sizes.block, str(device))
-                                                     for i in range(sizes.repeats + 1)], device)
+    for mode in (NEW_FUNCTION, NEW_LENGTH):
+        first, again = in_new_process(what, "tilewise", mode, sizes, device)
+        timed = {"tilewise": first, AGAIN: again}
+        if compiled:
+            timed["flex"] = in_new_process(what, "flex", mode, replace(sizes, repeats=1), device)[0]
         found[mode] = outcome(timed)
+        if not compiled:
+            found[mode]["contenders"]["flex"] = {"state": "absent", "reason": SLOW_TO_COMPILE}
     return found
 
 
-def first_calls(make: Callable[[int], Callable[[], object]], repeats: int, device: torch.device) -> tuple[Timing, Timing]:
-    """First calls, and the same calls again."""
-    first, again = [], []
-    for index in range(repeats + 1):
-        call = make(index)
-        one, *others = (stopwatch(call, device) for _ in range(4))
-        if index:                       # with the very first, libraries wake up
-            first.append(one)
-            again.append(sorted(others)[1])
+def in_new_process(what: str, who: str, mode: str, sizes: Sizes, device: torch.device) -> tuple[Timing, Timing]:
+    with tempfile.TemporaryDirectory() as cache:
+        places = {name: cache for name in ("XDG_CACHE_HOME", "TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+        first, again = apart("masks", "first_calls", what, who, mode, asdict(sizes), str(device), environment=places,
+                             patience=600.0)
     return Timing(first, first), Timing(again, again)
 
 
-def seconds_of(calls: list[Callable[[], object]], device: torch.device) -> Timing:
-    """Of each call but the first."""
-    found = [stopwatch(call, device) for call in calls][1:]
-    return Timing(found, found)
+def first_calls(what: str, who: str, mode: str, fields: dict[str, Any], device: str) -> tuple[list[float], list[float]]:
+    """Seconds of first calls with new functions or at new lengths, and of the same calls again."""
+    sizes, where = Sizes(**fields), torch.device(device)
+    first, again = [], []
+    for index in range(sizes.repeats + 1):
+        length, function = (sizes.functions, index) if mode == NEW_FUNCTION else (sizes.functions + 16 * index, 0)
+        work = FUNCTIONS[what](*draw(length, sizes.heads, sizes.head_dim, where), function)
+        if who == "flex":
+            attend = flex_attend(where, work.mask, work.score and work.score(None))
+            work = replace(work, attend=attend)
+        one, *others = (stopwatch(work.forward, where) for _ in range(4))
+        if index:                       # with the very first, libraries wake up
+            first.append(one)
+            again.append(sorted(others)[1])
+    return first, again
 
 
 def stopwatch(call: Callable[[], object], device: torch.device) -> float:
@@ -137,11 +141,6 @@ def stopwatch(call: Callable[[], object], device: torch.device) -> float:
     call()
     finish(device)
     return time.perf_counter() - begin
-
-
-def flex_blocks(function: Callable, length: int, block: int, device: str = "cpu") -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-    return create_block_mask(function, None, None, length, length, device=device, BLOCK_SIZE=block)
 
 
 # ---- 2. which tiles a mask function shows ---------------------------------------------------------------------------------
@@ -156,6 +155,11 @@ def documents(length: int) -> Callable:
 
 def our_blocks(function: Callable, length: int, block: int) -> Tensor:
     return tw.mask_mod(function).classify(1, 1, length, length, block, block)[0, 0]
+
+
+def flex_blocks(function: Callable, length: int, block: int) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+    return create_block_mask(function, None, None, length, length, device="cpu", BLOCK_SIZE=block)
 
 
 CLASSIFIERS: dict[str, Callable[[Callable, int, int], Any]] = {"tilewise": our_blocks, "create_block_mask": flex_blocks}
@@ -245,7 +249,7 @@ def tables(length: int, heads: int) -> dict[str, Table]:
     }
 
 
-def captured(name: str, sizes: Sizes, device: torch.device) -> dict[str, Outcome]:
+def captured(name: str, sizes: Sizes, device: torch.device, bars: Bars) -> dict[str, Outcome]:
     """Forward and backward with the gradient of a captured table, and without, in turns."""
     inputs, dout = draw(sizes.captured, sizes.heads, sizes.head_dim, device)
     shape, score = tables(sizes.captured, sizes.heads)[name]
@@ -259,4 +263,4 @@ def captured(name: str, sizes: Sizes, device: torch.device) -> dict[str, Outcome
         entrants.append(flex.entrant("flex", (BOTH,)))
     else:
         entrants.append(Entrant("flex", reason=NO_GRADIENTS))
-    return race(entrants, device, (BOTH,), seconds=sizes.seconds, least=sizes.repeats // 3 + 1, bars={(BOTH, WITHOUT): BAR})
+    return race(entrants, device, (BOTH,), seconds=sizes.seconds, least=sizes.repeats + 1, bars=bars)

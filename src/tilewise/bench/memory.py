@@ -36,7 +36,7 @@ def trials(wanted: Wanted) -> list[Trial]:
     else:
         lengths, heads = (512, 2048) if wanted.quick else (1024, 2048, 4096, 8192, 16384), (4, 4, 64, True, "float32")
     shapes = [Shape(1, length, *heads) for length in lengths]
-    return [Trial("memory beside inputs and results", str(shape), asdict(shape) | {"mask": shape.mask}, MODES,
+    return [Trial("memory", str(shape), asdict(shape) | {"mask": shape.mask}, MODES,
                   partial(measure, shape, wanted)) for shape in shapes]
 
 

@@ -5,7 +5,7 @@ right: under a causal mask no query sees the padding behind it, so that is_causa
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import tilewise as tw
-from tilewise.bench.contest import BOTH, FORWARD, PASSES, Entrant, Outcome, race
+from tilewise.bench.contest import BOTH, FORWARD, PASSES, Bars, Entrant, Outcome, race
 from tilewise.bench.gate import Expected, Found
 from tilewise.bench.peers import CUDA_ONLY, function_of
 from tilewise.bench.suite import Trial
@@ -54,8 +54,8 @@ def settings(device: torch.device, quick: bool = False) -> list[Setting]:
     return [Setting(16, causal, 2, dtype="float32", seconds=20.0) for causal in (False, True)]
 
 
-def trial(setting: Setting, device: torch.device, *, part: str = "packed sequences", modes: tuple[str, ...] = PASSES,
-          only: Sequence[str] | None = None, bars: Mapping[tuple[str, str], float] | None = None) -> Trial:
+def trial(setting: Setting, device: torch.device, *, part: str = "packed", modes: tuple[str, ...] = PASSES,
+          only: Sequence[str] | None = None, bars: Bars | None = None) -> Trial:
     """only: those that take part beside ours."""
     lengths = setting.lengths()
     padding = 1 - sum(lengths) / (len(lengths) * max(lengths))
@@ -183,7 +183,7 @@ def flash_attn(batch: Batch) -> Contender:
 
 
 def measure(setting: Setting, device: torch.device, modes: Sequence[str] = PASSES, only: Sequence[str] | None = None,
-            bars: Mapping[tuple[str, str], float] | None = None) -> dict[str, Outcome]:
+            bars: Bars | None = None) -> dict[str, Outcome]:
     """All contenders in turns."""
     batch, alone = Batch(setting, device), tuple(modes) == (FORWARD,)
     right = expected(batch, gradients=not alone)

@@ -43,6 +43,7 @@ class Entry(Judged, total=False):
     errors: dict[str, list[float]]
     rms: dict[str, list[float]]
     bar: float                          # seconds that ours is promised to take at most
+    yardstick: bool                     # what the machine can do, no other implementation
 
 
 class Faster(TypedDict, total=False):

@@ -6,8 +6,8 @@ from tilewise.bench.suite import Trial, Wanted
 
 
 def trials(wanted: Wanted) -> list[Trial]:
-    on_cpu = wanted.device.type == "cpu" and not wanted.quick
-    found = [packed.trial(setting, wanted.device, bars=packed.BARS if on_cpu else None)
+    bars = wanted.bars(packed.BARS if wanted.device.type == "cpu" else {})
+    found = [packed.trial(setting, wanted.device, bars=bars)
              for setting in packed.settings(wanted.device, wanted.quick)]
     return found + [trial for setting in chunks.settings(wanted.device, wanted.quick)
                     for trial in chunks.trials(setting, wanted.device)]

@@ -4,7 +4,7 @@ That yardstick is ideal: what is hidden costs nothing. SDPA is given the pattern
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 
@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import tilewise as tw
 from tilewise import patterns
-from tilewise.bench.contest import BOTH, FORWARD, PASSES, Entrant, Outcome, race
+from tilewise.bench.contest import BOTH, FORWARD, PASSES, Bars, Entrant, Outcome, race
 from tilewise.bench.peers import NO_GRADIENTS, flex_attend
 from tilewise.bench.shapes import WORK, heads_first
 from tilewise.bench.suite import Trial, Wanted
@@ -67,18 +67,18 @@ def trials(wanted: Wanted) -> list[Trial]:
                 for pattern, block in (*((name, 128) for name in LAYOUTS), ("window", 512 if not wanted.quick else 128))]
     # On a CPU FlexAttention compiles for half a minute, and has only a forward pass.
     others = ("sdpa, boolean mask", "flex") if on_gpu or not wanted.quick else ("sdpa, boolean mask",)
-    return [trial(setting, wanted.device, others=others) for setting in settings]
+    return [trial(setting, wanted.device, others=others, bars=wanted.bars({} if on_gpu else BARS)) for setting in settings]
 
 
-def trial(setting: Setting, device: torch.device, *, part: str = "sparse attention", modes: tuple[str, ...] = PASSES,
-          others: Sequence[str] = (), bars: Mapping[tuple[str, str], float] | None = None) -> Trial:
+def trial(setting: Setting, device: torch.device, *, part: str = "sparse", modes: tuple[str, ...] = PASSES,
+          others: Sequence[str] = (), bars: Bars | None = None) -> Trial:
     density = setting.masks(torch.device("cpu"))[2]
     return Trial(part, str(setting), asdict(setting) | {"batch": 1, "density": density}, modes,
                  partial(measure, setting, device, modes, others, bars))
 
 
 def measure(setting: Setting, device: torch.device, modes: Sequence[str] = PASSES, others: Sequence[str] = (),
-            bars: Mapping[tuple[str, str], float] | None = None) -> dict[str, Outcome]:
+            bars: Bars | None = None) -> dict[str, Outcome]:
     mask, function, density = setting.masks(device)
     tensors, dout = draw(setting.seqlen, setting.heads, setting.head_dim, device, getattr(torch, setting.dtype))
     timed = [mode for mode in (FORWARD, BOTH) if mode in modes or len(modes) == len(PASSES)]

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from tilewise.bench.record import Entry, Faster, Row
 
 WIDTH = 128
+SHORT = {"bfloat16": "bf16", "float": "fp", "forward": "fwd", "backward": "bwd"}
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
@@ -18,16 +19,17 @@ def lines(rows: Sequence[Row]) -> list[str]:
         of_part = list(group)
         others = list(dict.fromkeys(name for row in of_part for name, entry in list(row["contenders"].items())[1:]
                                     if entry["state"] != "absent"))
-        first, rate = max(len(part), *(len(row["case"]) + 2 for row in of_part)), unit_of(of_part)
+        names, rate = [short(row["case"]) for row in of_part], unit_of(of_part)
+        first = max(len(part), *(len(name) + 2 for name in names))
         widths = [max(5, *map(len, name.rsplit(" ", 1))) for name in others]
         upper, lower = ([name.rpartition(" ")[half].rjust(width) for name, width in zip(others, widths, strict=True)]
                         for half in (0, 2))
         blank = " " * (first + 19)
         found += [" ".join([blank, *upper])] * any(map(str.strip, upper))
         found.append(" ".join([f"{part:{first}} {'ours':>9} {rate:>8}", *lower]))
-        for row in of_part:
+        for row, title in zip(of_part, names, strict=True):
             cells = [cell(row, name).rjust(width) for name, width in zip(others, widths, strict=True)]
-            found.append(" ".join([f"  {row['case']:{first - 2}} {duration(ours(row)):>9} {rate_of(ours(row), rate):>8}", *cells]))
+            found.append(" ".join([f"  {title:{first - 2}} {duration(ours(row)):>9} {rate_of(ours(row), rate):>8}", *cells]))
         found += [f"  {words}" for words in (*promises(of_part), *remarks(of_part))]
     return [line[:WIDTH].rstrip() for line in found]
 
@@ -73,6 +75,13 @@ def markdown_of(row: Row, unit: str) -> Iterator[Line]:
         yield head
 
 
+def short(case: str) -> str:
+    """A case's name where there is little room."""
+    for long, brief in SHORT.items():
+        case = case.replace(long, brief)
+    return case
+
+
 def yes(kept: bool) -> str:
     return "yes" if kept else "no"
 
@@ -82,10 +91,12 @@ def ours(row: Row) -> Entry:
 
 
 def cell(row: Row, name: str) -> str:
-    """How many times faster than one other, or why there is no such number."""
+    """How many times faster than one other, or why there is no such number; where nothing is compared, its memory."""
     ratio, entry = row["times_faster"].get(name), row["contenders"].get(name)
     if ratio is not None:
         return number(ratio["median"]) + ("!" if short_of(ratio) else "")
+    if entry and not row["times_faster"] and "bytes" in entry:
+        return rate_of(entry, "MiB")
     return {"wrong": "wrong", "refused": "-"}.get(entry["state"], "") if entry else ""
 
 
@@ -99,11 +110,11 @@ def promises(rows: Sequence[Row]) -> Iterator[str]:
         for name, ratio in row["times_faster"].items():
             if short_of(ratio):
                 low, high = map(number, ratio["quartiles"])
-                yield (f"! {row['case']}: {number(ratio['median'])} ({low}-{high}) times faster than {name}, promised "
+                yield (f"! {short(row['case'])}: {number(ratio['median'])} ({low}-{high}) times faster than {name}, promised "
                        f"{number(ratio['bar'])}")
         entry = ours(row)
         if entry.get("seconds", 0) > entry.get("bar", float("inf")):
-            yield f"! {row['case']}: {duration(entry)}, promised {duration({**entry, 'seconds': entry['bar']})}"
+            yield f"! {short(row['case'])}: {duration(entry)}, promised {duration({**entry, 'seconds': entry['bar']})}"
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
@@ -143,5 +154,5 @@ def duration(entry: Entry) -> str:
 
 
 def number(value: float) -> str:
-    """Two decimals, of numbers below 10 only."""
-    return f"{value:.2f}" if value < 10 else f"{value:.0f}"
+    """Two decimals, of numbers below 10 only; of very small ones two digits."""
+    return f"{value:.2g}" if value < 0.095 else f"{value:.2f}" if value < 10 else f"{value:.0f}"
