@@ -7,12 +7,12 @@ from torch import Tensor
 from tilewise.bench.gate import Found
 from tilewise.bench.numerics.inputs import Inputs
 
-CHUNK_BYTES = 2**26     # of one fp64 matrix of scores
+CHUNK_BYTES = 2**24     # of one fp64 matrix of scores
 
 
 def truth(x: Inputs, causal: bool) -> Found:
-    """out [1, S_q, H, D], lse [1, H, S_q], dq, dk and dv in fp64, by the equations of FlashAttention's appendix B, some rows at a
-    time: memory is linear in the lengths."""
+    """out [1, S_q, H, D], lse [1, H, S_q], dq, dk and dv in fp64, by the equations of FlashAttention's appendix B, some rows at
+    a time: memory is linear in the lengths."""
     q, k, v, dout = (t.double().transpose(1, 2) for t in x)     # [1, H, S, D]
     rows, cols = q.shape[2], k.shape[2]
     scale, step = q.shape[3] ** -0.5, max(1, CHUNK_BYTES // (8 * cols * q.shape[1]))

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-FEW = 64                # queries that a long sequence has: the last ones
+FEW = 32                # queries that a long sequence has: the last ones
 DTYPES = "float32", "bfloat16", "float16"
 PRECISIONS = "highest", "high", "medium"        # of torch.set_float32_matmul_precision
 
@@ -97,7 +97,7 @@ FULL, QUICK = Sizes(1024, 2, (512, 2048, 8192, 32768, 131072)), Sizes(256, 1, (5
 
 
 def settings(device: torch.device, sizes: Sizes) -> dict[str, list[Setting]]:
-    """By part: kinds of inputs; long causal rows; on GPUs the precisions of fp32 products, which our CPU kernels do not have."""
+    """By part: kinds of inputs; long causal rows; on GPUs the precisions of fp32 products (ours on CPUs have one)."""
     n, heads, lengths = sizes
     found = {"inputs": [Setting(kind, dtype, n, n, heads) for kind in KINDS for dtype in DTYPES],
              "lengths": [Setting("normal", dtype, FEW, length, 1, causal=True) for length in lengths for dtype in DTYPES]}

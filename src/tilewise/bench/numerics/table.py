@@ -1,13 +1,14 @@
 """Results as lines of plain text, and as tables in Markdown."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from tilewise.bench.contest import BOTH
 from tilewise.bench.record import Entry, Row
 
 TENSORS = "out", "lse", "dq", "dk", "dv"
+INTERPRETED = "interpreter"             # the part of a result that was measured in Triton's interpreter
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -34,23 +35,35 @@ def gaps(rows: Sequence[Row]) -> list[str]:
     return [f"{name}: {state}: {reason}"[:128] for name, state, reason in reasons]
 
 
-def by_input(rows: Sequence[Row], tensor: str) -> str:
-    """Root mean square errors of one tensor: a line for each kind of inputs and dtype, a column for each contender."""
-    return markdown(rows, [tensor], lambda s: [s["kind"], SHORT[s["dtype"]]], ["inputs", "dtype"])
+def of_inputs(rows: Sequence[Row]) -> str:
+    """A line for each kind of inputs, in bf16."""
+    chosen = [row for row in rows if row["part"] == "inputs" and row["setting"]["dtype"] == "bfloat16"]
+    return markdown(chosen, ("out", "dq", "dk"), ("cpu", "sdpa flash", "sdpa math", "standard"), "inputs", lambda s: s["kind"])
 
 
-def by_length(rows: Sequence[Row], tensors: Sequence[str]) -> str:
-    """The same of rows of growing length."""
-    return markdown(rows, tensors, lambda s: [f"{s['seqlen_k']:,}", SHORT[s["dtype"]]], ["keys", "dtype"])
+def of_lengths(rows: Sequence[Row]) -> str:
+    """A line for each number of keys and dtype."""
+    chosen = [row for row in rows if row["part"] == "lengths"]
+    return markdown(chosen, ("out", "lse", "dq"), ("cpu", "sdpa flash", "standard"), "keys",
+                    lambda s: f"{s['seqlen_k']:,}, {SHORT[s['dtype']]}")
 
 
-def markdown(rows: Sequence[Row], tensors: Sequence[str], label: Any, heads: Sequence[str]) -> str:
-    names = list(dict.fromkeys(name for row in rows for name, entry in row["contenders"].items() if "rms" in entry))
+def of_dtypes(rows: Sequence[Row]) -> str:
+    """A line for each dtype of the rows that Triton's interpreter took part in."""
+    chosen = [row for row in rows if row["part"] == INTERPRETED and row["setting"]["kind"] in ("normal", "scores x 16")]
+    return markdown(chosen, ("out", "dq"), ("triton (interpreter)", "cpu", "sdpa flash", "standard"), "inputs",
+                    lambda s: f"{s['kind']}, {SHORT[s['dtype']]}")
+
+
+TABLES = {"inputs": of_inputs, "lengths": of_lengths, "dtypes": of_dtypes}     # of docs/numerics.md
+
+
+def markdown(rows: Sequence[Row], tensors: Sequence[str], names: Sequence[str], head: str, label: Callable[[Any], str]) -> str:
+    """Root mean square errors over those of the truth."""
     columns = [(tensor, name) for tensor in tensors for name in names
-               if any(tensor in row["contenders"][name].get("rms", {}) for row in rows)]
-    titles = [name if len(tensors) == 1 else f"{tensor}, {name}" for tensor, name in columns]
-    found = [[*heads, *titles], ["---"] * (len(heads) + len(columns))]
+               if any(tensor in row["contenders"].get(name, {}).get("rms", {}) for row in rows)]
+    found = [[head, *(f"{tensor}: {name}" for tensor, name in columns)], ["---"] * (1 + len(columns))]
     for row in rows:
-        of = [row["contenders"].get(name, {}).get("rms", {}).get(tensor) for tensor, name in columns]
-        found.append(label(row["setting"]) + ["" if x is None else f"{x[0]:.1e}" for x in of])
+        pairs = [row["contenders"].get(name, {}).get("rms", {}).get(tensor) for tensor, name in columns]
+        found.append([label(row["setting"]), *("" if pair is None else f"{pair[0] / pair[1]:.1e}" for pair in pairs)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in found)
