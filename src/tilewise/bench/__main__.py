@@ -1,4 +1,4 @@
-"""The benchmarks where only torch is installed: python -m tilewise.bench BENCHMARK [--out FILE], as `tilewise bench` has them."""
+"""What `tilewise bench` does, where only torch is installed: python -m tilewise.bench BENCHMARK [--out FILE]"""
 from __future__ import annotations
 
 import argparse

@@ -37,7 +37,8 @@ def trial(shape: Shape, wanted: Wanted, *, part: str = "attention", modes: tuple
         field = [c for c in contenders(shape, wanted) if only is None or c.name in ("tilewise", *only)]
         return measure(shape, field, wanted.device, modes=modes, seconds=seconds, beside=beside(), bars=bars)
 
-    return Trial(part, f"{shape}, {part}" if part != "attention" else str(shape), asdict(shape) | {"mask": shape.mask}, modes, run)
+    case = str(shape) if part == "attention" else f"{shape}, {part}"
+    return Trial(part, case, asdict(shape) | {"mask": shape.mask}, modes, run)
 
 
 def contenders(shape: Shape, wanted: Wanted) -> list[Contender]:

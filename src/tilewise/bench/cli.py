@@ -1,8 +1,11 @@
 """`tilewise bench`: a command for each benchmark, and all of them in turn. Without typer: python -m tilewise.bench."""
 from __future__ import annotations
 
+import importlib
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,8 +39,8 @@ Alone it runs `tilewise bench attention --quick`. Docs: docs/benchmarking.md."""
 def quick_look(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
         show(measure("attention", quick=True))
-        console.print("\nThat was `tilewise bench attention --quick`. There is more: `tilewise bench --help`; all of it, quickly: "
-                      "`tilewise bench all --quick`.", soft_wrap=True)
+        console.print("\nThat was `tilewise bench attention --quick`. There is more: `tilewise bench --help`; all of it in "
+                      "minutes: `tilewise bench all --quick`.", soft_wrap=True)
 
 
 @app.command()
@@ -55,80 +58,43 @@ def attention(
 
     Examples: `tilewise bench attention --quick`, `tilewise bench attention --head-dims 128 --lengths 4096,16384`
     """
-    chosen = {"head_dims": numbers("--head-dims", head_dims), "lengths": numbers("--lengths", lengths), "also": tuple(also or ())}
-    show(measure("attention", out=out, quick=quick, device=device, seconds=seconds, resume=resume, against=against, **chosen))
+    show(measure("attention", out=out, quick=quick, device=device, seconds=seconds, resume=resume, against=against,
+                 head_dims=numbers("--head-dims", head_dims), lengths=numbers("--lengths", lengths), also=tuple(also or ())))
 
 
-@app.command()
-def decode(out: Out = None, quick: Quick = False, device: Device = "auto", seconds: Seconds = math.inf,
-           resume: Resume = False, against: Against = None) -> None:
-    """One query for each sequence over a long cache, alone and with the append: contiguous and paged, beside SDPA.
+HELP = {
+    "decode": """One query for each sequence over a long cache, alone and with the append: contiguous and paged, beside SDPA.
 
-    About two minutes on two CPU cores. Bandwidth stands beside a copy's and a sum's.
+    About two minutes on two CPU cores. Bandwidth stands beside a copy's and a sum's.""",
+    "sparse": """Blocks (butterfly, local and global, BigBird) and a sliding window, beside full attention times their density.
 
-    Example: `tilewise bench decode --out decode.json`
-    """
-    show(measure("decode", out=out, quick=quick, device=device, seconds=seconds, resume=resume, against=against))
+    About five minutes on two CPU cores.""",
+    "masks": """First calls with new mask and score functions, finding their tiles, gradients of the tables that they read.
 
+    About seven minutes on two CPU cores, most of it compilation.""",
+    "memory": """Memory beside inputs, outputs and gradients as the sequence grows.
 
-@app.command()
-def sparse(out: Out = None, quick: Quick = False, device: Device = "auto", seconds: Seconds = math.inf,
-           resume: Resume = False, against: Against = None) -> None:
-    """Blocks (butterfly, local and global, BigBird) and a sliding window, beside full attention times their density.
+    About two minutes on two CPU cores: every number is that of a new process.""",
+    "cpu": """Hold the CPU backend to what it promises: beside SDPA, a matrix product, a copy of memory; compilation.
 
-    About five minutes on two CPU cores.
+    About twelve minutes on two CPU cores.""",
+    "serving": """Packed sequences of unequal length, prompts in chunks, drafted tokens.
 
-    Example: `tilewise bench sparse --quick`
-    """
-    show(measure("sparse", out=out, quick=quick, device=device, seconds=seconds, resume=resume, against=against))
+    About two minutes on two CPU cores."""}
 
 
-@app.command()
-def masks(out: Out = None, quick: Quick = False, device: Device = "auto", seconds: Seconds = math.inf,
-          resume: Resume = False, against: Against = None) -> None:
-    """First calls with new mask and score functions, finding their tiles, gradients of the tables that they read.
+def add(name: str, words: str) -> None:
+    """A command with the options that all share."""
+    def run(out: Out = None, quick: Quick = False, device: Device = "auto", seconds: Seconds = math.inf, resume: Resume = False,
+            against: Against = None) -> None:
+        show(measure(name, out=out, quick=quick, device=device, seconds=seconds, resume=resume, against=against))
 
-    About seven minutes on two CPU cores, most of it compilation.
-
-    Example: `tilewise bench masks --quick`
-    """
-    show(measure("masks", out=out, quick=quick, device=device, seconds=seconds, resume=resume, against=against))
+    app.command(name, help=f"{words}\n\nExamples: `tilewise bench {name} --quick`, "
+                           f"`tilewise bench {name} --out {name}.json --resume`")(run)
 
 
-@app.command()
-def memory(out: Out = None, quick: Quick = False, device: Device = "auto", seconds: Seconds = math.inf,
-           resume: Resume = False, against: Against = None) -> None:
-    """Memory beside inputs, outputs and gradients as the sequence grows.
-
-    About two minutes on two CPU cores: every number is that of a new process.
-
-    Example: `tilewise bench memory --out memory.json`
-    """
-    show(measure("memory", out=out, quick=quick, device=device, seconds=seconds, resume=resume, against=against))
-
-
-@app.command()
-def cpu(out: Out = None, quick: Quick = False, seconds: Seconds = math.inf, resume: Resume = False,
-        against: Against = None) -> None:
-    """Hold the CPU backend to what it promises: beside SDPA, the machine's matrix product, a copy of its memory; compilation.
-
-    About twelve minutes on two CPU cores.
-
-    Example: `tilewise bench cpu --out cpu.json`
-    """
-    show(measure("cpu", out=out, quick=quick, device="cpu", seconds=seconds, resume=resume, against=against))
-
-
-@app.command()
-def serving(out: Out = None, quick: Quick = False, device: Device = "auto", seconds: Seconds = math.inf,
-            resume: Resume = False, against: Against = None) -> None:
-    """Packed sequences of unequal length, prompts in chunks, drafted tokens.
-
-    About two minutes on two CPU cores.
-
-    Example: `tilewise bench serving --quick`
-    """
-    show(measure("serving", out=out, quick=quick, device=device, seconds=seconds, resume=resume, against=against))
+for each, help_of_it in HELP.items():
+    add(each, help_of_it)
 
 
 @app.command("all")
@@ -144,7 +110,8 @@ def everything(
     """
     from tilewise.bench.suite import BENCHMARKS
 
-    names = [name for name in BENCHMARKS if name != "cpu" or chosen_device(device).type == "cpu"]
+    with plain_errors(RuntimeError):
+        names = [name for name in BENCHMARKS if name != "cpu" or chosen_device(device).type == "cpu"]
     files = []
     for name in names:
         console.print(f"[bold]{name}[/bold]")
@@ -180,8 +147,9 @@ def measure(name: str, *, out: Path | None = None, quick: bool = False, device: 
     with plain_errors(OSError, RuntimeError, ValueError):
         if resume and out is None:
             raise ValueError("--resume: expected --out, the file to continue")
-        old = None if against is None else record.load(against)
-        wanted = suite.Wanted(chosen_device(device), quick, **chosen)
+        compare = None if against is None else comparison(record.load(against))
+        where = chosen_device("cpu" if name == "cpu" and device == "auto" else device)
+        wanted = suite.Wanted(where, quick, **chosen)
         try:
             with stage_bars() as progress:
                 result = suite.run(name, wanted, out=out, seconds=seconds, resume=resume, progress=progress)
@@ -189,16 +157,14 @@ def measure(name: str, *, out: Path | None = None, quick: bool = False, device: 
             if out is not None:
                 console.print(f"Not complete: the same command with --resume continues {out}.", soft_wrap=True)
             raise
-    if old is not None:
-        result["lines"] += compared(old, result)
+    if compare is not None:
+        result["lines"] += compare(result)
     return result
 
 
-def compared(old: Result, new: Result) -> list[str]:
-    """What became of an earlier result's cases, as lines."""
-    from tilewise.bench import against
-
-    return against.compare(old, new)
+def comparison(old: Result) -> Callable[[Result], list[str]]:
+    """Says of a new result, in lines, what became of an earlier one's cases."""
+    return partial(importlib.import_module("tilewise.bench.against").compare, old)
 
 
 def conclude(files: list[Path], folder: Path) -> None:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -32,8 +33,9 @@ PROGRAMS: dict[str, Callable[[Maker], Options]] = {
 def trials(repeats: int, bars: Mapping[str, float], programs: Sequence[str] = tuple(PROGRAMS),
            kernels: Sequence[str] = KERNELS) -> list[Trial]:
     """bars: seconds at most, by mode."""
-    return [Trial("compiling", f"{program}, {kernel}", {"program": program, "kernel": kernel, "dtype": "float32"},
-                  (BUILD, LOAD), partial(measure, program, kernel, repeats, bars)) for program in programs for kernel in kernels]
+    facts = {"dtype": "float32"}
+    return [Trial("compiling", f"{program}, {kernel}", facts | {"program": program, "kernel": kernel}, (BUILD, LOAD),
+                  partial(measure, program, kernel, repeats, bars)) for program, kernel in product(programs, kernels)]
 
 
 def measure(program: str, kernel: str, repeats: int, bars: Mapping[str, float]) -> dict[str, Outcome]:

@@ -43,7 +43,8 @@ def dense(wanted: Wanted) -> list[Trial]:
     kinds, sizes, sixteen = (False, True), ((short, 8), (long, 4)), ("bfloat16", "float16")
     of_dtype = {(FORWARD, "bfloat16"): 1.5, (BOTH, "bfloat16"): 3.0}
     rows: list[tuple[str, int, int, int, bool, str, float | None]] = [
-        (FORWARD, n, heads, dim, causal, "float32", 1.3 if causal else 1.1) for dim, (n, heads), causal in product((64, 128), sizes, kinds)]
+        (FORWARD, n, heads, dim, causal, "float32", 1.3 if causal else 1.1)
+        for dim, (n, heads), causal in product((64, 128), sizes, kinds)]
     rows += [(FORWARD, tiny, 8, 64, causal, "float32", 1.5 if causal else 1.05) for causal in kinds]
     rows += [(BOTH, n, heads, 64, causal, "float32", 1.5) for (n, heads), causal in product(sizes, kinds)]
     rows += [(mode, short, 8, 64, causal, dtype, of_dtype.get((mode, dtype)))

@@ -69,7 +69,7 @@ def measure(setting: Setting, device: torch.device, only: Sequence[str] | None =
     field = [d for d in decoders(world) if only is None or d.name in ("tilewise", *only)]
     entrants = {ATTEND: [entrant(world, d, d.attend, ATTEND, 0) for d in field] + yardsticks(setting.nbytes(), device),
                 STEP: [entrant(world, d, d.step, STEP, 1) for d in field if d.name != "standard"]}
-    found = {}
+    found: dict[str, Outcome] = {}
     for mode in modes:
         rates = partial(bandwidth, setting) if mode == ATTEND else nothing
         found |= race(entrants[mode], device, (mode,), seconds=setting.seconds / len(modes), most=STEPS - 8, rates=rates,
@@ -80,14 +80,14 @@ def measure(setting: Setting, device: torch.device, only: Sequence[str] | None =
 def entrant(world: World, decoder: Decoder, call: Call | None, mode: str, appended: int) -> Entrant:
     if call is None:
         return Entrant(decoder.name, reason=decoder.reason)
-    return Entrant(decoder.name, {mode: call}, partial(verdicts, world, call, appended))
+    return Entrant(decoder.name, {mode: call}, partial(verdicts, world, call, expected(world, appended)))
 
 
-def verdicts(world: World, call: Call, appended: int) -> Sequence[Verdict]:
+def verdicts(world: World, call: Call, right: Expected) -> Sequence[Verdict]:
     """Of one call, for some heads that share a key head and for the first sequence and the last."""
     out = call(0)
     assert isinstance(out, Tensor)
-    return expected(world, appended).verdicts({"out": out[[0, -1]][:, :, -checked(world.setting):]})
+    return right.verdicts({"out": out[[0, -1]][:, :, -checked(world.setting):]})
 
 
 def expected(world: World, appended: int) -> Expected:

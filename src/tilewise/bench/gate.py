@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ class Expected(NamedTuple):
     truth: Found
     standard: Found
     inputs: tuple[Tensor, Tensor, Tensor]
-    options: dict[str, Any] = {}        # noqa: RUF012: nobody writes to it
+    causal: bool = False
 
     def verdicts(self, found: Found) -> list[Verdict]:
-        call = Call(Case("timed"), *self.inputs, self.options)
+        call = Call(Case("timed"), *self.inputs, {"causal": self.causal})
         return judge(call, Results(found), Results(self.truth), Results(self.standard))
 
 
@@ -44,7 +44,7 @@ class Gate:
         standard = ours("reference").attend
         assert standard is not None
         self.expected = Expected(_results(standard, (q.double(), k.double(), v.double()), dout.double(), causal),
-                                 _results(standard, (q, k, v), dout, causal), (q, k, v), {"causal": causal})
+                                 _results(standard, (q, k, v), dout, causal), (q, k, v), causal)
 
     def verdicts(self, attend: Attend, gradients: bool = True) -> list[Verdict]:
         """Runs `attend` on the whole problem; a verdict for out, and with `gradients` for dq, dk and dv."""

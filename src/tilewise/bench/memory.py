@@ -32,10 +32,11 @@ SHOWN = "tilewise", "sdpa flash", "sdpa cudnn", "flex", "standard"
 
 def trials(wanted: Wanted) -> list[Trial]:
     if wanted.device.type == "cuda":
-        lengths, heads = (2048,) if wanted.quick else (16384, 32768, 65536, 131072), (16, 16, 128, True, "bfloat16")
+        lengths = [2048] if wanted.quick else [16384, 32768, 65536, 131072]
+        shapes = [Shape(1, length, 16, 16, 128, True, "bfloat16") for length in lengths]
     else:
-        lengths, heads = (512, 2048) if wanted.quick else (1024, 2048, 4096, 8192, 16384), (4, 4, 64, True, "float32")
-    shapes = [Shape(1, length, *heads) for length in lengths]
+        lengths = [512, 2048] if wanted.quick else [1024, 2048, 4096, 8192, 16384]
+        shapes = [Shape(1, length, 4, 4, 64, True, "float32") for length in lengths]
     return [Trial("memory", str(shape), asdict(shape) | {"mask": shape.mask}, MODES,
                   partial(measure, shape, wanted)) for shape in shapes]
 
@@ -76,7 +77,7 @@ def held_here(name: str, fields: dict[str, Any]) -> dict[str, tuple[int, float]]
 
 
 def held(contender: Contender, shape: Shape, device: torch.device) -> dict[str, tuple[int, float]]:
-    """Bytes at the peak, beyond inputs and results, and seconds of a call, by mode. Raises MemoryError for what is too large."""
+    """Bytes at the peak beyond inputs and results, and seconds of a call, by mode. Raises MemoryError for what is too large."""
     own = shape.draw(device, 0)
     if contender.heads_first:
         own = laid_heads_first(own)

@@ -58,8 +58,9 @@ def standard() -> Contender:
 
 def discover(device: torch.device) -> list[Contender]:
     """All peers on a device, standard attention last."""
-    return [*(sdpa(name, backend, device) for name, backend in SDPA.items()), flex(device),
-            *(flash_attn(name, module, device) for name, module in DAO_AI_LAB.items()), xformers(device), jax(device), standard()]
+    found = [*(sdpa(name, backend, device) for name, backend in SDPA.items()), flex(device)]
+    found += [flash_attn(name, module, device) for name, module in DAO_AI_LAB.items()]
+    return [*found, xformers(device), jax(device), standard()]
 
 
 def function_of(module: str, name: str, device: torch.device) -> tuple[Callable[..., Any] | None, str]:

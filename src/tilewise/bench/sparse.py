@@ -1,6 +1,6 @@
 """Sparse attention: patterns of blocks and a sliding window, beside full attention times the pattern's density.
 
-That yardstick is ideal: what is hidden costs nothing. SDPA is given the pattern as a boolean matrix, FlexAttention its block mask.
+That yardstick is ideal: what is hidden costs nothing. SDPA is given a boolean matrix, FlexAttention its block mask.
 """
 from __future__ import annotations
 

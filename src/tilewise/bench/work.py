@@ -46,7 +46,7 @@ class Work:
         return torch.autograd.grad(self.forward(), [self.tensors[name] for name in self.learned], self.dout)
 
     def entrant(self, name: str, modes: Sequence[str] = (FORWARD, BOTH), reason: str = "") -> Entrant:
-        """modes: the forward pass, both passes, or both of these; alone, the forward pass keeps nothing. reason: why not more."""
+        """modes: FORWARD, BOTH or both of these; the forward pass alone keeps nothing. reason: why there are no more."""
         alone = tuple(modes) == (FORWARD,)
         calls = {FORWARD: torch.no_grad()(self.forward) if alone else self.forward, BOTH: self.both}
         return Entrant(name, {mode: calls[mode] for mode in modes}, lambda: self.verdicts(not alone), "refused", reason)
@@ -55,7 +55,8 @@ class Work:
         """On a sample of the queries."""
         q, k, v = (self.tensors[name] for name in "qkv")
         rows = sample(q)
-        right = Expected(self.standard(rows, torch.float64, gradients), self.standard(rows, q.dtype, gradients), (q[:, rows], k, v))
+        truth, standard = (self.standard(rows, dtype, gradients) for dtype in (torch.float64, q.dtype))
+        right = Expected(truth, standard, (q[:, rows], k, v))
         return right.verdicts(self.sampled(rows, gradients))
 
     def standard(self, rows: Tensor, dtype: torch.dtype, gradients: bool = True) -> Found:
