@@ -13,14 +13,14 @@ SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def lines(rows: Sequence[Row]) -> list[str]:
-    """Each setting and contender: root mean square and maximum of the errors against fp64."""
-    found = ["error against fp64: root mean square, maximum      " + " ".join(f"{name:>15}" for name in TENSORS)]
+    """Each setting and contender: root mean square and maximum of the errors against fp64; "!" where the rule allows less."""
+    found = [f"{'error against fp64: root mean square, maximum':46} " + " ".join(f"{name:>15}" for name in TENSORS)]
     for row in rows:
         found.append(row["case"].removesuffix(f" {BOTH}"))
         for name, entry in row["contenders"].items():
             if "rms" in entry:
                 cells = " ".join(f"{pair(entry, tensor):>15}" for tensor in TENSORS)
-                found.append(f"  {name + ' (wrong)' * (entry['state'] == 'wrong'):48} {cells}")
+                found.append(f"  {'! ' * (entry['state'] == 'wrong') + name:44} {cells}")
     return found + gaps(rows)
 
 

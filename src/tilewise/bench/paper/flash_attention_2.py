@@ -6,13 +6,15 @@ fp16; TFLOP/s by the formula 4 B N^2 D H forward, half of it if causal, 2.5 time
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 
 from tilewise.bench import attention
-from tilewise.bench.contest import PASSES
+from tilewise.bench.contest import PASSES, Outcome
 from tilewise.bench.paper import published, tables
 from tilewise.bench.paper.cut import Cut, Cuts
+from tilewise.bench.peers import NO_GRADIENTS, Contender
 from tilewise.bench.record import Row
 from tilewise.bench.shapes import Shape
 from tilewise.bench.suite import Trial, Wanted
@@ -43,9 +45,17 @@ def trials(wanted: Wanted) -> list[Trial]:
 
 
 def trial(shape: Shape, wanted: Wanted, seconds: float) -> Trial:
-    found = attention.trial(shape, wanted, f"D {shape.head_dim} {shape.mask} N {shape.seqlen}", TITLE, seconds=seconds)
     of = {mode: published.flash_attention_2(mode, shape.head_dim, shape.causal, shape.seqlen) for mode in PASSES}
-    return published.Trial(found.part, found.case, found.setting, found.modes, found.measure, of)
+    return published.Trial(TITLE, f"D {shape.head_dim} {shape.mask} N {shape.seqlen}", asdict(shape) | {"mask": shape.mask}, PASSES,
+                           partial(measure, shape, wanted, seconds), of)
+
+
+def measure(shape: Shape, wanted: Wanted, seconds: float) -> dict[str, Outcome]:
+    """Everyone, but FlexAttention where it would compile half a minute for each shape and then has no gradients."""
+    field = attention.contenders(shape, wanted)
+    if wanted.device.type != "cuda":
+        field = [Contender(c.name, None, NO_GRADIENTS) if c.no_gradients else c for c in field]
+    return attention.measure(shape, field, wanted.device, seconds=seconds)
 
 
 def chart(row: Row) -> tuple[int, int, bool]:
