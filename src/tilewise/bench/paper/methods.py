@@ -65,7 +65,10 @@ def on_backend(backend: str, x: Inputs) -> Attend:
 
 
 def butterfly(seqlen: int) -> Tensor:
-    """The fixed butterfly over blocks that keeps as many keys as the paper's budget allows, its own block at least."""
+    """The fixed butterfly over blocks that keeps as many keys as the paper's budget allows, a row's own block at least.
+
+    seqlen: a power of two, BLOCK at least.
+    """
     blocks = max(1, seqlen // BLOCK)
     share, most = COMPRESSED
     kept = max(1, min(seqlen // share, most) // BLOCK)

@@ -84,5 +84,5 @@ def change(x: Inputs, out: Tensor) -> Verdict:
     probabilities, p = torch.softmax(s, -1), x.setting.dropout
     expected = p / (1 - p) * (probabilities.square() @ v.square())
     found = ((out.double() - probabilities @ v).square().sum() / expected.sum()).item()
-    ratio = max(found, 1 / found) if found else float("inf")
+    ratio = max(found, 1 / max(found, 1e-9))
     return Verdict("dropout", ratio, TWICE, "" if ratio <= TWICE else f"it changes out by {found:.2f} times its variance")
