@@ -42,33 +42,6 @@ class Inputs(NamedTuple):
     dout: Tensor
 
 
-def normal(x: Inputs, random: Callable[..., Tensor]) -> Inputs:
-    """N(0, 1)."""
-    return x
-
-
-def outliers(x: Inputs, random: Callable[..., Tensor]) -> Inputs:
-    """N(0, 1) + N(0, 100) Bernoulli(0.001), as in the FlashAttention-3 paper (Shah et al. 2024, section 4.3): 1 in 1000 is ten
-    times as large."""
-    q, k, v = (t + 10 * random(t) * (torch.rand(t.shape, generator=random.generator) < 0.001) for t in x[:3])
-    return Inputs(q, k, v, x.dout)
-
-
-def near_constant(x: Inputs, random: Callable[..., Tensor]) -> Inputs:
-    """All keys of a head the same but for a hundredth: scores differ little, dk is what is left of terms that cancel."""
-    return x._replace(k=x.k[:, :1] + 0.01 * x.k)
-
-
-def scaled(factor: float) -> Callable[[Inputs, Callable[..., Tensor]], Inputs]:
-    """Scores of that standard deviation: from 16 on, most rows of probabilities are nearly one-hot."""
-    return lambda x, random: x._replace(q=factor * x.q)
-
-
-KINDS: dict[str, Callable[[Inputs, Callable[..., Tensor]], Inputs]] = {
-    "normal": normal, "outliers": outliers, "near-constant keys": near_constant,
-    **{f"scores x {factor}": scaled(factor) for factor in (4, 16, 64)}}
-
-
 class Random:
     """Draws tensors like others, from one seed."""
 
@@ -77,6 +50,36 @@ class Random:
 
     def __call__(self, like: Tensor) -> Tensor:
         return torch.randn(like.shape, generator=self.generator)
+
+
+Kind = Callable[[Inputs, Random], Inputs]
+
+
+def normal(x: Inputs, random: Random) -> Inputs:
+    """N(0, 1)."""
+    return x
+
+
+def outliers(x: Inputs, random: Random) -> Inputs:
+    """N(0, 1) + N(0, 100) Bernoulli(0.001), as in the FlashAttention-3 paper (Shah et al. 2024, section 4.3): 1 in 1000 is ten
+    times as large."""
+    q, k, v = (t + 10 * random(t) * (torch.rand(t.shape, generator=random.generator) < 0.001) for t in x[:3])
+    return Inputs(q, k, v, x.dout)
+
+
+def near_constant(x: Inputs, random: Random) -> Inputs:
+    """All keys of a head the same but for a hundredth: scores differ little, dk is what is left of terms that cancel."""
+    return x._replace(k=x.k[:, :1] + 0.01 * x.k)
+
+
+def scaled(factor: float) -> Kind:
+    """Scores of that standard deviation: from 16 on, most rows of probabilities are nearly one-hot."""
+    return lambda x, random: x._replace(q=factor * x.q)
+
+
+KINDS: dict[str, Kind] = {
+    "normal": normal, "outliers": outliers, "near-constant keys": near_constant,
+    **{f"scores x {factor}": scaled(factor) for factor in (4, 16, 64)}}
 
 
 def draw(setting: Setting, device: torch.device) -> Inputs:

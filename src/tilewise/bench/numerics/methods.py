@@ -56,8 +56,8 @@ def sdpa(name: str, setting: Setting, device: torch.device) -> Method:
         square = setting.seqlen_q == setting.seqlen_k
         mask = causal_lower_right(setting.seqlen_q, setting.seqlen_k) if setting.causal and not square else None
         with sdpa_kernel(SDPA[name]):
-            out = scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), attn_mask=mask,
-                                               is_causal=setting.causal and square)
+            q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+            out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=setting.causal and square)
         return out.transpose(1, 2), None
 
     return Method(name, attend)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tilewise.bench.numerics.table import SHORT
+from tilewise.bench.numerics.table import SHORT, of
 from tilewise.bench.record import Row
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def save(rows: Sequence[Row], path: Path, device: str) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
+    rows = [row for row in rows if row["part"] in ("inputs", "lengths")]
     dtypes = list(dict.fromkeys(row["setting"]["dtype"] for row in rows))
     names = list(dict.fromkeys(name for row in rows for name, entry in row["contenders"].items() if "rms" in entry))
     styles = dict(zip(names, STYLES * len(names), strict=False))
@@ -29,7 +30,7 @@ def save(rows: Sequence[Row], path: Path, device: str) -> None:
     picture.suptitle(f"root mean square error over that of the truth in fp64, on {device}", fontsize=10)
     grid = picture.subplots(len(dtypes), len(TENSORS) + 1, squeeze=False, sharey="row")
     for dtype, line in zip(dtypes, grid, strict=True):
-        of_dtype = [row for row in rows if row["setting"]["dtype"] == dtype and row["setting"]["precision"] == "highest"]
+        of_dtype = [row for row in rows if row["setting"]["dtype"] == dtype]
         for tensor, axes in zip((*TENSORS, "out"), line, strict=True):
             long = axes is line[-1]
             chosen = [row for row in of_dtype if (row["part"] == "lengths") == long]
@@ -42,9 +43,8 @@ def save(rows: Sequence[Row], path: Path, device: str) -> None:
 
 def draw(axes: Axes, rows: Sequence[Row], tensor: str, styles: dict[str, tuple[str, str]], long: bool) -> None:
     for name, (colour, marker) in styles.items():
-        errors = [row["contenders"].get(name, {}).get("rms", {}).get(tensor) for row in rows]
-        points = [(row["setting"]["seqlen_k"] if long else place, of[0] / of[1])
-                  for place, (row, of) in enumerate(zip(rows, errors, strict=True)) if of]
+        points = [(row["setting"]["seqlen_k"] if long else place, pair[0] / pair[1])
+                  for place, row in enumerate(rows) if (pair := of(row, tensor, name))]
         if points:
             axes.plot(*zip(*points, strict=True), linestyle="-" if long else "none", color=colour, marker=marker, markersize=5,
                       markerfacecolor="none", label=name)

@@ -11,18 +11,22 @@ import torch
 from tilewise.bench import record
 from tilewise.bench.contest import BOTH, Outcome
 from tilewise.bench.gate import Expected, Found, faults
-from tilewise.bench.numerics import table
+from tilewise.bench.numerics import causes, table
 from tilewise.bench.numerics.errors import rms, truth
 from tilewise.bench.numerics.inputs import FULL, QUICK, Inputs, Setting, draw, settings
-from tilewise.bench.numerics.methods import STANDARD, Attend, Method, methods
+from tilewise.bench.numerics.methods import STANDARD, Attend, Method, methods, on_backend
 from tilewise.bench.record import Entry, Row
 from tilewise.bench.suite import Trial, Wanted
 from tilewise.bench.timing import alive
 
 
 def trials(wanted: Wanted) -> list[Trial]:
-    return [Trial(part, str(setting), asdict(setting), (BOTH,), partial(measure, setting, wanted.device))
-            for part, of_part in settings(wanted.device, QUICK if wanted.quick else FULL).items() for setting in of_part]
+    of_parts = settings(wanted.device, QUICK if wanted.quick else FULL)
+    found = [Trial(part, str(setting), asdict(setting), (BOTH,), partial(measure, setting, wanted.device))
+             for part, of_part in of_parts.items() for setting in of_part]
+    return found + [Trial(table.CAUSES, f"one rounding, {setting}", asdict(setting), (BOTH,),
+                          partial(of_causes, setting, wanted.device))
+                    for setting in of_parts["inputs"] if setting.dtype == "bfloat16"]
 
 
 def lines(rows: Sequence[Row], wanted: Wanted) -> list[str]:
@@ -32,6 +36,14 @@ def lines(rows: Sequence[Row], wanted: Wanted) -> list[str]:
 def measure(setting: Setting, device: torch.device) -> dict[str, Outcome]:
     with products(setting.precision):
         return {BOTH: Outcome(contenders=judged(setting, methods(setting, device), device), times_faster={})}
+
+
+def of_causes(setting: Setting, device: torch.device) -> dict[str, Outcome]:
+    """What one rounding costs."""
+    x = draw(setting, device)
+    expected = Expected(truth(x, False), results(partial(on_backend, "reference", False), x), (x.q, x.k, x.v))
+    entries = {cause: entry(causes.computed(cause, x), expected) for cause in causes.CAUSES}
+    return {BOTH: Outcome(contenders=entries, times_faster={})}
 
 
 def judged(setting: Setting, field: Sequence[Method], device: torch.device) -> dict[str, Entry]:
@@ -52,6 +64,11 @@ def of_method(method: Method, x: Inputs, expected: Expected) -> Entry:
         if not alive(x.q.device):
             raise
         return {"state": "refused", "reason": record.words(error)}
+    return entry(found, expected)
+
+
+def entry(found: Found, expected: Expected) -> Entry:
+    """The verdict on what a contender found, and its errors."""
     verdicts = expected.verdicts(found)
     wrong, distances = faults(verdicts), {name: t.double() - expected.truth[name] for name, t in found.items()}
     return {"state": "wrong" if wrong else "right", "reason": wrong,

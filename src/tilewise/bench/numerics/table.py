@@ -5,10 +5,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from tilewise.bench.contest import BOTH
+from tilewise.bench.numerics import causes
 from tilewise.bench.record import Entry, Row
 
 TENSORS = "out", "lse", "dq", "dk", "dv"
 INTERPRETED = "interpreter"             # the part of a result that was measured in Triton's interpreter
+CAUSES = "causes"                       # the part that says what one rounding costs
 SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
@@ -55,15 +57,28 @@ def of_dtypes(rows: Sequence[Row]) -> str:
                     lambda s: f"{s['kind']}, {SHORT[s['dtype']]}")
 
 
-TABLES = {"inputs": of_inputs, "lengths": of_lengths, "dtypes": of_dtypes}     # of docs/numerics.md
+def of_causes(rows: Sequence[Row]) -> str:
+    """A line for each kind of inputs, in bf16, of what one rounding costs."""
+    chosen = [row for row in rows if row["part"] == CAUSES]
+    return markdown(chosen, ("out", "dq"), causes.CAUSES, "inputs", lambda s: s["kind"])
+
+
+TABLES = {"inputs": of_inputs, "causes": of_causes, "dtypes": of_dtypes, "lengths": of_lengths}     # of docs/numerics.md
 
 
 def markdown(rows: Sequence[Row], tensors: Sequence[str], names: Sequence[str], head: str, label: Callable[[Any], str]) -> str:
     """Root mean square errors over those of the truth."""
-    columns = [(tensor, name) for tensor in tensors for name in names
-               if any(tensor in row["contenders"].get(name, {}).get("rms", {}) for row in rows)]
-    found = [[head, *(f"{tensor}: {name}" for tensor, name in columns)], ["---"] * (1 + len(columns))]
-    for row in rows:
-        pairs = [row["contenders"].get(name, {}).get("rms", {}).get(tensor) for tensor, name in columns]
-        found.append([label(row["setting"]), *("" if pair is None else f"{pair[0] / pair[1]:.1e}" for pair in pairs)])
+    pairs = [[of(row, tensor, name) for tensor in tensors for name in names] for row in rows]
+    heads = [f"{tensor}: {name}" for tensor in tensors for name in names]
+    shown = [i for i in range(len(heads)) if any(line[i] for line in pairs)]
+    found = [[head, *(heads[i] for i in shown)], ["---"] * (1 + len(shown))]
+    for row, line in zip(rows, pairs, strict=True):
+        cells = [line[i] for i in shown]
+        found.append([label(row["setting"]), *(f"{pair[0] / pair[1]:.1e}" if pair else "" for pair in cells)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in found)
+
+
+def of(row: Row, tensor: str, name: str) -> list[float] | None:
+    """The root mean squares of a contender's errors and of the truth, if it has this tensor."""
+    entry = row["contenders"].get(name)
+    return entry["rms"].get(tensor) if entry is not None and "rms" in entry else None

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tilewise.bench.paper import tables
 from tilewise.bench.paper.flash_attention import TITLE, table_of
 from tilewise.bench.record import Row
 
@@ -34,10 +35,10 @@ def save(rows: Sequence[Row], path: Path, device: str) -> None:
 
 
 def draw(axes: Axes, rows: Sequence[Row], quantity: str, unit: float) -> None:
-    for part, styles, line in (("contenders", STYLES, "-"), ("published", PUBLISHED, "--")):
+    for part, styles, line in ((tables.HERE, STYLES, "-"), (tables.PUBLISHED, PUBLISHED, "--")):
         for name, (colour, marker) in styles.items():
             points = [(row["setting"]["seqlen"], entry[quantity] * unit) for row in rows
-                      for who, entry in row.get(part, {}).items() if who.split(",")[0] == name and quantity in entry]
+                      for who, entry in tables.present(row, part).items() if who.split(",")[0] == name and quantity in entry]
             if points:
                 axes.plot(*zip(*sorted(points), strict=True), line, color=colour, marker=marker, markersize=4,
                           markerfacecolor=colour if line == "-" else "white", linewidth=1.3,

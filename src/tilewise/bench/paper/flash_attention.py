@@ -40,11 +40,11 @@ def trials(wanted: Wanted) -> list[Trial]:
     cut = CUTS.of(wanted.device, wanted.quick)
     assert isinstance(cut, Sizes)
     lengths = [n for n in LENGTHS if n <= cut.longest]
-    return [trial(first, made(cut, n, *fused), wanted, cut.seconds) for first, fused in (*FUSIONS.items(), (MEMORY, ()))
-            for n in lengths]
+    return [trial(first, made(cut, n, dropout, padding), wanted, cut.seconds)
+            for first, (dropout, padding) in (FUSIONS | {MEMORY: (0.0, False)}).items() for n in lengths]
 
 
-def made(cut: Sizes, seqlen: int, dropout: float = 0.0, padding: bool = False) -> Setting:
+def made(cut: Sizes, seqlen: int, dropout: float, padding: bool) -> Setting:
     return Setting(cut.batch, seqlen, cut.heads, 64, cut.dtype, dropout, padding)
 
 

@@ -1,6 +1,7 @@
 """Peak memory of a forward and backward pass with its inputs and results, as FlashAttention's table 21 counts it.
 
-On CUDA what torch allocates; elsewhere resident memory, as Linux counts it, in a process of its own.
+On CUDA what torch allocates; elsewhere resident memory, as Linux counts it, in a process of its own, which says little below a
+megabyte: pages that the process holds already are not counted again.
 """
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from tilewise.bench.contest import BOTH, FORWARD, PASSES, Entrant, Outcome, free
 from tilewise.bench.paper.inputs import Attend, Inputs, Setting
 from tilewise.bench.paper.methods import BLOCK, Method, butterfly, methods
 from tilewise.bench.suite import Wanted
+from tilewise.bench.timing import Call
 from tilewise.bench.tolerance import Verdict
 
 TENSORS = 20            # like q that are alive at once: two sets of inputs in two layouts, out and gradients
@@ -46,7 +47,7 @@ def entrant(method: Method, sets: Sequence[Inputs]) -> Entrant:
         attends = [method.prepare(one) for one in sets]
     except NotImplementedError as error:
         return Entrant(method.name, reason=str(error))
-    calls = {FORWARD: partial(forward, sets, attends), BOTH: partial(both, sets, attends)}
+    calls: dict[str, Call] = {FORWARD: partial(forward, sets, attends), BOTH: partial(both, sets, attends)}
     return Entrant(method.name, calls, partial(check, method, x, attends[0]))
 
 

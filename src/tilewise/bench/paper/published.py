@@ -28,7 +28,7 @@ class Trial(suite.Trial):
 @cache
 def cells(name: str) -> tuple[dict[str, str], ...]:
     """The lines of a file, such as "flash_attention", by its columns' names."""
-    text = resources.files(__package__).joinpath("data", f"{name}.csv").read_text()
+    text = resources.files(__package__).joinpath(f"data/{name}.csv").read_text()
     return tuple(csv.DictReader(line for line in text.splitlines() if not line.startswith("#")))
 
 

@@ -8,6 +8,7 @@ from tilewise.bench import table
 from tilewise.bench.record import Row
 
 Columns = Sequence[tuple[str, Row]]     # what stands above a column, and the row of the result that it shows
+HERE, PUBLISHED = "contenders", "published"
 NAME, CELL = 30, 9                      # widths
 
 
@@ -22,27 +23,30 @@ def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Ro
 def grid(title: str, columns: Columns, quantity: str, unit: float) -> list[str]:
     """A line for each method: measured here, then published elsewhere."""
     found = [title]
-    for heading, part in (("measured here", "contenders"), ("published, other hardware", "published")):
-        names = list(dict.fromkeys(name for _, row in columns for name, entry in row.get(part, {}).items()
-                                   if entry.get("state") != "absent"))
+    for heading, part in (("measured here", HERE), ("published, other hardware", PUBLISHED)):
+        names = list(dict.fromkeys(name for _, row in columns for name in present(row, part)))
         if names:
             found.append(f"  {heading:{NAME}}" + "".join(f"{head:>{CELL}}" for head, _ in columns))
-        found += [f"    {name:{NAME - 2}}" + "".join(f"{cell(row.get(part, {}).get(name), quantity, unit):>{CELL}}"
+        found += [f"    {name:{NAME - 2}}" + "".join(f"{cell(present(row, part).get(name), quantity, unit):>{CELL}}"
                                                      for _, row in columns) for name in names]
     return found
 
 
 def transposed(title: str, columns: Columns, quantity: str, unit: float) -> list[str]:
     """A column for each method: measured here, then published elsewhere, marked by *."""
-    names = list(dict.fromkeys((part, name) for part in ("contenders", "published") for _, row in columns
-                               for name, entry in row.get(part, {}).items() if entry.get("state") != "absent"))
-    heads = [name + "*" * (part == "published") for part, name in names]
+    names = list(dict.fromkeys((part, name) for part in (HERE, PUBLISHED) for _, row in columns for name in present(row, part)))
+    heads = [name + "*" * (part == PUBLISHED) for part, name in names]
     widths = [max(len(head), CELL) + 2 for head in heads]
     found = [f"{title:{NAME}}" + "".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True))]
     for title, row in columns:
-        found.append(f"  {title:{NAME - 2}}" + "".join(f"{cell(row.get(part, {}).get(name), quantity, unit):>{width}}"
+        found.append(f"  {title:{NAME - 2}}" + "".join(f"{cell(present(row, part).get(name), quantity, unit):>{width}}"
                                                        for (part, name), width in zip(names, widths, strict=True)))
     return [*found, "* published, other hardware"]
+
+
+def present(row: Row, part: str) -> dict[str, Any]:
+    """Who took part here, or has published."""
+    return {name: entry for name, entry in dict(row).get(part, {}).items() if entry.get("state") != "absent"}  # type: ignore[attr-defined]
 
 
 def cell(entry: dict[str, Any] | None, quantity: str, unit: float) -> str:
