@@ -124,6 +124,8 @@ def test_wheel_is_small_and_serves_attention(tmp_path):
     assert wheel.stat().st_size < 1_000_000
     with zipfile.ZipFile(wheel) as archive:
         assert "tilewise/demo/page.html" in archive.namelist()
+        assert {f"tilewise/bench/paper/data/flash_{name}.csv" for name in ("attention", "attention_2", "decoding")} <= set(
+            archive.namelist())
         archive.extractall(tmp_path / "site")
     done = run_without({"triton"}, tmp_path / "site")
     assert done.returncode == 0, done.stderr

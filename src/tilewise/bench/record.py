@@ -17,7 +17,7 @@ import torch
 
 from tilewise.doctor import machine
 
-State = Literal["timed", "wrong", "refused", "absent"]
+State = Literal["timed", "right", "wrong", "refused", "absent"]       # right: judged, and not to be timed
 PASSING = "CPU kernels"                 # a fact of the machine that the next call may change
 
 
@@ -29,7 +29,8 @@ class Judged(TypedDict):
 
 class Entry(Judged, total=False):
     """A contender. seconds: the median over rounds; host_seconds: until the caller went on. tflops: 10^12 FLOP per second, as
-    the field counts. bytes: beyond inputs and results at the peak. share: of the roofline, 0 to 1. count: exact."""
+    the field counts. bytes: beyond inputs and results at the peak. share: of the roofline, 0 to 1. count: exact. rms: by
+    tensor, of the errors and of the truth."""
     seconds: float
     quartiles: Sequence[float]
     host_seconds: float
@@ -40,6 +41,7 @@ class Entry(Judged, total=False):
     share: float
     count: int
     errors: dict[str, list[float]]
+    rms: dict[str, list[float]]
     bar: float                          # seconds that ours is promised to take at most
     yardstick: bool                     # what the machine can do, no other implementation
 
@@ -51,13 +53,15 @@ class Faster(TypedDict, total=False):
     bar: float
 
 
-class Row(TypedDict):
-    """setting: plain facts, among them the mode that is timed. times_faster: by the other's name."""
+class Row(TypedDict, total=False):
+    """setting: plain facts, among them the mode that is timed. times_faster: by the other's name. published: by who and where,
+    what a paper says of this case: seconds, tflops or bytes, and its hardware."""
     part: str
     case: str
     setting: dict[str, Any]
     contenders: dict[str, Entry]
     times_faster: dict[str, Faster]
+    published: dict[str, dict[str, Any]]
 
 
 class Result(TypedDict):

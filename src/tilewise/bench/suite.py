@@ -1,6 +1,6 @@
 """Runs a benchmark: case after case, written as each is done, continued where it was left.
 
-A benchmark is a module with `trials(wanted)`.
+A benchmark is a module with `trials(wanted)`, and with `lines(rows, wanted)` if it has tables of its own.
 """
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tilewise.bench.contest import Outcome
 from tilewise.bench.record import Result, Row
 from tilewise.bench.timing import alive
 
-BENCHMARKS = ("attention", "decode", "sparse", "masks", "memory", "cpu", "serving")
+BENCHMARKS = ("attention", "decode", "sparse", "masks", "memory", "cpu", "serving", "paper", "numerics")
 TOO_SMALL = "quick: shapes this small say that it works, little about speed"
 Bars = Mapping[tuple[str, str], float]
 Progress = Callable[[str, int, int, str], None]         # part, cases done, cases of the part, what is measured now
@@ -71,6 +71,12 @@ def trials(name: str, wanted: Wanted) -> list[Trial]:
     return importlib.import_module(f"tilewise.bench.{name}").trials(wanted)
 
 
+def table_of(name: str, wanted: Wanted) -> Callable[[Sequence[Row]], list[str]]:
+    """What makes a benchmark's text table from rows."""
+    own = getattr(importlib.import_module(f"tilewise.bench.{name}"), "lines", None)
+    return table.lines if own is None else lambda rows: own(rows, wanted)
+
+
 def run(name: str, wanted: Wanted, *, out: Path | None = None, seconds: float = math.inf, resume: bool = False,
         progress: Progress = lambda part, done, total, words: None) -> Result:
     """Measures what is wanted; after each case the result so far is written to `out`. No case begins after `seconds`.
@@ -92,7 +98,7 @@ def run(name: str, wanted: Wanted, *, out: Path | None = None, seconds: float = 
             rows |= {row["case"]: row for row in found}
         done[trial.part] += 1
         progress(trial.part, done[trial.part], totals[trial.part], "")
-        publish(result, every, rows, out)
+        publish(result, every, rows, out, table_of(name, wanted))
     return result
 
 
@@ -118,12 +124,13 @@ def attempt(trial: Trial, wanted: Wanted) -> list[Row]:
         return trial.rows(dict.fromkeys(trial.modes, failed), promised=False)
 
 
-def publish(result: Result, every: Sequence[Trial], rows: dict[str, Row], out: Path | None) -> None:
+def publish(result: Result, every: Sequence[Trial], rows: dict[str, Row], out: Path | None,
+            lines: Callable[[Sequence[Row]], list[str]]) -> None:
     """The result with all rows that there are, in the order of the trials."""
     names = [trial.named(mode) for trial in every for mode in trial.modes]
     result["rows"] = [rows[name] for name in names if name in rows]
     result["complete"] = len(result["rows"]) == len(names)
     left = len(names) - len(result["rows"])
-    result["lines"] = (table.lines(result["rows"]) + [TOO_SMALL] * result["quick"]
+    result["lines"] = (lines(result["rows"]) + [TOO_SMALL] * result["quick"]
                        + [f"{left} rows are not measured yet"] * bool(left))
     record.write(out, result)

@@ -49,8 +49,8 @@ def apart(module: str, function: str, *arguments: Any, environment: Mapping[str,
 
     Raises RuntimeError with the last words of a process that fails or takes longer than `patience` seconds.
     """
-    code = (f"import json; from tilewise.bench import {module}; "
-            f"print(json.dumps({module}.{function}(*json.loads({json.dumps(arguments)!r}))))")
+    code = (f"import json; from tilewise.bench.{module} import {function}; "
+            f"print(json.dumps({function}(*json.loads({json.dumps(arguments)!r}))))")
     try:
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], env=os.environ | dict(environment or {}),
                               capture_output=True, text=True, timeout=patience, stdin=subprocess.DEVNULL)

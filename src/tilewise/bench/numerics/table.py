@@ -1,0 +1,84 @@
+"""Results as lines of plain text, and as tables in Markdown."""
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tilewise.bench.contest import BOTH
+from tilewise.bench.numerics import causes
+from tilewise.bench.record import Entry, Row
+
+TENSORS = "out", "lse", "dq", "dk", "dv"
+INTERPRETED = "interpreter"             # the part of a result that was measured in Triton's interpreter
+CAUSES = "causes"                       # the part that says what one rounding costs
+SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def lines(rows: Sequence[Row]) -> list[str]:
+    """Each setting and contender: root mean square and maximum of the errors against fp64; "!" where the rule allows less."""
+    found = [f"{'error against fp64: root mean square, maximum':46} " + " ".join(f"{name:>15}" for name in TENSORS)]
+    for row in rows:
+        found.append(row["case"].removesuffix(f" {BOTH}"))
+        for name, entry in row["contenders"].items():
+            if "rms" in entry:
+                cells = " ".join(f"{pair(entry, tensor):>15}" for tensor in TENSORS)
+                found.append(f"  {'! ' * (entry['state'] == 'wrong') + name:44} {cells}")
+    return found + gaps(rows)
+
+
+def pair(entry: Entry, tensor: str) -> str:
+    return f"{entry['rms'][tensor][0]:.1e} {entry['errors'][tensor][0]:.1e}" if tensor in entry["rms"] else "-"
+
+
+def gaps(rows: Sequence[Row]) -> list[str]:
+    """Who has no number, or a wrong one, and why: a line for each."""
+    reasons = dict.fromkeys((name, entry["state"], entry["reason"]) for row in rows for name, entry in row["contenders"].items()
+                            if entry["state"] != "right")
+    return [f"{name}: {state}: {reason}"[:128] for name, state, reason in reasons]
+
+
+def of_inputs(rows: Sequence[Row]) -> str:
+    """A line for each kind of inputs, in bf16."""
+    chosen = [row for row in rows if row["part"] == "inputs" and row["setting"]["dtype"] == "bfloat16"]
+    return markdown(chosen, ("out", "dq", "dk"), ("cpu", "sdpa flash", "sdpa math", "standard"), "inputs", lambda s: s["kind"])
+
+
+def of_lengths(rows: Sequence[Row]) -> str:
+    """A line for each number of keys and dtype."""
+    chosen = [row for row in rows if row["part"] == "lengths"]
+    return markdown(chosen, ("out", "lse", "dq"), ("cpu", "sdpa flash", "standard"), "keys",
+                    lambda s: f"{s['seqlen_k']:,}, {SHORT[s['dtype']]}")
+
+
+def of_dtypes(rows: Sequence[Row]) -> str:
+    """A line for each dtype of the rows that Triton's interpreter took part in."""
+    chosen = [row for row in rows if row["part"] == INTERPRETED and row["setting"]["kind"] in ("normal", "scores x 16")]
+    return markdown(chosen, ("out", "dq"), ("triton (interpreter)", "cpu", "sdpa flash", "standard"), "inputs",
+                    lambda s: f"{s['kind']}, {SHORT[s['dtype']]}")
+
+
+def of_causes(rows: Sequence[Row]) -> str:
+    """A line for each kind of inputs, in bf16, of what one rounding costs."""
+    chosen = [row for row in rows if row["part"] == CAUSES]
+    return markdown(chosen, ("out", "dq"), causes.CAUSES, "inputs", lambda s: s["kind"])
+
+
+TABLES = {"inputs": of_inputs, "causes": of_causes, "dtypes": of_dtypes, "lengths": of_lengths}     # of docs/numerics.md
+
+
+def markdown(rows: Sequence[Row], tensors: Sequence[str], names: Sequence[str], head: str, label: Callable[[Any], str]) -> str:
+    """Root mean square errors over those of the truth."""
+    pairs = [[of(row, tensor, name) for tensor in tensors for name in names] for row in rows]
+    heads = [f"{tensor}: {name}" for tensor in tensors for name in names]
+    shown = [i for i in range(len(heads)) if any(line[i] for line in pairs)]
+    found = [[head, *(heads[i] for i in shown)], ["---"] * (1 + len(shown))]
+    for row, line in zip(rows, pairs, strict=True):
+        cells = [line[i] for i in shown]
+        found.append([label(row["setting"]), *(f"{pair[0] / pair[1]:.1e}" if pair else "" for pair in cells)])
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in found)
+
+
+def of(row: Row, tensor: str, name: str) -> list[float] | None:
+    """The root mean squares of a contender's errors and of the truth, if it has this tensor."""
+    entry = row["contenders"].get(name)
+    return entry["rms"].get(tensor) if entry is not None and "rms" in entry else None
