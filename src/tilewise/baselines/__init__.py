@@ -1,1 +1,1 @@
-"""Published algorithms that others are compared with, for study only: nothing that computes attention for users is built on them."""
+"""Published algorithms that others are compared with, for study only: nothing that users call is built on them."""

@@ -1,9 +1,9 @@
-"""FlashAttention (Dao et al. 2022), Algorithms 1, 2, 4 and 5 in torch operations, line by line, over all sequences and heads at once.
+"""FlashAttention (Dao et al. 2022), Algorithms 1, 2, 4 and 5 in torch, line by line, for all sequences and heads at once.
 
-Names are the paper's: N x d matrices Q, K, V, O and vectors l, m lie in slow memory, blocks Q_i, K_j, S_ij are on chip, tau is the
-scale, R the state of the random generator, M which blocks are not masked away. A block is read from slow memory by `read`, once
-where the paper loads it, and goes back by `write`. Numbers in comments are lines of Algorithm 2 in the forward, of Algorithm 4 in
-the backward.
+Names are the paper's: N x d matrices Q, K, V, O and vectors l, m lie in slow memory, blocks Q_i, K_j, S are on chip, tau is the
+scale, R the state of the random generator, M which blocks are not masked away. `read` takes a block from slow memory where the
+paper loads it, `write` puts it back. Numbers in comments are lines of Algorithm 2 in the forward, of Algorithm 4 in the
+backward.
 
 Two guards are not in the paper, for rows of which every score so far is -inf: their maximum is subtracted as 0, their sum l is
 divided by as 1. O, l, m and dQ are fp32 in slow memory (fp64 for fp64 inputs): rounded at every step to 16 bits, the error of O
@@ -36,7 +36,7 @@ class Grid:
 
     def __init__(self, problem: Problem, x: Operands, blocks: Blocks):
         self.problem, self.rng, self.blocks = problem, x.rng, blocks
-        self.Tr, self.Tc = blocks.count(problem.seqlen_q, problem.seqlen_k)
+        self.Tr, self.Tc = blocks.grid(problem.seqlen_q, problem.seqlen_k)
         self.leaves = leaves(problem, x)
         M = block_form(problem, x, blocks)
         self.M = None if M is None else (M != EMPTY).flatten(0, 1).any(0).tolist()
@@ -67,9 +67,9 @@ class Grid:
         """Z_ij: 1 / (1 - p) where an element is kept and 0 where not, drawn anew from R; 1 without dropout."""
         if self.rng is None:
             return 1.0
-        at = self.indices(i, j)
-        kept = rng.keep(self.rng, self.problem.dropout, self.leaves["b"], self.leaves["h"], self.problem.heads, at["q"], at["k"])
-        return kept * rng.rescale(self.problem.dropout)
+        t, at = self.problem.dropout, self.leaves | self.indices(i, j)
+        kept = rng.keep(self.rng, t, at["b"], at["h"], self.problem.heads, at["q"], at["k"])
+        return kept.to(at["float"]) * rng.rescale(t)
 
 
 def forward(problem: Problem, x: Operands, blocks: Blocks) -> State:
@@ -79,7 +79,7 @@ def forward(problem: Problem, x: Operands, blocks: Blocks) -> State:
 
 
 def after_each_block(problem: Problem, x: Operands, blocks: Blocks) -> Iterator[State]:
-    """The state after 0, 1, .. Tc blocks of keys (Theorem 1's proof: O is exact attention over the keys so far). The same tensors
+    """The state after 0, 1, .. Tc blocks of keys: O is exact attention over the keys so far (proof of Theorem 1). The same tensors
     each time, which the next step writes to."""
     Q, K, V, tau, wide = x.q, x.k, x.v, problem.scale, torch.promote_types(problem.dtype, torch.float32)
     grid = Grid(problem, x, blocks)                                             # 1, 2, 4, 5

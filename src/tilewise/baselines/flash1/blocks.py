@@ -21,7 +21,7 @@ class Blocks(NamedTuple):
     Br: int
     Bc: int
 
-    def count(self, nq: int, nk: int) -> tuple[int, int]:
+    def grid(self, nq: int, nk: int) -> tuple[int, int]:
         """Tr and Tc (Algorithm 1, line 3)."""
         return -(-nq // self.Br), -(-nk // self.Bc)
 
@@ -36,8 +36,8 @@ def of_memory(M: int, d: int) -> Blocks:
 
 
 def published(d: int) -> Blocks:
-    """The blocks of the CUDA kernels that were published with the paper (flash-attn 0.2, Ampere and Hopper): head dims up to 64
-    and 128. Wider ones, which those kernels lack, have blocks of as many elements."""
+    """The blocks of the CUDA kernels that came with the paper (flash-attn 0.2, Ampere), for head dims up to 128; for wider ones
+    here blocks of as many elements."""
     return Blocks(16, next(256 >> n for n, most in enumerate((64, 128, 256, 512)) if d <= most))
 
 
@@ -45,6 +45,14 @@ def of_kernels(blocks: Blocks) -> Blocks:
     """The largest blocks up to `blocks` that a Triton kernel can have: powers of two."""
     Br, Bc = (1 << n.bit_length() - 1 for n in blocks)
     return Blocks(max(Br, LEAST_QUERIES), max(Bc, LEAST_KEYS))
+
+
+def in_registers(d: int, itemsize: int) -> tuple[Blocks, Blocks]:
+    """(forward, backward) for Triton, without spills in 16 bits on sm_80 and sm_90: the published blocks, in the backward with
+    fewer keys, as Triton holds K_j and V_j in registers where the CUDA kernels have them in shared memory. fp32: half the keys."""
+    Br, Bc = published(d)
+    wide = itemsize // 2
+    return of_kernels(Blocks(Br, Bc // wide)), of_kernels(Blocks(Br, min(64, Bc // 2) // wide))
 
 
 def leaves(problem: Problem, x: Operands) -> dict[str, Any]:
@@ -62,5 +70,5 @@ def block_form(problem: Problem, x: Operands, blocks: Blocks) -> Tensor | None:
     graphs, lengths = problem.graphs, (problem.seqlen_q, problem.seqlen_k)
     if graphs.mask is None:
         return None
-    return tile_classes(graphs.mask, graphs.keys, leaves(problem, x), problem.batch, problem.heads, lengths, tuple(blocks),
-                        problem.device).contiguous()
+    return tile_classes(graphs.mask, graphs.keys, leaves(problem, x), problem.batch, problem.heads, lengths,
+                        (blocks.Br, blocks.Bc), problem.device).contiguous()

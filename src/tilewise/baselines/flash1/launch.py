@@ -15,14 +15,14 @@ from tilewise.baselines.flash1.algorithms import State
 from tilewise.baselines.flash1.blocks import Blocks, block_form
 from tilewise.problem import Operands, Problem
 
-WARPS = {"forward": 8, "backward": 8}   # as the CUDA kernels had
+WARPS, MAX_HEAD_DIM = 8, 256
 Run = Callable[[Any, Problem, Mapping[str, Any]], None]
 
 
 def run(kernel: Any, problem: Problem, values: Mapping[str, Any]) -> None:
     """Launches a kernel, one program per head."""
     start(entry(kernel, problem.program), (problem.batch * problem.heads,), flatten(kernel, problem.program, values),
-          problem.device, num_warps=WARPS[kernel.fn.__name__], num_stages=1)
+          problem.device, num_warps=WARPS, num_stages=1)
 
 
 def forward(problem: Problem, x: Operands, blocks: Blocks, run: Run = run) -> State:
@@ -50,8 +50,8 @@ def arguments(problem: Problem, x: Operands, state: State, blocks: Blocks) -> di
     copied: with strides of their own the kernels would not fit into registers."""
     M = block_form(problem, x, blocks)
     return dict(
-        Q=x.q.contiguous(), K=x.k.contiguous(), V=x.v.contiguous(), O=state.O.contiguous(), l=state.l, m=state.m, M=M, RNG=x.rng,
-        scale=problem.scale, heads=problem.heads, nq=problem.seqlen_q, nk=problem.seqlen_k, dropout=problem.dropout,
+        Q=x.q.contiguous(), K=x.k.contiguous(), V=x.v.contiguous(), O=state.O.contiguous(), l=state.l, m=state.m, M=M,
+        RNG=x.rng, scale=problem.scale, heads=problem.heads, nq=problem.seqlen_q, nk=problem.seqlen_k, dropout=problem.dropout,
         captured=tuple(x.captured), ints=tuple(x.ints), floats=tuple(x.floats), PER_BATCH=M is not None and M.shape[0] > 1,
         PER_HEAD=M is not None and M.shape[1] > 1, DROPOUT=problem.dropout > 0,
         PRECISION="tf32" if problem.precision == "tf32" else "ieee", D=problem.head_dim, DV=problem.head_dim_v, BR=blocks.Br,
@@ -64,6 +64,8 @@ def missing(problem: Problem) -> str | None:
         return NOT_INSTALLED
     if problem.dtype == torch.float64:
         return "fp64 inputs (its kernels take fp16, bf16 and fp32)"
+    if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
+        return f"head dims over {MAX_HEAD_DIM}"
     import triton
     if problem.device.type != "cuda" and not triton.knobs.runtime.interpret:
         return f"inputs are on {problem.device.type}; Triton kernels run on GPUs"
