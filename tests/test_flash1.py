@@ -1,4 +1,4 @@
-"""FlashAttention as first published: Algorithms 1, 2, 4 and 5, in torch here and in Triton where it is interpreted or has a GPU."""
+"""FlashAttention as first published: Algorithms 1, 2, 4 and 5 in torch, and in Triton with its interpreter or a GPU."""
 
 import pytest
 import torch
@@ -49,7 +49,8 @@ def results(call, compute, dtype=None):
     out, lse = compute(copies)
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(out.device, out.dtype)
     found = torch.autograd.grad(out, list(copies.values()), dout)
-    return tolerance.Results(dict(out=out.detach(), lse=lse.detach()) | {f"d{n}": g for n, g in zip(copies, found, strict=True)})
+    gradients = {f"d{name}": x for name, x in zip(copies, found, strict=True)}
+    return tolerance.Results(dict(out=out.detach(), lse=lse.detach()) | gradients)
 
 
 def as_first_published(call, backend, **sizes):

@@ -79,8 +79,8 @@ def forward(problem: Problem, x: Operands, blocks: Blocks) -> State:
 
 
 def after_each_block(problem: Problem, x: Operands, blocks: Blocks) -> Iterator[State]:
-    """The state after 0, 1, .. Tc blocks of keys: O is exact attention over the keys so far (proof of Theorem 1). The same tensors
-    each time, which the next step writes to."""
+    """The state after 0, 1, .. Tc blocks of keys: O is exact attention over the keys so far (proof of Theorem 1). The same
+    tensors each time, which the next step writes to."""
     Q, K, V, tau, wide = x.q, x.k, x.v, problem.scale, torch.promote_types(problem.dtype, torch.float32)
     grid = Grid(problem, x, blocks)                                             # 1, 2, 4, 5
     O = Q.new_zeros((*Q.shape[:3], V.shape[3]), dtype=wide)                     # 3

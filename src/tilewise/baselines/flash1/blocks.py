@@ -49,7 +49,7 @@ def of_kernels(blocks: Blocks) -> Blocks:
 
 def in_registers(d: int, itemsize: int) -> tuple[Blocks, Blocks]:
     """(forward, backward) for Triton, without spills in 16 bits on sm_80 and sm_90: the published blocks, in the backward with
-    fewer keys, as Triton holds K_j and V_j in registers where the CUDA kernels have them in shared memory. fp32: half the keys."""
+    fewer keys, as Triton holds K_j and V_j in registers where CUDA kernels have them in shared memory. fp32: half the keys."""
     Br, Bc = published(d)
     wide = itemsize // 2
     return of_kernels(Blocks(Br, Bc // wide)), of_kernels(Blocks(Br, min(64, Bc // 2) // wide))

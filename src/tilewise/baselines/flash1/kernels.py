@@ -73,8 +73,8 @@ def backward(Q, K, V, O, l, m, dO, dQ, dK, dV, M, RNG, scale, heads, nq, nk, dro
              MASK: tl.constexpr, PER_BATCH: tl.constexpr, PER_HEAD: tl.constexpr, DROPOUT: tl.constexpr,
              PRECISION: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, BR: tl.constexpr, BC: tl.constexpr,
              BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """dQ, dK, dV; dQ holds 0 before (line 5). Blocks of scores are transposed, keys in rows: products then have many rows, which
-    the warps share, and fit into registers."""
+    """dQ, dK, dV; dQ holds 0 before (line 5). Blocks of scores are transposed, keys in rows: products then have many rows,
+    which the warps share, and fit into registers."""
     b, h = tl.program_id(0) // heads, tl.program_id(0) % heads
     q_row, k_row = tl.program_id(0).to(tl.int64) * nq, tl.program_id(0).to(tl.int64) * nk
     program = (captured, ints, floats)
