@@ -21,7 +21,7 @@ LAYERS = [
     ["problem"],
     ["sequences", "sharding"],
     ["backends"],
-    ["reference"],
+    ["reference", "baselines"],
     ["plan", "derivatives"],
     ["ops"],
     ["api"],
@@ -76,6 +76,19 @@ def test_backends_do_not_know_each_other_or_what_is_above():
         for module in imports(path):
             if module.startswith("tilewise.backends.") and here != "__init__":
                 assert module.split(".")[2] in (here, "gpu_math"), f"{path.name} imports {module}"
+
+
+def test_baselines_are_for_study():
+    """They know the vocabulary and the arithmetic of tiles, and only rooms that compare know them."""
+    vocabulary = {room for row in LAYERS[:LEVEL["backends"]] for room in row}
+    for path in FILES:
+        here = path.relative_to(SOURCE).parts[0]
+        for module in imports(path):
+            if here == "baselines" and module.startswith("tilewise") and not module.startswith("tilewise.baselines"):
+                inside = room_of(module) in vocabulary or module.startswith("tilewise.backends.gpu_math")
+                assert inside, f"{path.name} imports {module}"
+            elif module.startswith("tilewise.baselines"):
+                assert here in ("baselines", "traffic", "bench", "report"), f"{path.name} imports {module}"
 
 
 def test_only_torch_below_the_backends():
