@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame as frames
 
-from tilewise import backends, ops
+from tilewise import backends, calls, ops
+from tilewise.calls import Options
 from tilewise.kv_cache import KVCache, check_tensor
 from tilewise.masks import Mask
 from tilewise.packing import from_nested, to_nested
@@ -76,12 +77,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ma
         NotImplementedError: the named backend cannot compute this.
     """
     q, k, v = autocast(q, k, v)
-    problem, operands = make(q, k, v, causal=causal, mask=mask, score_mod=score_mod, bias=bias, sinks=sinks, scale=scale,
-                             dropout_p=dropout_p, rng=rng, deterministic=deterministic, batch_invariant=batch_invariant,
-                             layout=layout, return_stats=return_stats)
-    out, lse, found = _computed(problem, operands, backend)
-    if layout == "bshd":
-        out = out.transpose(1, 2)
+    options = Options(causal, mask, score_mod, bias, sinks, scale, dropout_p, rng, deterministic, batch_invariant, return_stats,
+                      layout)
+    out, lse, found = calls.attention(q, k, v, options, backend)
     return _results(out, lse, found, return_lse)
 
 
@@ -382,6 +380,8 @@ def _check_inference(**tensors: Tensor | None) -> None:
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """fp32 tensors in the autocast dtype, where autocast is on for their device."""
+    if not torch._C._is_any_autocast_enabled():     # of any device
+        return tensors
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors

@@ -74,7 +74,7 @@ class Mask:
     Combine masks, and functions with masks, by `&`, `|` and `~`.
     """
 
-    __slots__ = ("element", "keys", "name", "queries")
+    __slots__ = ("__weakref__", "element", "keys", "name", "queries")
 
     def __init__(self, name: str, element: Expr, keys: tuple[Band, ...], queries: tuple[Band, ...]):
         self.name, self.element, self.keys, self.queries = name, element, keys, queries

@@ -14,6 +14,11 @@ A backend is a module with
     backward(problem, operands, out, lse, dout, dlse, needs) -> Gradients
     write(...)                                   new keys and values into a cache (`kv_cache.write`)
 
+if its forward can be settled before it is called (calls like one before, `tilewise/calls.py`),
+
+    prepared(problem, operands, out) -> forward      for operands and results that lie in memory like these: forward(operands,
+                                                     out=.., lse=..) looks only at where tensors begin, whatever views they are
+
 and, if it has forward mode and second derivatives in kernels of its own (formulas: `docs/derivatives.md`),
 
     supports_tangents(problem) -> None | str     None, or why it has not for this problem

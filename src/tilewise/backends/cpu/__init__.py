@@ -6,6 +6,8 @@
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from tilewise.kv_cache import write
 from tilewise.problem import Operands, Problem
 from tilewise.statistics import Statistics
 
-__all__ = ["backward", "forward", "forward_with_statistics", "precision", "repeatable", "splits", "supports", "tile_sizes",
+__all__ = ["backward", "forward", "forward_with_statistics", "precision", "prepared", "repeatable", "splits", "supports", "tile_sizes",
            "volunteers", "workspace", "write"]
 
 
@@ -62,6 +64,10 @@ def workspace(problem: Problem) -> tuple[int, int]:
 
 def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
     return launch.forward(problem, operands)
+
+
+def prepared(problem: Problem, operands: Operands, out: Tensor) -> Callable[..., None]:
+    return launch.prepared(problem, operands, out)
 
 
 def forward_with_statistics(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor, Statistics]:

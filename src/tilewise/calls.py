@@ -1,0 +1,308 @@
+"""Calls like one made before: what was found out about that one serves again.
+
+Checking a call, describing its problem, choosing a backend and settling what its kernel is told takes ten times as long as
+launching it. All of that follows from how tensors lie in memory, from options and from PyTorch's settings, never from what
+q, k, v, bias and sinks hold. `find` remembers it by all that decides: shapes, strides, dtypes, devices and alignment of tensors; options
+with their types; deterministic algorithms, the precision of fp32 products, the number of threads; masks and score functions by
+identity, together with the layout and `_version` of what they captured.
+
+The memory is bounded and keeps nothing alive: entries refer weakly to masks and captured tensors and go with them. A result
+never depends on it. What is not plain is described anew: subclasses of Tensor, tensors that a compiler, a mode or a transform
+follows, and functions given as they are, whose closures may change.
+"""
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tilewise import backends, ops
+from tilewise.backends import Needs
+from tilewise.derivatives import Call, gradients
+from tilewise.masks import Mask
+from tilewise.plan import choose
+from tilewise.problem import DENSE, TENSORS, Layout, Operands, Problem, fp32_products, make, make_unequal, rng_tensor
+from tilewise.score_mods import ScoreMod
+from tilewise.statistics import Statistics
+
+KEPT = 512                              # entries; the oldest goes first
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+class Options(NamedTuple):
+    """The arguments of `tilewise.attention` that say what is computed, as given."""
+    causal: Any = False
+    mask: Any = None
+    score_mod: Any = None
+    bias: Any = None
+    sinks: Any = None
+    scale: Any = None
+    dropout_p: Any = 0.0
+    rng: Any = None
+    deterministic: Any = None
+    batch_invariant: Any = False
+    return_stats: Any = ()
+    layout: Any = "bshd"
+    num_splits: Any = None
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str,
+              where: Layout = DENSE) -> tuple[Tensor, Tensor, Statistics | None]:
+    """out, lse and the statistics asked for, in the shapes of the caller's q.
+
+    q, k, v: as `options.layout` says, or [total, heads, head_dim] where `where` tells their rows.
+    """
+    if plain(q, k, v, options.bias, options.sinks):
+        found, x = find(q, k, v, options, backend, where)
+        return found.compute(x)
+    problem, x = described(q, k, v, options, where)
+    return through_ops(problem, x, backend)
+
+
+def plain(*tensors: Any) -> bool:
+    """Whether these are tensors of no subclass, or None, and nothing but autograd follows what is done with them."""
+    if (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0):
+        return False
+    for x in tensors:  # noqa: SIM110  every call comes here; a generator takes three times as long
+        if x is not None and type(x) not in PLAIN:
+            return False
+    return True
+
+
+def described(q: Tensor, k: Tensor, v: Tensor, options: Options, where: Layout) -> tuple[Problem, Operands]:
+    """The problem, checked, and its operands."""
+    if where is DENSE:
+        return make(q, k, v, **options._asdict())
+    k, v = (x if where.cached else heads_first(x, options.layout) for x in (k, v))
+    return make_unequal(where, heads_first(q, options.layout), k, v, **options._asdict())
+
+
+def find(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, where: Layout = DENSE) -> tuple[Found, Operands]:
+    """What was found out about the last call like this one, or is now; and the operands, q, k and v as given.
+
+    Raises what `problem.make` and `plan.choose` raise.
+    """
+    held = named(options, where)
+    key = () if held is None else (
+        layout(q), layout(k), layout(v), backend, fp32_products(), torch.are_deterministic_algorithms_enabled(),
+        torch.get_num_threads(), decisive(options), None if where is DENSE else placed(where), *map(id, held))
+    try:
+        known = _known.get(key)
+    except TypeError:                   # something that is no option at all, as `make` will say
+        known = None
+    captured = None if known is None or held is None else known.unchanged(held)
+    if known is None or captured is None:
+        problem, x = described(q, k, v, options, where)
+        known = Found(problem, x, backend)
+        if held is not None:
+            known.keep(key, held, x.captured)
+        return known, x._replace(q=q, k=k, v=v)
+    bias, sinks = options.bias, options.sinks
+    if bias is not None and bias.dim() < 4:
+        bias = bias[(None,) * (4 - bias.dim())]
+    return known, Operands(q, k, v, bias, None if sinks is None else sinks.contiguous(),
+                           rng_tensor(options.rng, known.problem.dropout, q.device), *where[:5], captured, known.ints,
+                           known.floats)
+
+
+def layout(x: Tensor) -> tuple:
+    """All of a tensor that decides how it is computed with: everything but what it holds and where it begins."""
+    return x.shape, x.stride(), x.dtype, x.device, x.storage_offset() % 16, x.requires_grad
+
+
+def decisive(options: Options) -> tuple:
+    """All of the options that decides; of tensors their layouts, of masks and score functions nothing (`named`).
+
+    1 is True and 0.0 is 0 to a dictionary, but not to the checks.
+    """
+    causal, _, _, bias, sinks, scale, dropout, _, deterministic, invariant, statistics, order, splits = options
+    return (causal, type(causal), None if bias is None else layout(bias), None if sinks is None else layout(sinks), scale,
+            type(scale), dropout, type(dropout), deterministic, invariant, statistics, order, splits, type(splits))
+
+
+def placed(where: Layout) -> tuple:
+    """All that decides of where sequences lie. Of packed ones the rows themselves are among what is `named`."""
+    return (*(None if x is None else layout(x) for x in where[:5]), *where[5:])
+
+
+def named(options: Options, where: Layout) -> tuple | None:
+    """What a call is known by as an object: mask, score functions, packed rows. None: it is not to be remembered."""
+    mask, mods = options.mask, options.score_mod
+    if type(mods) in (tuple, list):
+        if not all(isinstance(mod, ScoreMod) for mod in mods):
+            return None
+    elif mods is None or isinstance(mods, ScoreMod):
+        mods = (mods,)
+    else:
+        return None
+    if not (mask is None or isinstance(mask, Mask) or type(mask) in PLAIN):
+        return None
+    rows = () if where is DENSE or where.cached else (where.q_rows, where.k_rows)
+    return tuple([x for x in (mask, *mods, *rows) if x is not None])
+
+
+def state(x: Any) -> tuple | None:
+    """How a tensor is; of anything else nothing, since it does not change."""
+    return (layout(x), x._version) if isinstance(x, Tensor) else None
+
+
+class Found:
+    """What was found out about a call.
+
+    launch: the backend's forward of operands that lie like these, if it has one; otherwise `ops` computes them.
+    """
+    __slots__ = ("backend", "call", "captured", "floats", "held", "ints", "launch", "lse", "out", "problem")
+
+    def __init__(self, problem: Problem, x: Operands, backend: str):
+        self.problem, self.backend, self.ints, self.floats = problem, choose(problem, backend), x.ints, x.floats
+        module = backends.load(self.backend)
+        self.call = Call(module, problem, (x.ints, x.floats))
+        self.held: tuple[tuple[Callable[[], Any], tuple | None], ...] = ()
+        self.captured: tuple[tuple[Callable[[], Tensor | None], tuple | None], ...] = ()
+        self.launch: Callable[..., None] | None = None
+        if hasattr(module, "prepared") and not problem.statistics:
+            packed = problem.packed_q is not None
+            out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
+            self.launch = module.prepared(problem, x, out)
+            self.out = dict(size=given_order(out, problem.layout, packed).shape, dtype=out.dtype, device=out.device)
+            self.lse = dict(size=(lse[0] if packed else lse).shape, dtype=lse.dtype, device=lse.device)
+
+    def keep(self, key: tuple, held: tuple, captured: Sequence[Tensor]) -> None:
+        """Remembers this for as long as what it was found for is there."""
+        given = [x for x in held if isinstance(x, Tensor)]
+        if any(x.is_inference() for x in (*given, *captured)):
+            return                      # no one is told when these are written to
+
+        def forget(_: Any) -> None:
+            _known.pop(key, None)
+
+        def weakly(x: Tensor) -> Callable[[], Tensor | None]:
+            """A tensor that someone else keeps; one that was made of the mask given shares its memory, and goes with it."""
+            if any(x is not t and x.data_ptr() == t.data_ptr() for t in given):
+                alias = x.detach()
+                return lambda: alias
+            return weakref.ref(x)
+
+        self.held = tuple((weakref.ref(x, forget), state(x)) for x in held)
+        self.captured = tuple((weakly(x), state(x)) for x in captured)
+        with _lock:
+            while len(_known) >= KEPT:
+                _known.pop(next(iter(_known)), None)
+            _known[key] = self
+
+    def unchanged(self, held: tuple) -> list[Tensor] | None:
+        """The captured tensors, if the objects that the call names are those of then, and all are as they were."""
+        for (at, before), given in zip(self.held, held, strict=True):
+            if at() is not given or state(given) != before:
+                return None
+        found = []
+        for at, before in self.captured:
+            x = at()
+            if x is None or state(x) != before:
+                return None
+            found.append(x)
+        return found
+
+    def compute(self, x: Operands) -> tuple[Tensor, Tensor, Statistics | None]:
+        """out, lse and statistics, differentiable, in the shapes of the caller's q; x with q, k and v as the caller gave them."""
+        if self.launch is None:
+            q, k, v = (self.turned(t, name) for t, name in zip(x[:3], "qkv", strict=True))
+            return through_ops(self.problem, x._replace(q=q, k=k, v=v), self.backend)
+        if torch.is_grad_enabled() and ops.tracked(x):
+            return *Recorded.apply(self, *x[:TENSORS], *x.captured), None
+        return *self.run(x), None
+
+    def run(self, x: Operands) -> tuple[Tensor, Tensor]:
+        """out and lse, by the backend."""
+        out, lse = torch.empty(**self.out), torch.empty(**self.lse)
+        if self.problem.packed_q is not None:       # what no sequence holds
+            out.zero_()
+            lse.fill_(-torch.inf)
+        self.launch(x, out=out, lse=lse)
+        return out, lse
+
+    def turned(self, x: Tensor, name: str) -> Tensor:
+        """A tensor like q, k or v as the problem speaks of it, [.., heads, .., dim]; and back."""
+        if self.problem.cached and name != "q":
+            return x
+        return heads_first(x, self.problem.layout)
+
+
+class Recorded(torch.autograd.Function):
+    """(out, lse) of a call that only autograd follows, in the caller's order of dimensions.
+
+    Like `derivatives.Native`, without what torch.func's transforms need, which costs more than a small kernel.
+    """
+
+    @staticmethod
+    def forward(ctx, found: Found, *tensors: Tensor | None):
+        out, lse = found.run(found.call.operands(tensors))
+        ctx.found = found
+        ctx.save_for_backward(out, lse, *tensors)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        found: Found = ctx.found
+        out, lse, q, k, v, *others = ctx.saved_tensors
+        packed, order = found.problem.packed_q is not None, found.problem.layout
+        needs = Needs(ctx.needs_input_grad[4], ctx.needs_input_grad[5], ctx.needs_input_grad[1 + TENSORS:])
+        if packed:
+            lse, dlse = lse[None], None if dlse is None else dlse[None]
+        q, k, v, out = (heads_first(x, order) for x in (q, k, v, out))
+        dout = torch.zeros_like(out) if dout is None else heads_first(dout, order)
+        dq, dk, dv, dbias, dsinks, *captured = gradients(found.call, needs, out, lse, dout, dlse, [q, k, v, *others])
+        dq, dk, dv = (given_order(x, order, packed) for x in (dq, dk, dv))
+        return None, dq, dk, dv, dbias, dsinks, *[None] * (TENSORS - 5), *captured
+
+
+def through_ops(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor, Statistics | None]:
+    """The same by `ops`, of any operands."""
+    packed, found = problem.packed_q is not None, None
+    if problem.statistics:
+        out, lse, found = ops.attention_with_statistics(problem, x, backend)
+    else:
+        out, lse = ops.attention(problem, x, backend)
+    if packed:
+        lse = lse[0]
+    if packed and found is not None:
+        max_score, entropy, key_mass = found
+        found = Statistics(None if max_score is None else max_score[0], None if entropy is None else entropy[0],
+                           key_mass if key_mass is None or problem.cached else key_mass[0])
+    return given_order(out, problem.layout, packed), lse, found
+
+
+def heads_first(x: Tensor, order: str) -> Tensor:
+    """[slots, heads, rows, head_dim] of a tensor in the caller's order, packed if it has three dimensions."""
+    if x.dim() == 3:
+        return x.transpose(0, 1)[None]
+    return x.transpose(1, 2) if order == "bshd" else x
+
+
+def given_order(x: Tensor, order: str, packed: bool) -> Tensor:
+    """The opposite."""
+    if packed:
+        return x[0].transpose(0, 1)
+    return x.transpose(1, 2) if order == "bshd" else x
+
+
+_known: dict[tuple, Found] = {}
+_lock = threading.Lock()
+
+
+def forget() -> None:
+    """Forgets all calls, as a forked child does: its threads are others."""
+    global _lock
+    _lock = threading.Lock()
+    _known.clear()
+
+
+os.register_at_fork(after_in_child=forget)
