@@ -89,42 +89,40 @@ def find(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, where:
 
     Raises what `problem.make` and `plan.choose` raise.
     """
-    held = named(options, where)
-    key = () if held is None else (
-        layout(q), layout(k), layout(v), backend, fp32_products(), torch.are_deterministic_algorithms_enabled(),
-        torch.get_num_threads(), decisive(options), None if where is DENSE else placed(where), *map(id, held))
-    try:
-        known = _known.get(key)
-    except TypeError:                   # something that is no option at all, as `make` will say
-        known = None
-    captured = None if known is None or held is None else known.unchanged(held)
+    causal, mask, score_mod, bias, sinks, scale, dropout, rng, deterministic, invariant, statistics, order, splits = options
+    held = () if mask is None and score_mod is None and where is DENSE else named(mask, score_mod, where)
+    known = captured = None
+    if held is not None:
+        key = (layout(q), layout(k), layout(v), None if bias is None else layout(bias), None if sinks is None else layout(sinks),
+               causal, type(causal), scale, type(scale), dropout, type(dropout), deterministic, invariant, statistics, order,
+               splits, type(splits),    # 1 is True and 0.0 is 0 to a dictionary, but not to the checks
+               backend, fp32_products(), torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(),
+               None if where is DENSE else placed(where), *map(id, held))
+        known = remembered(key)
+        captured = None if known is None else known.unchanged(held) if known.held else ()
     if known is None or captured is None:
         problem, x = described(q, k, v, options, where)
         known = Found(problem, x, backend)
         if held is not None:
             known.keep(key, held, x.captured)
         return known, x._replace(q=q, k=k, v=v)
-    bias, sinks = options.bias, options.sinks
     if bias is not None and bias.dim() < 4:
         bias = bias[(None,) * (4 - bias.dim())]
-    return known, Operands(q, k, v, bias, None if sinks is None else sinks.contiguous(),
-                           rng_tensor(options.rng, known.problem.dropout, q.device), *where[:5], captured, known.ints,
-                           known.floats)
+    if sinks is not None:
+        sinks = sinks.contiguous()
+    if rng is not None or known.problem.dropout:
+        rng = rng_tensor(rng, known.problem.dropout, q.device)
+    return known, Operands(q, k, v, bias, sinks, rng, *where[:5], captured, known.ints, known.floats)
 
 
 def layout(x: Tensor) -> tuple:
-    """All of a tensor that decides how it is computed with: everything but what it holds and where it begins."""
-    return x.shape, x.stride(), x.dtype, x.device, x.storage_offset() % 16, x.requires_grad
+    """All of a tensor that decides how it is computed with: neither what it holds nor where it begins."""
+    return x.shape, x.stride(), x.dtype, x.device, x.storage_offset() % 16
 
 
-def decisive(options: Options) -> tuple:
-    """All of the options that decides; of tensors their layouts, of masks and score functions nothing (`named`).
-
-    1 is True and 0.0 is 0 to a dictionary, but not to the checks.
-    """
-    causal, _, _, bias, sinks, scale, dropout, _, deterministic, invariant, statistics, order, splits = options
-    return (causal, type(causal), None if bias is None else layout(bias), None if sinks is None else layout(sinks), scale,
-            type(scale), dropout, type(dropout), deterministic, invariant, statistics, order, splits, type(splits))
+def state(x: Any) -> tuple | None:
+    """How a captured tensor is, what it holds included; of anything else nothing, since it does not change."""
+    return (layout(x), x._version, x.requires_grad) if isinstance(x, Tensor) else None
 
 
 def placed(where: Layout) -> tuple:
@@ -132,9 +130,8 @@ def placed(where: Layout) -> tuple:
     return (*(None if x is None else layout(x) for x in where[:5]), *where[5:])
 
 
-def named(options: Options, where: Layout) -> tuple | None:
+def named(mask: Any, mods: Any, where: Layout) -> tuple | None:
     """What a call is known by as an object: mask, score functions, packed rows. None: it is not to be remembered."""
-    mask, mods = options.mask, options.score_mod
     if type(mods) in (tuple, list):
         if not all(isinstance(mod, ScoreMod) for mod in mods):
             return None
@@ -146,11 +143,6 @@ def named(options: Options, where: Layout) -> tuple | None:
         return None
     rows = () if where is DENSE or where.cached else (where.q_rows, where.k_rows)
     return tuple([x for x in (mask, *mods, *rows) if x is not None])
-
-
-def state(x: Any) -> tuple | None:
-    """How a tensor is; of anything else nothing, since it does not change."""
-    return (layout(x), x._version) if isinstance(x, Tensor) else None
 
 
 class Found:
@@ -171,8 +163,8 @@ class Found:
             packed = problem.packed_q is not None
             out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
             self.launch = module.prepared(problem, x, out)
-            self.out = dict(size=given_order(out, problem.layout, packed).shape, dtype=out.dtype, device=out.device)
-            self.lse = dict(size=(lse[0] if packed else lse).shape, dtype=lse.dtype, device=lse.device)
+            self.out = shape_of(given_order(out, problem.layout, packed))
+            self.lse = shape_of(lse[0] if packed else lse)
 
     def keep(self, key: tuple, held: tuple, captured: Sequence[Tensor]) -> None:
         """Remembers this for as long as what it was found for is there."""
@@ -215,13 +207,13 @@ class Found:
         if self.launch is None:
             q, k, v = (self.turned(t, name) for t, name in zip(x[:3], "qkv", strict=True))
             return through_ops(self.problem, x._replace(q=q, k=k, v=v), self.backend)
-        if torch.is_grad_enabled() and ops.tracked(x):
+        if ops.tracked(x):
             return *Recorded.apply(self, *x[:TENSORS], *x.captured), None
         return *self.run(x), None
 
     def run(self, x: Operands) -> tuple[Tensor, Tensor]:
         """out and lse, by the backend."""
-        out, lse = torch.empty(**self.out), torch.empty(**self.lse)
+        out, lse = torch.empty_like(self.out), torch.empty_like(self.lse)
         if self.problem.packed_q is not None:       # what no sequence holds
             out.zero_()
             lse.fill_(-torch.inf)
@@ -280,6 +272,11 @@ def through_ops(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Te
     return given_order(out, problem.layout, packed), lse, found
 
 
+def shape_of(x: Tensor) -> Tensor:
+    """A tensor like x in shape, dtype and device that holds one number: a pattern for `torch.empty_like`, in rows' order."""
+    return torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape)
+
+
 def heads_first(x: Tensor, order: str) -> Tensor:
     """[slots, heads, rows, head_dim] of a tensor in the caller's order, packed if it has three dimensions."""
     if x.dim() == 3:
@@ -296,6 +293,13 @@ def given_order(x: Tensor, order: str, packed: bool) -> Tensor:
 
 _known: dict[tuple, Found] = {}
 _lock = threading.Lock()
+
+
+def remembered(key: tuple) -> Found | None:
+    try:
+        return _known.get(key)
+    except TypeError:                   # something that is no option at all, as `problem.make` will say
+        return None
 
 
 def forget() -> None:

@@ -84,7 +84,8 @@ class Launch:
             told.list, told.list_batch, told.list_heads = self.lists.tiles.data_ptr(), self.lists.per_batch, self.lists.per_head
             told.list_rows = -(-problem.seqlen_q // numbers["block_rows"])
         self.kernel, self.template = getattr(library, kernel), bytes(told)
-        self.scratch = getattr(library, f"{kernel}_memory")(ctypes.byref(told)) + ALIGNMENT
+        bytes_needed = getattr(library, f"{kernel}_memory")(ctypes.byref(told)) + ALIGNMENT
+        self.scratch = torch.empty((), dtype=torch.uint8, device="cpu").expand(bytes_needed)
 
     def __call__(self, x: Operands, **results: Tensor | None) -> None:
         told = abi.Problem.from_buffer_copy(self.template)
@@ -101,7 +102,7 @@ class Launch:
         if x.k_rows is not None:
             order = order_of(x.k_rows) if self.order is None else self.order
             told.order = order.data_ptr()
-        scratch = torch.empty(self.scratch, dtype=torch.uint8, device="cpu")
+        scratch = torch.empty_like(self.scratch)
         told.scratch = -(-scratch.data_ptr() // ALIGNMENT) * ALIGNMENT
         self.kernel(ctypes.byref(told))
 
