@@ -24,11 +24,12 @@ from torch.autograd import forward_ad
 
 from tilewise import backends, ops
 from tilewise.backends import Needs
-from tilewise.derivatives import Call, gradients
+from tilewise.derivatives import Call, followed, gradients
 from tilewise.masks import Mask
 from tilewise.plan import choose
 from tilewise.problem import DENSE, TENSORS, Layout, Operands, Problem, fp32_products, make, make_unequal, rng_tensor
 from tilewise.score_mods import ScoreMod
+from tilewise.state import sink_gradient
 from tilewise.statistics import Statistics
 
 KEPT = 512                              # entries; the oldest goes first
@@ -150,7 +151,7 @@ class Found:
 
     launch: the backend's forward of operands that lie like these, if it has one; otherwise `ops` computes them.
     """
-    __slots__ = ("backend", "call", "captured", "floats", "held", "ints", "launch", "lse", "out", "problem")
+    __slots__ = ("backend", "backwards", "call", "captured", "floats", "held", "ints", "launch", "lse", "out", "problem")
 
     def __init__(self, problem: Problem, x: Operands, backend: str):
         self.problem, self.backend, self.ints, self.floats = problem, choose(problem, backend), x.ints, x.floats
@@ -158,6 +159,7 @@ class Found:
         self.call = Call(module, problem, (x.ints, x.floats))
         self.held: tuple[tuple[Callable[[], Any], tuple | None], ...] = ()
         self.captured: tuple[tuple[Callable[[], Tensor | None], tuple | None], ...] = ()
+        self.backwards: dict[tuple, Callable[..., None] | None] = {}    # by all strides
         self.launch: Callable[..., None] | None = None
         if hasattr(module, "prepared") and not problem.statistics:
             packed = problem.packed_q is not None
@@ -220,6 +222,34 @@ class Found:
         self.launch(x, out=out, lse=lse)
         return out, lse
 
+    def backward_of(self, dout: Tensor, out: Tensor, tensors: Sequence[Tensor | None]) -> Callable[..., None] | None:
+        """The backend's backward for such a dout, if it has one for these operands."""
+        if dout.stride(-1) != 1 and dout.shape[-1] > 1:
+            return None                 # such as the expanded gradient of a sum: it has to be copied
+        # hooks on saved tensors may have moved them
+        key = tuple([None if t is None else t.stride() for t in (dout, out, *tensors)])
+        if key not in self.backwards:
+            make_it = getattr(self.call.module, "prepared_backward", None)
+            x, order = self.call.operands(tensors), self.problem.layout
+            x = x._replace(**{name: self.turned(getattr(x, name), name) for name in "qkv"})
+            self.backwards[key] = make_it and make_it(self.problem, x, heads_first(out, order), heads_first(dout, order))
+        return self.backwards[key]
+
+    def run_backward(self, run: Callable[..., None], tensors: Sequence[Tensor | None], out: Tensor, lse: Tensor, dout: Tensor,
+                     dlse: Tensor | None, needs: Needs) -> tuple[Tensor | None, ...]:
+        """dq, dk, dv, None for the bias, dsinks."""
+        packed = self.problem.packed_q is not None
+        x, delta = self.call.operands(tensors), torch.zeros_like(lse)
+        dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors[:3])
+        if packed:                      # what no sequence holds
+            for t in (dq, dk, dv):
+                t.zero_()
+        run(x, out=out, lse=lse, dout=dout, dlse=None if dlse is None else dlse.contiguous(), delta=delta, dq=dq, dk=dk, dv=dv)
+        dsinks = None
+        if needs.sinks and x.sinks is not None:
+            dsinks = sink_gradient(x.sinks, *((t[None] if packed else t) for t in (lse, delta)))
+        return dq, dk, dv, None, dsinks
+
     def turned(self, x: Tensor, name: str) -> Tensor:
         """A tensor like q, k or v as the problem speaks of it, [.., heads, .., dim]; and back."""
         if self.problem.cached and name != "q":
@@ -244,9 +274,15 @@ class Recorded(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         found: Found = ctx.found
-        out, lse, q, k, v, *others = ctx.saved_tensors
-        packed, order = found.problem.packed_q is not None, found.problem.layout
+        out, lse, *tensors = ctx.saved_tensors
         needs = Needs(ctx.needs_input_grad[4], ctx.needs_input_grad[5], ctx.needs_input_grad[1 + TENSORS:])
+        run = None
+        if dout is not None and not (needs.bias or followed() or any(needs.captured)):
+            run = found.backward_of(dout, out, tensors)
+        if run is not None:
+            return None, *found.run_backward(run, tensors, out, lse, dout, dlse, needs), *[None] * (len(tensors) - 5)
+        q, k, v, *others = tensors
+        packed, order = found.problem.packed_q is not None, found.problem.layout
         if packed:
             lse, dlse = lse[None], None if dlse is None else dlse[None]
         q, k, v, out = (heads_first(x, order) for x in (q, k, v, out))

@@ -14,10 +14,14 @@ A backend is a module with
     backward(problem, operands, out, lse, dout, dlse, needs) -> Gradients
     write(...)                                   new keys and values into a cache (`kv_cache.write`)
 
-if its forward can be settled before it is called (calls like one before, `tilewise/calls.py`),
+if what it tells its kernels can be settled once for operands and results that lie in memory alike (`tilewise/calls.py`),
 
-    prepared(problem, operands, out) -> forward      for operands and results that lie in memory like these: forward(operands,
-                                                     out=.., lse=..) looks only at where tensors begin, whatever views they are
+    prepared(problem, operands, out) -> run                  run(operands, out=.., lse=..)
+    prepared_backward(problem, operands, out, dout) -> run   run(operands, out=.., lse=.., dout=.., dlse=.., delta=.., dq=.., ..);
+                                                             None where gradients of bias or captured tensors are sums
+
+`run` writes results and looks only at where tensors begin, whatever views of that memory they are. `delta` [.., heads, ..] like
+lse is rowsum(dout * out) - dlse, from which dsinks follows (`state.sink_gradient`).
 
 and, if it has forward mode and second derivatives in kernels of its own (formulas: `docs/derivatives.md`),
 

@@ -17,8 +17,8 @@ from tilewise.kv_cache import write
 from tilewise.problem import Operands, Problem
 from tilewise.statistics import Statistics
 
-__all__ = ["backward", "forward", "forward_with_statistics", "precision", "prepared", "repeatable", "splits", "supports", "tile_sizes",
-           "volunteers", "workspace", "write"]
+__all__ = ["backward", "forward", "forward_with_statistics", "precision", "prepared", "prepared_backward", "repeatable", "splits",
+           "supports", "tile_sizes", "volunteers", "workspace", "write"]
 
 
 def supports(problem: Problem) -> str | None:
@@ -68,6 +68,10 @@ def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
 
 def prepared(problem: Problem, operands: Operands, out: Tensor) -> Callable[..., None]:
     return launch.prepared(problem, operands, out)
+
+
+def prepared_backward(problem: Problem, operands: Operands, out: Tensor, dout: Tensor) -> Callable[..., None] | None:
+    return gradients.prepared(problem, operands, out, dout)
 
 
 def forward_with_statistics(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor, Statistics]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,17 +59,25 @@ def call(kernel: str, problem: Problem, x: Operands, tensors: dict[str, Tensor |
     Launch(kernel, problem, x, strides, numbers, arrays, compiled)(x, **tensors)
 
 
+class Frame(NamedTuple):
+    """What one call of a kernel needs for itself: what it is told, and memory to work in."""
+    told: abi.Problem
+    address: int                        # of `told`
+    scratch: Tensor
+
+
 class Launch:
     """A kernel, and what it is told of operands and results that lie in memory like these; called with where they begin.
 
     Calls do not look at strides again, nor at the order of dimensions: operands may come in any view of the same memory.
+    Frames are kept for the next call, unless they are large; calls at the same time take one each.
     """
-    __slots__ = ("arrays", "captured", "kernel", "lists", "names", "order", "scratch", "template")
+    __slots__ = ("arrays", "captured", "frames", "kernel", "lists", "names", "order", "scratch", "template")
 
     def __init__(self, kernel: str, problem: Problem, x: Operands, strides: dict[str, Tensor | None], numbers: dict[str, int],
                  arrays: dict[str, Any] | None = None, compiled: Compiled = compiler.PLAIN):
         library = compiler.library(kernel, problem.program, tuple(t.dtype for t in x.captured), compiled)
-        self.names = tuple(name for name in OPERANDS if getattr(x, name) is not None)
+        self.names = tuple((name, Operands._fields.index(name)) for name in OPERANDS if getattr(x, name) is not None)
         told = described(problem, x, numbers)
         for name, t in strides.items():
             setattr(told, name, in_elements(t))
@@ -84,27 +92,37 @@ class Launch:
             told.list, told.list_batch, told.list_heads = self.lists.tiles.data_ptr(), self.lists.per_batch, self.lists.per_head
             told.list_rows = -(-problem.seqlen_q // numbers["block_rows"])
         self.kernel, self.template = getattr(library, kernel), bytes(told)
-        bytes_needed = getattr(library, f"{kernel}_memory")(ctypes.byref(told)) + ALIGNMENT
-        self.scratch = torch.empty((), dtype=torch.uint8, device="cpu").expand(bytes_needed)
+        self.kernel.argtypes = [ctypes.c_void_p]
+        self.scratch = getattr(library, f"{kernel}_memory")(ctypes.byref(told)) + ALIGNMENT
+        self.frames: list[Frame] = []
 
     def __call__(self, x: Operands, **results: Tensor | None) -> None:
-        told = abi.Problem.from_buffer_copy(self.template)
-        if x.pages is not None:
-            x = x._replace(pages=x.pages.contiguous())
-        for name in self.names:
-            setattr(told, name, getattr(x, name).data_ptr())
+        try:
+            frame = self.frames.pop()
+        except IndexError:
+            frame = self.new_frame()
+        told = frame.told
+        for name, at in self.names:
+            setattr(told, name, x[at].data_ptr())
         for name, t in results.items():
-            if t is not None:
-                setattr(told, name, t.data_ptr())
+            setattr(told, name, None if t is None else t.data_ptr())
         if self.captured is not None:
             captured = self.captured(*[t.data_ptr() for t in x.captured])
             told.captured = ctypes.addressof(captured)
         if x.k_rows is not None:
             order = order_of(x.k_rows) if self.order is None else self.order
             told.order = order.data_ptr()
-        scratch = torch.empty_like(self.scratch)
+        if x.pages is not None:
+            pages = x.pages.contiguous()
+            told.pages = pages.data_ptr()
+        self.kernel(frame.address)
+        if self.scratch <= KEPT_BYTES:
+            self.frames.append(frame)
+
+    def new_frame(self) -> Frame:
+        told, scratch = abi.Problem.from_buffer_copy(self.template), torch.empty(self.scratch, dtype=torch.uint8, device="cpu")
         told.scratch = -(-scratch.data_ptr() // ALIGNMENT) * ALIGNMENT
-        self.kernel(ctypes.byref(told))
+        return Frame(told, ctypes.addressof(told), scratch)
 
 
 def order_of(k_rows: Tensor) -> Tensor:
@@ -118,9 +136,10 @@ def paired(x: Operands) -> bool:
 
 
 ALIGNMENT = 64
+KEPT_BYTES = 1 << 16                    # of a frame's memory, at most
 
 
-OPERANDS = tuple(name for name in POINTERS if name in Operands._fields and name not in ("captured", "ints", "floats"))
+OPERANDS = tuple(name for name in POINTERS if name in Operands._fields and name not in ("captured", "ints", "floats", "pages"))
 
 
 def described(problem: Problem, x: Operands, numbers: dict[str, int]) -> abi.Problem:
