@@ -115,15 +115,14 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | Non
     Raises:
         TypeError, ValueError, NotImplementedError: as `attention`.
     """
-    problem, operands = _of_packed(
+    where, *packed = _packed_rows(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_q=seqused_q,
-        seqused_k=seqused_k, check=check, causal=causal, mask=mask, score_mod=score_mod, bias=bias, sinks=sinks, scale=scale,
-        dropout_p=dropout_p, rng=rng, deterministic=deterministic, batch_invariant=batch_invariant, return_stats=return_stats)
-    out, lse, found = _computed(problem, operands, backend)
-    out = out[0].transpose(0, 1)
+        seqused_k=seqused_k, check=check)
+    options = Options(causal, mask, score_mod, bias, sinks, scale, dropout_p, rng, deterministic, batch_invariant, return_stats)
+    out, lse, found = calls.attention(*packed, options, backend, where)
     if q.is_nested:
         out = to_nested(out, q)
-    return _results(out, lse[0], found and Statistics(*(None if x is None else x[0] for x in found)), return_lse)
+    return _results(out, lse, found, return_lse)
 
 
 def attention_with_kv_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Tensor | None = None,
@@ -234,10 +233,19 @@ def explain(q: Tensor, k: Any, v: Tensor | None = None, *, backend: str = "auto"
     return plan(problem, operands, backend)
 
 
-def _of_packed(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *,
-               max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, seqused_q: Tensor | None = None,
-               seqused_k: Tensor | None = None, check: bool = False, **options) -> tuple[Problem, Operands]:
+def _of_packed(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *, max_seqlen_q: int | None = None,
+               max_seqlen_k: int | None = None, seqused_q: Tensor | None = None, seqused_k: Tensor | None = None,
+               check: bool = False, **options) -> tuple[Problem, Operands]:
     """The problem of packed or nested sequences."""
+    where, *packed = _packed_rows(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+                                  seqused_q=seqused_q, seqused_k=seqused_k, check=check)
+    return make_unequal(where, *map(_heads_first, packed), **options)
+
+
+def _packed_rows(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *, max_seqlen_q: int | None,
+                 max_seqlen_k: int | None, seqused_q: Tensor | None, seqused_k: Tensor | None,
+                 check: bool) -> tuple[Layout, Tensor, Tensor, Tensor]:
+    """Where packed or nested sequences lie; q, k and v packed."""
     if isinstance(q, Tensor) and q.is_nested:
         for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             if given is not None:
@@ -251,12 +259,12 @@ def _of_packed(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *,
             raise ValueError("v: expected a nested tensor with k's lengths")
     elif cu_seqlens_k is None:
         cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q if max_seqlen_k is None else max_seqlen_k
-    q, k, v = (_heads_first(_packed(name, x)) for name, x in zip("qkv", autocast(q, k, v), strict=True))
-    q_rows, longest_q = packed_rows("q", cu_seqlens_q, seqused_q, q.shape[2], max_seqlen_q, q.device, check)
-    k_rows, longest_k = packed_rows("k", cu_seqlens_k, seqused_k, k.shape[2], max_seqlen_k, q.device, check)
+    q, k, v = (_packed(name, x) for name, x in zip("qkv", autocast(q, k, v), strict=True))
+    q_rows, longest_q = packed_rows("q", cu_seqlens_q, seqused_q, q.shape[0], max_seqlen_q, q.device, check)
+    k_rows, longest_k = packed_rows("k", cu_seqlens_k, seqused_k, k.shape[0], max_seqlen_k, q.device, check)
     if len(q_rows) != len(k_rows):
         raise ValueError(f"cu_seqlens_k: expected as many sequences as cu_seqlens_q ({len(q_rows)}), got {len(k_rows)}")
-    return make_unequal(Layout(q_rows, k_rows, max_seqlen_q=longest_q, max_seqlen_k=longest_k), q, k, v, **options)
+    return Layout(q_rows, k_rows, max_seqlen_q=longest_q, max_seqlen_k=longest_k), q, k, v
 
 
 def _of_cache(q: Any, cache: Any, k_new: Tensor | None, *, cache_batch_idx: Any = None, cu_seqlens_q: Tensor | None = None,
