@@ -52,6 +52,13 @@ class Options(NamedTuple):
     layout: Any = "bshd"
     num_splits: Any = None
 
+    def as_long_as_keys(self) -> bool:
+        """Whether something goes with each key: columns of a bias, entries of a table, statistics."""
+        mask, mods = self.mask, self.score_mod
+        return (self.bias is not None or bool(self.return_stats)
+                or not (mask is None or (isinstance(mask, Mask) and not mask.element.reads))
+                or not (mods is None or (isinstance(mods, ScoreMod) and not mods.expr.reads)))
+
 
 def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str,
               where: Layout = DENSE) -> tuple[Tensor, Tensor, Statistics | None]:
@@ -64,6 +71,14 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str,
         return found.compute(x)
     problem, x = described(q, k, v, options, where)
     return through_ops(problem, x, backend)
+
+
+def find_any(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, where: Layout) -> tuple[Found, Operands]:
+    """`find`, also for tensors that are not plain."""
+    if plain(q, k, v, options.bias, options.sinks):
+        return find(q, k, v, options, backend, where)
+    problem, x = described(q, k, v, options, where)
+    return Found(problem, x, backend, settled=False), x._replace(q=q, k=k, v=v)
 
 
 def plain(*tensors: Any) -> bool:
@@ -153,7 +168,7 @@ class Found:
     """
     __slots__ = ("backend", "backwards", "call", "captured", "floats", "held", "ints", "launch", "lse", "out", "problem")
 
-    def __init__(self, problem: Problem, x: Operands, backend: str):
+    def __init__(self, problem: Problem, x: Operands, backend: str, settled: bool = True):
         self.problem, self.backend, self.ints, self.floats = problem, choose(problem, backend), x.ints, x.floats
         module = backends.load(self.backend)
         self.call = Call(module, problem, (x.ints, x.floats))
@@ -161,7 +176,7 @@ class Found:
         self.captured: tuple[tuple[Callable[[], Tensor | None], tuple | None], ...] = ()
         self.backwards: dict[tuple, Callable[..., None] | None] = {}    # by all strides
         self.launch: Callable[..., None] | None = None
-        if hasattr(module, "prepared") and not problem.statistics:
+        if settled and hasattr(module, "prepared") and not problem.statistics:
             packed = problem.packed_q is not None
             out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
             self.launch = module.prepared(problem, x, out)
@@ -207,8 +222,7 @@ class Found:
     def compute(self, x: Operands) -> tuple[Tensor, Tensor, Statistics | None]:
         """out, lse and statistics, differentiable, in the shapes of the caller's q; x with q, k and v as the caller gave them."""
         if self.launch is None:
-            q, k, v = (self.turned(t, name) for t, name in zip(x[:3], "qkv", strict=True))
-            return through_ops(self.problem, x._replace(q=q, k=k, v=v), self.backend)
+            return through_ops(self.problem, self.heads_first(x), self.backend)
         if ops.tracked(x):
             return *Recorded.apply(self, *x[:TENSORS], *x.captured), None
         return *self.run(x), None
@@ -230,8 +244,7 @@ class Found:
         key = tuple([None if t is None else t.stride() for t in (dout, out, *tensors)])
         if key not in self.backwards:
             make_it = getattr(self.call.module, "prepared_backward", None)
-            x, order = self.call.operands(tensors), self.problem.layout
-            x = x._replace(**{name: self.turned(getattr(x, name), name) for name in "qkv"})
+            x, order = self.heads_first(self.call.operands(tensors)), self.problem.layout
             self.backwards[key] = make_it and make_it(self.problem, x, heads_first(out, order), heads_first(dout, order))
         return self.backwards[key]
 
@@ -250,11 +263,11 @@ class Found:
             dsinks = sink_gradient(x.sinks, *((t[None] if packed else t) for t in (lse, delta)))
         return dq, dk, dv, None, dsinks
 
-    def turned(self, x: Tensor, name: str) -> Tensor:
-        """A tensor like q, k or v as the problem speaks of it, [.., heads, .., dim]; and back."""
-        if self.problem.cached and name != "q":
-            return x
-        return heads_first(x, self.problem.layout)
+    def heads_first(self, x: Operands) -> Operands:
+        """Operands as the problem speaks of them, [.., heads, .., dim]; keys and values of a cache are."""
+        order, cached = self.problem.layout, self.problem.cached
+        k, v = (t if cached else heads_first(t, order) for t in (x.k, x.v))
+        return x._replace(q=heads_first(x.q, order), k=k, v=v)
 
 
 class Recorded(torch.autograd.Function):

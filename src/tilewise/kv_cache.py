@@ -38,6 +38,7 @@ class Stored(NamedTuple):
     v_scale: Tensor | None
     longest: int            # an upper bound, known to the host, of the keys of any sequence
     room: Tensor | None = None  # int64 [B]: keys that each has memory for, where fewer than its pages hold
+    lengths: list[int] | None = None    # of rows, where the host knows them
 
     def limits(self) -> Tensor:
         """int64 [B]: how many keys each sequence has memory for."""
@@ -325,11 +326,11 @@ class KVCache(Storage):
         """What a backend reads. cache_batch_idx: integer tensor [B] of sequences; None: all in order."""
         index = self._sequences(cache_batch_idx, check)
         lengths = self.lengths[index]
-        longest = self.capacity
-        if self.device.type == "cpu":
-            longest = max(lengths.tolist(), default=0)
+        known = lengths.tolist() if self.device.type == "cpu" else None
+        longest = self.capacity if known is None else max(known, default=0)
         rows = torch.stack([self._slots(index).int(), self._first(index), lengths], -1)
-        return Stored(self.k.transpose(1, 2), self.v.transpose(1, 2), rows, None, self.k_scale, self.v_scale, longest)
+        return Stored(self.k.transpose(1, 2), self.v.transpose(1, 2), rows, None, self.k_scale, self.v_scale, longest,
+                      lengths=known)
 
     def append(self, k_new: Tensor, v_new: Tensor | None = None, *, cache_batch_idx: Tensor | None = None,
                cu_seqlens: Tensor | None = None, q: Tensor | None = None, rotary: Rotary | None = None, check: bool = False,

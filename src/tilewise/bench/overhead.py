@@ -33,12 +33,17 @@ Call = Callable[[], Any]
 
 
 class Case(NamedTuple):
-    """One call and PyTorch's for the same; truth: PyTorch's in fp64. Results: tensors in [.., S, H, D] order."""
+    """One call and PyTorch's for the same; truth: PyTorch's in fp64.
+
+    recorded: gradients are wanted, otherwise the calls are made under `torch.no_grad`; turned: PyTorch's results are [B, H, S, D].
+    """
     name: str
     ours: Call
     theirs: Call
     truth: Call
     setting: dict[str, Any] = {}
+    recorded: bool = False
+    turned: bool = False
 
 
 def cases() -> list[Case]:
@@ -63,11 +68,8 @@ def cases() -> list[Case]:
 
 
 def forward(name: str, there: list[Tensor], ours: Call, **options: Any) -> Case:
-    def theirs(dtype: torch.dtype = torch.float32) -> Tensor:
-        return sdpa(*[x.to(dtype) for x in there], **options).transpose(1, 2)
-
-    return Case(name, torch.no_grad()(ours), torch.no_grad()(lambda: sdpa(*there, **options).transpose(1, 2)),
-                lambda: theirs(torch.float64), dict(mode="forward"))
+    return Case(name, ours, lambda: sdpa(*there, **options), lambda: sdpa(*[x.double() for x in there], **options),
+                dict(mode="forward"), turned=True)
 
 
 def recorded(name: str, q: Tensor, k: Tensor, v: Tensor, there: list[Tensor], backward: bool) -> Case:
@@ -78,12 +80,11 @@ def recorded(name: str, q: Tensor, k: Tensor, v: Tensor, there: list[Tensor], ba
     def of(dtype: torch.dtype) -> Call:
         own = [x.to(dtype).requires_grad_() if dtype != x.dtype else x.clone().requires_grad_() for x in there]
         own_dout = dout.transpose(1, 2).contiguous().to(dtype)
-        if not backward:
-            return lambda: sdpa(*own).transpose(1, 2)
-        return lambda: [x.transpose(1, 2) for x in torch.autograd.grad(sdpa(*own), own, own_dout)]
+        return (lambda: torch.autograd.grad(sdpa(*own), own, own_dout)) if backward else (lambda: sdpa(*own))
 
     ours = (lambda: torch.autograd.grad(tw.attention(*here), here, dout)) if backward else (lambda: tw.attention(*here))
-    return Case(name, ours, of(torch.float32), of(torch.float64), dict(mode="forward+backward" if backward else "forward"))
+    return Case(name, ours, of(torch.float32), of(torch.float64), dict(mode="forward+backward" if backward else "forward"),
+                recorded=True, turned=True)
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor) -> Case:
@@ -94,8 +95,8 @@ def packed(q: Tensor, k: Tensor, v: Tensor) -> Case:
         parts = zip(*(x.to(dtype).transpose(0, 1)[None].split(LENGTHS, 2) for x in (q, k, v)), strict=True)
         return torch.cat([sdpa(*part) for part in parts], 2)[0].transpose(0, 1)
 
-    return Case("packed", torch.no_grad()(lambda: tw.attention_varlen(q, k, v, cu_seqlens)), torch.no_grad()(theirs),
-                lambda: theirs(torch.float64), dict(mode="forward", lengths=list(LENGTHS)))
+    return Case("packed", lambda: tw.attention_varlen(q, k, v, cu_seqlens), theirs, lambda: theirs(torch.float64),
+                dict(mode="forward", lengths=list(LENGTHS)))
 
 
 def decode() -> Case:
@@ -114,11 +115,10 @@ def decode() -> Case:
     def theirs(dtype: torch.dtype = torch.float32) -> Tensor:
         keys[:, :, S - 1:S], values[:, :, S - 1:S] = k_there, v_there
         if dtype == torch.float32:
-            return sdpa(q_there, keys[:, :, :S], values[:, :, :S]).transpose(1, 2)
-        return sdpa(*(x.to(dtype) for x in (q_there, keys[:, :, :S], values[:, :, :S]))).transpose(1, 2)
+            return sdpa(q_there, keys[:, :, :S], values[:, :, :S])
+        return sdpa(*(x.to(dtype) for x in (q_there, keys[:, :, :S], values[:, :, :S])))
 
-    return Case("decoding step", torch.no_grad()(ours), torch.no_grad()(theirs), lambda: theirs(torch.float64),
-                dict(mode="forward", cache=CAPACITY))
+    return Case("decoding step", ours, theirs, lambda: theirs(torch.float64), dict(mode="forward", cache=CAPACITY), turned=True)
 
 
 def right(case: Case) -> dict[str, list[float]]:
@@ -126,6 +126,8 @@ def right(case: Case) -> dict[str, list[float]]:
     found = {}
     results = [x if isinstance(x, (tuple, list)) else [x] for x in (case.ours(), case.theirs(), case.truth())]
     for i, (mine, standard, truth) in enumerate(zip(*results, strict=True)):
+        if case.turned:
+            standard, truth = standard.transpose(1, 2), truth.transpose(1, 2)
         largest = max(1.0, truth.abs().max().item())
         allowed = 3 * (standard - truth).abs().max().item() + 4 * torch.finfo(mine.dtype).eps * largest
         found[f"result {i}"] = [(mine - truth).abs().max().item(), allowed]
@@ -141,7 +143,8 @@ def benchmark(device: torch.device = CPU, *, quick: bool = False, out: str | Pat
         every = cases()
         for done, case in enumerate(every):
             progress("overhead", done, len(every), case.name)
-            result["rows"].append(row(case, 0.1 if quick else 2.0))
+            with torch.set_grad_enabled(case.recorded):
+                result["rows"].append(row(case, 0.1 if quick else 2.0))
             result["lines"] = lines(result["rows"])
             record.write(out, result)
     result["complete"] = True
@@ -151,8 +154,6 @@ def benchmark(device: torch.device = CPU, *, quick: bool = False, out: str | Pat
 
 def row(case: Case, seconds: float) -> dict[str, Any]:
     errors = right(case)
-    contenders: dict[str, Any] = {THEIRS: {}, OURS: {}}
-
     def repeated(call: Call) -> timing.Call:
         def several(_turn: int) -> None:
             for _ in range(TOGETHER):
