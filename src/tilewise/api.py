@@ -324,9 +324,10 @@ def _appended(q: Any, cache: Any, k_new: Any, v_new: Any, options: Options, back
     stored = cache.stored(cache_batch_idx, check=check)
     where = _in_cache(q, cache, stored, k_new, options, cu_seqlens_q, max_seqlen_q, check, extended)
     found, x = calls.find_any(q, stored.k, stored.v, options, backend, where)
-    _check_inference(bias=x.bias, sinks=x.sinks, **{f"captured tensor {list(t.shape)}": t for t in x.captured})
-    score = found.problem.graphs.score
-    if prefix and score is not None and leaves(score) & {"b", "q", "k", "nq", "nk"}:
+    if torch.is_grad_enabled():
+        _check_inference(bias=x.bias, sinks=x.sinks, **{f"captured tensor {list(t.shape)}": t for t in x.captured})
+    score = found.problem.graphs.score if prefix else None
+    if score is not None and leaves(score) & {"b", "q", "k", "nq", "nk"}:
         raise ValueError("score_mod: expected a function of the score and the head alone with a shared prefix")
     if k_new is None:
         for name, given in (("v_new", v_new), ("rotary", rotary)):

@@ -13,6 +13,7 @@ beyond the lengths has no meaning. No gradient flows into a cache.
 """
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -254,8 +255,10 @@ class Storage:
                writer: Writer) -> Tensor | None:
         """Writes, advances the lengths of the sequences `index`, and returns q, rotated, in the caller's layout."""
         turned = writer(stored, tokens.rows, tokens.k, tokens.v, tokens.q, tokens.q_rows, rotary)
-        lengths = torch.minimum(stored.rows[:, 2] + tokens.rows[:, 2], stored.limits())
-        self.lengths.index_copy_(0, index, lengths.int())
+        if stored.lengths is not None:  # then it was checked that all find room
+            self.lengths.index_add_(0, index, tokens.rows[:, 2])
+        else:
+            self.lengths.index_copy_(0, index, torch.minimum(stored.rows[:, 2] + tokens.rows[:, 2], stored.limits()).int())
         if turned is None or rotary is None:
             return q
         return turned.transpose(1, 2)[0] if tokens.packed else turned.transpose(1, 2)
@@ -324,6 +327,11 @@ class KVCache(Storage):
 
     def stored(self, cache_batch_idx: Tensor | None = None, *, check: bool = False) -> Stored:
         """What a backend reads. cache_batch_idx: integer tensor [B] of sequences; None: all in order."""
+        if cache_batch_idx is None and self.slots is None and self.left_padding is None and self.device.type == "cpu":
+            rows, known = _in_order(self.batch, 0).clone(), self.lengths.tolist()
+            rows[:, 2] = self.lengths
+            return Stored(self.k.transpose(1, 2), self.v.transpose(1, 2), rows, None, self.k_scale, self.v_scale,
+                          max(known, default=0), lengths=known)
         index = self._sequences(cache_batch_idx, check)
         lengths = self.lengths[index]
         known = lengths.tolist() if self.device.type == "cpu" else None
@@ -345,7 +353,8 @@ class KVCache(Storage):
         index, stored = self._sequences(cache_batch_idx, check), self.stored(cache_batch_idx, check=check)
         tokens = self._tokens(len(index), k_new, v_new, cu_seqlens, q, check)
         if self._readable(check):
-            check_distinct("cache_batch_idx" if self.slots is None else "slots", self._slots(index).tolist())
+            if cache_batch_idx is not None or self.slots is not None:
+                check_distinct("cache_batch_idx" if self.slots is None else "slots", self._slots(index).tolist())
             check_room(index, stored, tokens)
         self._check_rotary(rotary, tokens, stored, check)
         return self._write(stored, index, tokens, q, rotary, writer)
@@ -442,6 +451,11 @@ def check_values(name: str, x: Tensor, highest: Tensor | int) -> None:
 
 def check_room(numbers: Tensor, stored: Stored, tokens: NewTokens) -> None:
     """Raises ValueError if a sequence [B] has less memory left than it gets tokens; reads the device."""
+    if stored.lengths is not None and tokens.counts is not None and stored.pages is None:
+        firsts = stored.rows[:, 1].tolist()
+        most = max(map(sum, zip(firsts, stored.lengths, tokens.counts, strict=True)), default=0)
+        if most <= stored.k.shape[2]:
+            return
     columns = numbers, stored.rows[:, 2], stored.limits(), tokens.rows[:, 2]
     for number, length, limit, count in zip(*(x.tolist() for x in columns), strict=True):
         if length + count > limit:
@@ -458,5 +472,13 @@ def check_distinct(name: str, values: Sequence[int]) -> None:
 
 def _all_rows(x: Tensor) -> Tensor:
     """[B, 3] of x [B, S, H, D]: every sequence has all rows of its own slot."""
+    if x.device.type == "cpu":
+        return _in_order(len(x), x.shape[1])
     slots = torch.arange(len(x), device=x.device, dtype=torch.int32)
     return torch.stack([slots, torch.zeros_like(slots), torch.full_like(slots, x.shape[1])], -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _in_order(batch: int, count: int) -> Tensor:
+    """int32 [B, 3] on the CPU: sequence b has the first `count` rows of slot b. Not to be written to."""
+    return torch.tensor([[slot, 0, count] for slot in range(batch)], dtype=torch.int32, device="cpu").view(batch, 3)

@@ -2,7 +2,7 @@
 
     kernels/     the C++ source, in vector extensions that GCC and Clang share     compiler.py   builds and keeps it
     launch.py    what a kernel is told                                             sizes.py      how work is cut
-    threads.py   PyTorch's own threads
+    threads.py   PyTorch's own threads                                             append.py     new keys and values
 """
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tilewise.backends import Gradients, Needs
 from tilewise.backends.cpu import compiler, gradients, launch, sizes, threads
-from tilewise.kv_cache import write
+from tilewise.backends.cpu.append import write
 from tilewise.problem import Operands, Problem
 from tilewise.statistics import Statistics
 
