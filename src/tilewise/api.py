@@ -319,7 +319,8 @@ def _appended(q: Any, cache: Any, k_new: Any, v_new: Any, options: Options, back
               prefix: bool = False) -> tuple[Found, Operands]:
     """What is known of the call after the new keys are written, and its operands. Everything is checked before."""
     _check_cache(cache)
-    q, k_new, v_new = (x if x is None else autocast(x)[0] for x in (q, k_new, v_new))
+    if torch._C._is_any_autocast_enabled():
+        q, k_new, v_new = (x if x is None else autocast(x)[0] for x in (q, k_new, v_new))
     _check_inference(q=q, k_new=k_new, v_new=v_new)
     stored = cache.stored(cache_batch_idx, check=check)
     where = _in_cache(q, cache, stored, k_new, options, cu_seqlens_q, max_seqlen_q, check, extended)
@@ -389,8 +390,8 @@ def _heads_first(x: Tensor) -> Tensor:
 
 
 def _check_inference(**tensors: Tensor | None) -> None:
-    for name, x in tensors.items():
-        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+    for name, x in tensors.items() if torch.is_grad_enabled() else ():
+        if isinstance(x, Tensor) and x.requires_grad:
             raise ValueError(f"{name}: expected no gradient, since a cache is for inference: call it under torch.no_grad() or "
                              "torch.inference_mode(), or use tw.attention")
 
