@@ -335,11 +335,13 @@ def _appended(q: Any, cache: Any, k_new: Any, v_new: Any, options: Options, back
             if given is not None:
                 raise ValueError(f"{name}: expected None without k_new")
         return found, x
-    at: dict[str, Any] = (dict(sequences=cache_batch_idx, extended=extended) if isinstance(cache, PagedKVCache) else
-                          dict(cache_batch_idx=cache_batch_idx))
-    turned = cache.append(k_new, v_new, cu_seqlens=cu_seqlens_q, q=q, rotary=rotary, check=check,
-                          writer=backends.load(found.backend).write, **at)
-    stored = cache.stored(cache_batch_idx)
+    how: dict[str, Any] = dict(cu_seqlens=cu_seqlens_q, q=q, rotary=rotary, check=check, writer=backends.load(found.backend).write)
+    if isinstance(cache, PagedKVCache):
+        turned = cache.append(k_new, v_new, sequences=cache_batch_idx, extended=extended, **how)
+    else:
+        turned = cache.append_to(stored, k_new, v_new, cache_batch_idx=cache_batch_idx, **how)
+    if isinstance(cache, PagedKVCache) or stored.lengths is None:
+        stored = cache.stored(cache_batch_idx)
     return found, x._replace(q=turned, k_rows=stored.rows, pages=stored.pages)
 
 

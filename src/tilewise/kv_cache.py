@@ -257,6 +257,7 @@ class Storage:
         turned = writer(stored, tokens.rows, tokens.k, tokens.v, tokens.q, tokens.q_rows, rotary)
         if stored.lengths is not None:  # then it was checked that all find room
             self.lengths.index_add_(0, index, tokens.rows[:, 2])
+            stored.rows[:, 2] += tokens.rows[:, 2]
         else:
             self.lengths.index_copy_(0, index, torch.minimum(stored.rows[:, 2] + tokens.rows[:, 2], stored.limits()).int())
         if turned is None or rotary is None:
@@ -350,7 +351,13 @@ class KVCache(Storage):
         cache_batch_idx: integer tensor [B] of sequences, each once; None: all in order.
         Positions: `write`. Raises before anything is written.
         """
-        index, stored = self._sequences(cache_batch_idx, check), self.stored(cache_batch_idx, check=check)
+        return self.append_to(self.stored(cache_batch_idx, check=check), k_new, v_new, cache_batch_idx=cache_batch_idx,
+                              cu_seqlens=cu_seqlens, q=q, rotary=rotary, check=check, writer=writer)
+
+    def append_to(self, stored: Stored, k_new: Tensor, v_new: Tensor | None, *, cache_batch_idx: Tensor | None,
+                  cu_seqlens: Tensor | None, q: Tensor | None, rotary: Rotary | None, check: bool, writer: Writer) -> Tensor | None:
+        """`append` for one who has asked `stored` about these sequences just now. On the CPU its rows then count the new keys."""
+        index = self._sequences(cache_batch_idx, check)
         tokens = self._tokens(len(index), k_new, v_new, cu_seqlens, q, check)
         if self._readable(check):
             if cache_batch_idx is not None or self.slots is not None:
@@ -422,7 +429,8 @@ def check_tensor(name: str, x, shape: Sequence[int | str], dtypes: Sequence[torc
         raise TypeError(f"{name}: expected {_names(dtypes)}, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     if device is not None and x.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got {x.device}")
-    if x.dim() != len(shape) or any(isinstance(want, int) and want != size for want, size in zip(shape, x.shape, strict=True)):
+    found = x.shape
+    if len(found) != len(shape) or any([isinstance(want, int) and want != size for want, size in zip(shape, found, strict=True)]):
         raise ValueError(f"{name}: expected [{', '.join(map(str, shape))}], got {list(x.shape)}")
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"{name}: expected a contiguous last dimension (stride 1), got stride {x.stride(-1)}")

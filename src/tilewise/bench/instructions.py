@@ -63,6 +63,7 @@ def jobs(quick: bool) -> list[Job]:
     for case in overhead.cases()[:1 if quick else None]:
         for contender, run in ((OURS, case.ours), (THEIRS, case.theirs)):
             found.append(Job("call", case.name, contender, run, case.setting, recorded=case.recorded))
+    found += [Job("stage", name, OURS, run, dict(mode="forward")) for name, run in overhead.stages().items()]
     return found + kernels()
 
 
@@ -218,12 +219,12 @@ def benchmark(device: torch.device = overhead.CPU, *, quick: bool = False, out: 
 
 def lines(rows: list[dict[str, Any]]) -> list[str]:
     """A table for a terminal."""
-    found = [f"{'instructions':24} {OURS:>12} {THEIRS:>12} {'times':>8} {'spread':>8}"]
+    found = [f"{'instructions':32} {OURS:>12} {THEIRS:>12} {'times':>8} {'spread':>8}"]
     for row in rows:
         ours, theirs = (row["contenders"].get(name) for name in (OURS, THEIRS))
         other = f"{theirs['count']:>12,} {ours['count'] / theirs['count']:>8.2f}" if theirs else (
-            f"{ours['count'] / row['setting']['elements']:>12.2f} per score")
-        found.append(f"{row['case']:24} {ours['count']:>12,} {other} {ours['spread']:>8,}")
+            f"{ours['count'] / row['setting']['elements']:>11.2f} per score" if "elements" in row["setting"] else " " * 21)
+        found.append(f"{row['case']:32} {ours['count']:>12,} {other} {ours['spread']:>8,}")
     return found
 
 

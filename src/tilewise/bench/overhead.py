@@ -19,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import tilewise as tw
 from tilewise import calls
+from tilewise.backends.cpu.launch import Launch
 from tilewise.bench import record, timing
 from tilewise.problem import DENSE
 
@@ -28,6 +29,7 @@ LENGTHS = 6, 10                         # of packed sequences
 TOGETHER = 20                           # calls that are timed as one
 BAR = 1.5                               # times PyTorch's time, at most
 OURS, THEIRS = "tilewise", "torch SDPA"
+WHOLE = "whole call"
 CPU = torch.device("cpu")
 Call = Callable[[], Any]
 
@@ -195,32 +197,40 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def stages() -> dict[str, Call]:
+    """Parts of the plain forward, each by itself; the first is all of it."""
+    q, k, v = (torch.randn(B, S, H, D) for _ in range(3))
+    options = calls.Options()
+    known, x = calls.find(q, k, v, options, "cpu", DENSE)
+    launch, (out, lse) = known.launch, known.run(x)
+    assert isinstance(launch, Launch)
+    frame = launch.new_frame()
+    for name, t in dict(q=q, k=k, v=v, out=out, lse=lse).items():
+        setattr(frame.told, name, t.data_ptr())
+    return {
+        WHOLE: lambda: tw.attention(q, k, v, backend="cpu"),
+        "is it plain": lambda: calls.plain(q, k, v, None, None),
+        "known by its key": lambda: calls.find(q, k, v, options, "cpu", DENSE),
+        "out and lse allocated": lambda: (torch.empty_like(known.out), torch.empty_like(known.lse)),
+        "kernel told": lambda: launch(x, out=out, lse=lse),
+        "kernel run": lambda: launch.kernel(frame.address),
+    }
+
+
 def profile(seconds: float = 2.0) -> list[str]:
     """Where the time of the plain forward goes: each stage by itself, in turns."""
+    def repeated(call: Call) -> timing.Call:
+        return lambda _turn: [call() for _ in range(TOGETHER)]
+
     with one_thread(), torch.no_grad():
-        q, k, v = (torch.randn(B, S, H, D) for _ in range(3))
-        options = calls.Options()
-        known, x = calls.find(q, k, v, options, "cpu", DENSE)
-        launch, (out, lse) = known.launch, known.run(x)
-        assert launch is not None
-        stages = {
-            "whole call": lambda: tw.attention(q, k, v, backend="cpu"),
-            "is it plain": lambda: calls.plain(q, k, v, None, None),
-            "known by its key": lambda: calls.find(q, k, v, options, "cpu", DENSE),
-            "out and lse allocated": lambda: (torch.empty_like(known.out), torch.empty_like(known.lse)),
-            "kernel told and run": lambda: launch(x, out=out, lse=lse),
-            "PyTorch's whole call": lambda q=q.transpose(1, 2): sdpa(q, q, q),
-        }
-
-        def repeated(call: Call) -> timing.Call:
-            return lambda _turn: [call() for _ in range(TOGETHER)]
-
-        timed = timing.compare({name: repeated(call) for name, call in stages.items()}, CPU, seconds=seconds, least=20, most=20000)
+        parts = {name: repeated(call) for name, call in (stages() | {THEIRS: cases()[0].theirs}).items()}
+        timed = timing.compare(parts, CPU, seconds=seconds, least=20, most=20000)
     each = {name: min(one.rounds) / TOGETHER * 1e6 for name, one in timed.items()}
-    whole, theirs = each.pop("whole call"), each.pop("PyTorch's whole call")
+    whole, theirs = each.pop(WHOLE), each.pop(THEIRS)
+    each["kernel told"] -= each["kernel run"]
     each["the rest: arguments, result"] = max(0.0, whole - sum(each.values()))
     return [f"{'stage of the plain forward':32} {'us':>6}", *(f"{name:32} {us:>6.2f}" for name, us in each.items()),
-            f"{'whole call':32} {whole:>6.2f}", f"{'PyTorch':32} {theirs:>6.2f}"]
+            f"{WHOLE:32} {whole:>6.2f}", f"{THEIRS:32} {theirs:>6.2f}"]
 
 
 def main() -> None:

@@ -114,7 +114,7 @@ class Launch:
             told.order = order.data_ptr()
         if x.pages is not None:
             pages = x.pages.contiguous()
-            told.pages = pages.data_ptr()
+            told.pages, told.pages_row = pages.data_ptr(), pages.shape[1]      # a table grows with the cache
         self.kernel(frame.address)
         if self.scratch <= KEPT_BYTES:
             self.frames.append(frame)
@@ -158,7 +158,7 @@ def described(problem: Problem, x: Operands, numbers: dict[str, int]) -> abi.Pro
     if x.sinks is not None:
         told.sinks_kind = KINDS[x.sinks.dtype]
     if x.pages is not None:
-        told.pages_row, told.page_size = x.pages.shape[1], problem.page_size
+        told.page_size = problem.page_size
     return told
 
 
