@@ -79,10 +79,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ma
         TypeError, ValueError: an argument is not as described; the message names it, what was expected and what came.
         NotImplementedError: the named backend cannot compute this.
     """
-    q, k, v = autocast(q, k, v)
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = autocast(q, k, v)
     options = Options(causal, mask, score_mod, bias, sinks, scale, dropout_p, rng, deterministic, batch_invariant, return_stats,
                       layout)
-    out, lse, found = calls.attention(q, k, v, options, backend)
+    out, lse, found = calls.attention(q, k, v, options, backend, return_lse)
     return _results(out, lse, found, return_lse)
 
 
@@ -122,7 +123,7 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | Non
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_q=seqused_q,
         seqused_k=seqused_k, check=check)
     options = Options(causal, mask, score_mod, bias, sinks, scale, dropout_p, rng, deterministic, batch_invariant, return_stats)
-    out, lse, found = calls.attention(*packed, options, backend, where)
+    out, lse, found = calls.attention(*packed, options, backend, return_lse, where)
     if q.is_nested:
         out = to_nested(out, q)
     return _results(out, lse, found, return_lse)
@@ -173,7 +174,7 @@ def attention_with_kv_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Ten
                       num_splits)
     found, operands = _appended(q, cache, k_new, v_new, options, backend, rotary, extended, cache_batch_idx, cu_seqlens_q,
                                 max_seqlen_q, check)
-    return _results(*found.compute(operands), return_lse)
+    return _results(*found.compute(operands, return_lse), return_lse)
 
 
 def cascade_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, cache: KVCache | PagedKVCache, k_new: Tensor | None = None,
@@ -354,7 +355,7 @@ def _as_given(state: AttentionState, packed: bool, return_lse: bool, found: Stat
     return _results(out.transpose(-3, -2), lse, found, return_lse)
 
 
-def _results(out: Tensor, lse: Tensor, found: Statistics | None, return_lse: bool) -> Any:
+def _results(out: Tensor, lse: Tensor | None, found: Statistics | None, return_lse: bool) -> Any:
     """What a call returns: out alone, or a tuple."""
     if found is None:
         return (out, lse) if return_lse else out
@@ -400,8 +401,6 @@ def _check_inference(**tensors: Tensor | None) -> None:
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """fp32 tensors in the autocast dtype, where autocast is on for their device."""
-    if not torch._C._is_any_autocast_enabled():     # of any device
-        return tensors
     kind = tensors[0].device.type if isinstance(tensors[0], Tensor) else "cpu"
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors

@@ -60,15 +60,15 @@ class Options(NamedTuple):
                 or not (mods is None or (isinstance(mods, ScoreMod) and not mods.expr.reads)))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str,
-              where: Layout = DENSE) -> tuple[Tensor, Tensor, Statistics | None]:
-    """out, lse and the statistics asked for, in the shapes of the caller's q.
+def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, with_lse: bool,
+              where: Layout = DENSE) -> tuple[Tensor, Tensor | None, Statistics | None]:
+    """out, lse and the statistics asked for, in the shapes of the caller's q; without with_lse, lse may be None.
 
     q, k, v: as `options.layout` says, or [total, heads, head_dim] where `where` tells their rows.
     """
     if plain(q, k, v, options.bias, options.sinks):
         found, x = find(q, k, v, options, backend, where)
-        return found.compute(x)
+        return found.compute(x, with_lse)
     problem, x = described(q, k, v, options, where)
     return through_ops(problem, x, backend)
 
@@ -219,19 +219,24 @@ class Found:
             found.append(x)
         return found
 
-    def compute(self, x: Operands) -> tuple[Tensor, Tensor, Statistics | None]:
+    def compute(self, x: Operands, with_lse: bool) -> tuple[Tensor, Tensor | None, Statistics | None]:
         """out, lse and statistics, differentiable, in the shapes of the caller's q; x with q, k and v as the caller gave them."""
         if self.launch is None:
             return through_ops(self.problem, self.heads_first(x), self.backend)
         if ops.tracked(x):
             return *Recorded.apply(self, *x[:TENSORS], *x.captured), None
-        return *self.run(x), None
+        return *self.run(x, with_lse), None
 
-    def run(self, x: Operands) -> tuple[Tensor, Tensor]:
+    def run(self, x: Operands, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
         """out and lse, by the backend."""
-        out, lse = torch.empty_like(self.out), torch.empty_like(self.lse)
-        if self.problem.packed_q is not None:       # what no sequence holds
+        out, packed = torch.empty_like(self.out), self.problem.packed_q is not None
+        if packed:                      # what no sequence holds
             out.zero_()
+        if not with_lse:
+            self.launch(x, out=out)
+            return out, None
+        lse = torch.empty_like(self.lse)
+        if packed:
             lse.fill_(-torch.inf)
         self.launch(x, out=out, lse=lse)
         return out, lse

@@ -64,6 +64,7 @@ class Frame(NamedTuple):
     told: abi.Problem
     address: int                        # of `told`
     scratch: Tensor
+    lse: int                            # where lse goes if no one asked for it
 
 
 class Launch:
@@ -72,7 +73,7 @@ class Launch:
     Calls do not look at strides again, nor at the order of dimensions: operands may come in any view of the same memory.
     Frames are kept for the next call, unless they are large; calls at the same time take one each.
     """
-    __slots__ = ("arrays", "captured", "frames", "kernel", "lists", "names", "order", "scratch", "template")
+    __slots__ = ("arrays", "captured", "frames", "kernel", "lists", "lse", "names", "order", "scratch", "template")
 
     def __init__(self, kernel: str, problem: Problem, x: Operands, strides: dict[str, Tensor | None], numbers: dict[str, int],
                  arrays: dict[str, Any] | None = None, compiled: Compiled = compiler.PLAIN):
@@ -93,7 +94,8 @@ class Launch:
             told.list_rows = -(-problem.seqlen_q // numbers["block_rows"])
         self.kernel, self.template = getattr(library, kernel), bytes(told)
         self.kernel.argtypes = [ctypes.c_void_p]
-        self.scratch = getattr(library, f"{kernel}_memory")(ctypes.byref(told)) + ALIGNMENT
+        self.lse = problem.heads * problem.queries * 4
+        self.scratch = getattr(library, f"{kernel}_memory")(ctypes.byref(told)) + ALIGNMENT + self.lse
         self.frames: list[Frame] = []
 
     def __call__(self, x: Operands, **results: Tensor | None) -> None:
@@ -104,6 +106,7 @@ class Launch:
         told = frame.told
         for name, at in self.names:
             setattr(told, name, x[at].data_ptr())
+        told.lse = frame.lse
         for name, t in results.items():
             setattr(told, name, None if t is None else t.data_ptr())
         if self.captured is not None:
@@ -122,7 +125,7 @@ class Launch:
     def new_frame(self) -> Frame:
         told, scratch = abi.Problem.from_buffer_copy(self.template), torch.empty(self.scratch, dtype=torch.uint8, device="cpu")
         told.scratch = -(-scratch.data_ptr() // ALIGNMENT) * ALIGNMENT
-        return Frame(told, ctypes.addressof(told), scratch)
+        return Frame(told, ctypes.addressof(told), scratch, scratch.data_ptr() + self.scratch - self.lse)
 
 
 def order_of(k_rows: Tensor) -> Tensor:
