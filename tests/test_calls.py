@@ -11,7 +11,7 @@ import torch
 import tilewise as tw
 from tilewise import calls
 from tilewise.backends import load
-from tilewise.bench import overhead
+from tilewise.bench import instructions, overhead
 
 NEEDS_CPU = pytest.mark.skipif(load("cpu").supports(tw.problem.make(*[torch.zeros(1, 1, 1, 1)] * 3)[0]) is not None,
                                reason="no C++ compiler")
@@ -39,8 +39,8 @@ def reference(q, k, v, **options):
 
 # Python functions and built-in ones that a call enters, once a call like it was made. More than that is a cost for every user:
 # `python -m tilewise.bench.overhead --profile` shows at which stage, `python -m tilewise.bench.instructions` how much.
-MOST_CALLS = {"forward": (22, 34), "causal": (22, 34), "window": (34, 44), "mask function": (26, 40), "boolean mask": (26, 40),
-              "forward, recorded": (46, 54), "forward and backward": (90, 134), "packed": (106, 106), "decoding step": (125, 150)}
+MOST_CALLS = {"forward": (25, 33), "causal": (25, 33), "window": (36, 41), "mask function": (31, 40), "boolean mask": (34, 43),
+              "forward, recorded": (46, 55), "forward and backward": (90, 138), "packed": (110, 106), "decoding step": (96, 132)}
 
 
 @NEEDS_CPU
@@ -78,6 +78,28 @@ def test_the_benchmark_is_right_and_has_the_common_form(tmp_path):
     wrong = case._replace(ours=lambda: case.ours() + 1e-3)
     assert overhead.row(wrong, seconds=0.01)["contenders"]["tilewise"]["state"] == "wrong"
     assert "forward" in "\n".join(overhead.lines([row]))
+
+
+def test_counting_says_what_it_needs(monkeypatch):
+    monkeypatch.setattr(instructions.shutil, "which", lambda _program: None)
+    with pytest.raises(RuntimeError, match="expected perf with permission to count .* or valgrind and a C compiler"):
+        instructions.benchmark(quick=True)
+
+
+@NEEDS_CPU
+def test_counts_in_the_common_form(monkeypatch, tmp_path):
+    """Counting itself takes a minute: here everything is counted as 1000 instructions, PyTorch's as 500."""
+    def pretend(counted):
+        for job in counted:
+            job.run()
+        return {job.name: (500 if job.contender == instructions.THEIRS else 1000, 0) for job in counted}
+
+    monkeypatch.setattr(instructions, "counter", lambda: pretend)
+    result = instructions.benchmark(quick=True, out=tmp_path / "result.json")
+    of = {row["case"]: row for row in result["rows"]}
+    assert of["call forward"]["times_faster"]["torch SDPA"]["median"] == 0.5
+    assert of["kernel backward"]["setting"]["elements"] == 128 * 128
+    assert any("2.00" in line for line in result["lines"]) and (tmp_path / "result.json").exists()
 
 
 # ---- what decides -------------------------------------------------------------------------------------------------------
