@@ -24,6 +24,7 @@ LAYERS = [
     ["reference", "baselines"],
     ["plan", "derivatives"],
     ["ops"],
+    ["calls"],
     ["api"],
     ["__init__"],
     ["models", "inspect", "doctor", "compat", "terminal"],

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame as frames
 
-from tilewise import backends, ops
-from tilewise.kv_cache import KVCache, check_tensor
+from tilewise import backends, calls, ops
+from tilewise.calls import Found, Options
+from tilewise.kv_cache import KVCache, Stored, check_tensor
 from tilewise.masks import Mask
 from tilewise.packing import from_nested, to_nested
 from tilewise.paged_cache import PagedKVCache
@@ -22,6 +23,9 @@ from tilewise.sequences import packed_rows
 from tilewise.state import AttentionState, merge_states
 from tilewise.statistics import Statistics
 from tilewise.trace.graph import leaves
+
+
+STEPS = 64                              # a cache's longest sequence is told in multiples of so many keys
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Mask | Callable | Tensor | None = None,
@@ -75,13 +79,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ma
         TypeError, ValueError: an argument is not as described; the message names it, what was expected and what came.
         NotImplementedError: the named backend cannot compute this.
     """
-    q, k, v = autocast(q, k, v)
-    problem, operands = make(q, k, v, causal=causal, mask=mask, score_mod=score_mod, bias=bias, sinks=sinks, scale=scale,
-                             dropout_p=dropout_p, rng=rng, deterministic=deterministic, batch_invariant=batch_invariant,
-                             layout=layout, return_stats=return_stats)
-    out, lse, found = _computed(problem, operands, backend)
-    if layout == "bshd":
-        out = out.transpose(1, 2)
+    if torch._C._is_any_autocast_enabled():
+        q, k, v = autocast(q, k, v)
+    options = Options(causal, mask, score_mod, bias, sinks, scale, dropout_p, rng, deterministic, batch_invariant, return_stats,
+                      layout)
+    out, lse, found = calls.attention(q, k, v, options, backend, return_lse)
     return _results(out, lse, found, return_lse)
 
 
@@ -117,15 +119,14 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | Non
     Raises:
         TypeError, ValueError, NotImplementedError: as `attention`.
     """
-    problem, operands = _of_packed(
+    where, *packed = _packed_rows(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_q=seqused_q,
-        seqused_k=seqused_k, check=check, causal=causal, mask=mask, score_mod=score_mod, bias=bias, sinks=sinks, scale=scale,
-        dropout_p=dropout_p, rng=rng, deterministic=deterministic, batch_invariant=batch_invariant, return_stats=return_stats)
-    out, lse, found = _computed(problem, operands, backend)
-    out = out[0].transpose(0, 1)
+        seqused_k=seqused_k, check=check)
+    options = Options(causal, mask, score_mod, bias, sinks, scale, dropout_p, rng, deterministic, batch_invariant, return_stats)
+    out, lse, found = calls.attention(*packed, options, backend, return_lse, where)
     if q.is_nested:
         out = to_nested(out, q)
-    return _results(out, lse[0], found and Statistics(*(None if x is None else x[0] for x in found)), return_lse)
+    return _results(out, lse, found, return_lse)
 
 
 def attention_with_kv_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Tensor | None = None,
@@ -169,13 +170,11 @@ def attention_with_kv_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Ten
         CacheFull: too few free pages; nothing has been written.
         NotImplementedError: the named backend cannot compute this.
     """
-    problem, operands, backend = _appended(
-        q, cache, k_new, v_new, backend, rotary, extended, cache_batch_idx=cache_batch_idx, cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q, check=check, causal=causal, mask=mask, score_mod=score_mod, bias=bias, sinks=sinks,
-        scale=scale, dropout_p=dropout_p, rng=rng, batch_invariant=batch_invariant, num_splits=num_splits,
-        return_stats=return_stats)
-    out, lse, found = _computed(problem, operands, backend)
-    return _as_given(AttentionState(out, lse), cu_seqlens_q is not None, return_lse, found)
+    options = Options(causal, mask, score_mod, bias, sinks, scale, dropout_p, rng, None, batch_invariant, return_stats, "bshd",
+                      num_splits)
+    found, operands = _appended(q, cache, k_new, v_new, options, backend, rotary, extended, cache_batch_idx, cu_seqlens_q,
+                                max_seqlen_q, check)
+    return _results(*found.compute(operands, return_lse), return_lse)
 
 
 def cascade_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, cache: KVCache | PagedKVCache, k_new: Tensor | None = None,
@@ -201,11 +200,11 @@ def cascade_attention(q: Tensor, prefix_k: Tensor, prefix_v: Tensor, cache: KVCa
     _check_prefix(prefix_k, prefix_v, q, cache, sinks, rotary)
     if rotary is not None:
         rotary = Rotary(rotary.cos[len(prefix_k):], rotary.sin[len(prefix_k):], rotary.interleaved)
-    problem, operands, chosen = _appended(
-        q, cache, k_new, v_new, backend, rotary, extended, cache_batch_idx=cache_batch_idx, cu_seqlens_q=cu_seqlens_q,
-        max_seqlen_q=max_seqlen_q, check=check, causal=causal, mask=mask, score_mod=score_mod, scale=scale,
-        num_splits=num_splits, prefix=True)
-    own = AttentionState(*ops.attention(problem, operands, chosen))
+    options = Options(causal, mask, score_mod, scale=scale, num_splits=num_splits)
+    found, given = _appended(q, cache, k_new, v_new, options, backend, rotary, extended, cache_batch_idx, cu_seqlens_q,
+                             max_seqlen_q, check, prefix=True)
+    problem, operands = found.problem, found.heads_first(given)
+    own = AttentionState(*ops.attention(problem, operands, found.backend))
     together = operands.q.transpose(1, 2).flatten(0, 1)[None]           # all queries as those of one sequence
     of_all = ops.attention(*make(together, prefix_k[None], prefix_v[None], score_mod=score_mod, scale=problem.scale), backend)
     shared = AttentionState(*(x.unflatten(2, problem.rows_q)[0].transpose(0, 1) for x in of_all))
@@ -236,10 +235,19 @@ def explain(q: Tensor, k: Any, v: Tensor | None = None, *, backend: str = "auto"
     return plan(problem, operands, backend)
 
 
-def _of_packed(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *,
-               max_seqlen_q: int | None = None, max_seqlen_k: int | None = None, seqused_q: Tensor | None = None,
-               seqused_k: Tensor | None = None, check: bool = False, **options) -> tuple[Problem, Operands]:
+def _of_packed(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *, max_seqlen_q: int | None = None,
+               max_seqlen_k: int | None = None, seqused_q: Tensor | None = None, seqused_k: Tensor | None = None,
+               check: bool = False, **options) -> tuple[Problem, Operands]:
     """The problem of packed or nested sequences."""
+    where, *packed = _packed_rows(q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+                                  seqused_q=seqused_q, seqused_k=seqused_k, check=check)
+    return make_unequal(where, *map(_heads_first, packed), **options)
+
+
+def _packed_rows(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *, max_seqlen_q: int | None,
+                 max_seqlen_k: int | None, seqused_q: Tensor | None, seqused_k: Tensor | None,
+                 check: bool) -> tuple[Layout, Tensor, Tensor, Tensor]:
+    """Where packed or nested sequences lie; q, k and v packed."""
     if isinstance(q, Tensor) and q.is_nested:
         for name, given in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
             if given is not None:
@@ -253,20 +261,28 @@ def _of_packed(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *,
             raise ValueError("v: expected a nested tensor with k's lengths")
     elif cu_seqlens_k is None:
         cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q if max_seqlen_k is None else max_seqlen_k
-    q, k, v = (_heads_first(_packed(name, x)) for name, x in zip("qkv", autocast(q, k, v), strict=True))
-    q_rows, longest_q = packed_rows("q", cu_seqlens_q, seqused_q, q.shape[2], max_seqlen_q, q.device, check)
-    k_rows, longest_k = packed_rows("k", cu_seqlens_k, seqused_k, k.shape[2], max_seqlen_k, q.device, check)
+    q, k, v = (_packed(name, x) for name, x in zip("qkv", autocast(q, k, v), strict=True))
+    q_rows, longest_q = packed_rows("q", cu_seqlens_q, seqused_q, q.shape[0], max_seqlen_q, q.device, check)
+    k_rows, longest_k = packed_rows("k", cu_seqlens_k, seqused_k, k.shape[0], max_seqlen_k, q.device, check)
     if len(q_rows) != len(k_rows):
         raise ValueError(f"cu_seqlens_k: expected as many sequences as cu_seqlens_q ({len(q_rows)}), got {len(k_rows)}")
-    return make_unequal(Layout(q_rows, k_rows, max_seqlen_q=longest_q, max_seqlen_k=longest_k), q, k, v, **options)
+    return Layout(q_rows, k_rows, max_seqlen_q=longest_q, max_seqlen_k=longest_k), q, k, v
 
 
 def _of_cache(q: Any, cache: Any, k_new: Tensor | None, *, cache_batch_idx: Any = None, cu_seqlens_q: Tensor | None = None,
               max_seqlen_q: int | None = None, check: bool = False, extended: bool = False,
               **options) -> tuple[Problem, Operands]:
-    """The problem of queries and a cache, as it will be once k_new is appended; nothing is written yet."""
+    """The problem of queries and a cache, as it will be once k_new is appended."""
     _check_cache(cache)
+    given = Options(**options)
     stored = cache.stored(cache_batch_idx, check=check)
+    where = _in_cache(q, cache, stored, k_new, given, cu_seqlens_q, max_seqlen_q, check, extended)
+    return calls.described(q, stored.k, stored.v, given, where)
+
+
+def _in_cache(q: Any, cache: Any, stored: Stored, k_new: Tensor | None, options: Options, cu_seqlens_q: Tensor | None,
+              max_seqlen_q: int | None, check: bool, extended: bool) -> Layout:
+    """Where the sequences of a cache lie, as they will once k_new is appended; nothing is written yet."""
     q_rows, longest_q = None, 0
     if cu_seqlens_q is None:
         if not isinstance(q, Tensor) or q.dim() != 4 or q.shape[0] != len(stored.rows):
@@ -282,43 +298,52 @@ def _of_cache(q: Any, cache: Any, k_new: Tensor | None, *, cache_batch_idx: Any 
     new: Any = 0
     if k_new is not None and isinstance(k_new, Tensor) and k_new.dim() == (4 if q_rows is None else 3):
         new = k_new.shape[1] if q_rows is None else q_rows[:, 2]
-    if cache.device.type == "cpu" and len(stored.rows):
+    capacity = cache.capacity if isinstance(cache, KVCache) else cache.block_table.shape[1] * cache.page_size
+    if stored.lengths and q_rows is None:
+        longest, lowest = max(stored.lengths) + new, min(0, min(stored.lengths) + new - q.shape[1])
+    elif cache.device.type == "cpu" and len(stored.rows):
         keys = stored.rows[:, 2] + new
         longest = int(keys.max())
         lowest = min(0, int((keys - (q.shape[1] if q_rows is None else q_rows[:, 2])).min()))
     elif not extended:
-        capacity = cache.capacity if isinstance(cache, KVCache) else cache.block_table.shape[1] * cache.page_size
         longest = min(longest + (new if isinstance(new, int) else longest_q), capacity)
-    where = Layout(q_rows, stored.rows, stored.pages, stored.k_scale, stored.v_scale, longest_q, longest, cached=True,
-                   shared=cache.v_in_k, lowest=lowest)
+    if not options.as_long_as_keys():   # then any bound will do, and a growing cache is one problem for many steps
+        longest = max(longest, min(-(-longest // STEPS) * STEPS, capacity))
     if q.dtype != cache.dtype and stored.k_scale is None:
         raise TypeError(f"q: expected the cache's dtype {cache.dtype}, got {q.dtype}")
-    return make_unequal(where, _heads_first(q), stored.k, stored.v, **options)
+    return Layout(q_rows, stored.rows, stored.pages, stored.k_scale, stored.v_scale, longest_q, longest, cached=True,
+                  shared=cache.v_in_k, lowest=lowest)
 
 
-def _appended(q: Any, cache: Any, k_new: Any, v_new: Any, backend: str, rotary: Rotary | None, extended: bool, *,
-              cache_batch_idx: Any, cu_seqlens_q: Tensor | None, check: bool, prefix: bool = False,
-              **options) -> tuple[Problem, Operands, str]:
-    """The problem after the new keys are written, and the backend's name. Everything is checked before."""
-    q, k_new, v_new = (x if x is None else autocast(x)[0] for x in (q, k_new, v_new))
+def _appended(q: Any, cache: Any, k_new: Any, v_new: Any, options: Options, backend: str, rotary: Rotary | None, extended: bool,
+              cache_batch_idx: Any, cu_seqlens_q: Tensor | None, max_seqlen_q: int | None, check: bool,
+              prefix: bool = False) -> tuple[Found, Operands]:
+    """What is known of the call after the new keys are written, and its operands. Everything is checked before."""
+    _check_cache(cache)
+    if torch._C._is_any_autocast_enabled():
+        q, k_new, v_new = (x if x is None else autocast(x)[0] for x in (q, k_new, v_new))
     _check_inference(q=q, k_new=k_new, v_new=v_new)
-    problem, x = _of_cache(q, cache, k_new, cache_batch_idx=cache_batch_idx, cu_seqlens_q=cu_seqlens_q, check=check,
-                           extended=extended, **options)
-    _check_inference(bias=x.bias, sinks=x.sinks, **{f"captured tensor {list(t.shape)}": t for t in x.captured})
-    if prefix and problem.graphs.score is not None and leaves(problem.graphs.score) & {"b", "q", "k", "nq", "nk"}:
+    stored = cache.stored(cache_batch_idx, check=check)
+    where = _in_cache(q, cache, stored, k_new, options, cu_seqlens_q, max_seqlen_q, check, extended)
+    found, x = calls.find_any(q, stored.k, stored.v, options, backend, where)
+    if torch.is_grad_enabled():
+        _check_inference(bias=x.bias, sinks=x.sinks, **{f"captured tensor {list(t.shape)}": t for t in x.captured})
+    score = found.problem.graphs.score if prefix else None
+    if score is not None and leaves(score) & {"b", "q", "k", "nq", "nk"}:
         raise ValueError("score_mod: expected a function of the score and the head alone with a shared prefix")
-    backend = choose(problem, backend)
     if k_new is None:
         for name, given in (("v_new", v_new), ("rotary", rotary)):
             if given is not None:
                 raise ValueError(f"{name}: expected None without k_new")
-        return problem, x, backend
-    where: dict[str, Any] = (dict(sequences=cache_batch_idx, extended=extended) if isinstance(cache, PagedKVCache) else
-                             dict(cache_batch_idx=cache_batch_idx))
-    turned = cache.append(k_new, v_new, cu_seqlens=cu_seqlens_q, q=q, rotary=rotary, check=check,
-                          writer=backends.load(backend).write, **where)
-    stored = cache.stored(cache_batch_idx)
-    return problem, x._replace(q=_heads_first(turned), k_rows=stored.rows, pages=stored.pages), backend
+        return found, x
+    how: dict[str, Any] = dict(cu_seqlens=cu_seqlens_q, q=q, rotary=rotary, check=check, writer=backends.load(found.backend).write)
+    if isinstance(cache, PagedKVCache):
+        turned = cache.append(k_new, v_new, sequences=cache_batch_idx, extended=extended, **how)
+    else:
+        turned = cache.append_to(stored, k_new, v_new, cache_batch_idx=cache_batch_idx, **how)
+    if isinstance(cache, PagedKVCache) or stored.lengths is None:
+        stored = cache.stored(cache_batch_idx)
+    return found, x._replace(q=turned, k_rows=stored.rows, pages=stored.pages)
 
 
 def _as_given(state: AttentionState, packed: bool, return_lse: bool, found: Statistics | None = None) -> Any:
@@ -330,13 +355,7 @@ def _as_given(state: AttentionState, packed: bool, return_lse: bool, found: Stat
     return _results(out.transpose(-3, -2), lse, found, return_lse)
 
 
-def _computed(problem: Problem, operands: Operands, backend: str) -> tuple[Tensor, Tensor, Statistics | None]:
-    if problem.statistics:
-        return ops.attention_with_statistics(problem, operands, backend)
-    return *ops.attention(problem, operands, backend), None
-
-
-def _results(out: Tensor, lse: Tensor, found: Statistics | None, return_lse: bool) -> Any:
+def _results(out: Tensor, lse: Tensor | None, found: Statistics | None, return_lse: bool) -> Any:
     """What a call returns: out alone, or a tuple."""
     if found is None:
         return (out, lse) if return_lse else out
@@ -374,8 +393,8 @@ def _heads_first(x: Tensor) -> Tensor:
 
 
 def _check_inference(**tensors: Tensor | None) -> None:
-    for name, x in tensors.items():
-        if torch.is_grad_enabled() and isinstance(x, Tensor) and x.requires_grad:
+    for name, x in tensors.items() if torch.is_grad_enabled() else ():
+        if isinstance(x, Tensor) and x.requires_grad:
             raise ValueError(f"{name}: expected no gradient, since a cache is for inference: call it under torch.no_grad() or "
                              "torch.inference_mode(), or use tw.attention")
 

@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from tilewise.backends import Needs, Tangents, flat_dims, over_leading
 from tilewise.problem import TENSORS, Operands, Problem
@@ -93,11 +94,9 @@ class Native(torch.autograd.Function):
     def backward(ctx, dout, dlse, *_statistics):
         out, lse, *tensors = ctx.saved_tensors
         needs = Needs(ctx.needs_input_grad[4], ctx.needs_input_grad[5], ctx.needs_input_grad[1 + TENSORS:])
-        if torch.is_grad_enabled() and any(needs.captured):
-            tensors[TENSORS:] = refusing(ctx.of, TABLES, tensors[TENSORS:])
         dout = torch.zeros_like(out) if dout is None else dout
-        gradients = NativeBackward.apply(ctx.of, needs, out, lse, dout, dlse, *tensors)
-        return None, *gradients[:X], *[None] * (TENSORS - X), *gradients[X:]
+        found = gradients(ctx.of, needs, out, lse, dout, dlse, tensors)
+        return None, *found[:X], *[None] * (TENSORS - X), *found[X:]
 
     @staticmethod
     def jvp(ctx, _of, *tangents):
@@ -107,6 +106,21 @@ class Native(torch.autograd.Function):
     @staticmethod
     def vmap(info, in_dims, *inputs):
         return over_leading(Native.apply, info, flat_dims(in_dims), *inputs)
+
+
+def gradients(of: Call, needs: Needs, out: Tensor, lse: Tensor, dout: Tensor, dlse: Some,
+              tensors: list[Some]) -> tuple[Some, ...]:
+    """B(x; g) of an operation's tensors, as `NativeBackward` gives it; differentiable where someone follows it."""
+    if not followed():
+        return NativeBackward.forward(of, needs, out, lse, dout, dlse, *tensors)
+    if torch.is_grad_enabled() and any(needs.captured):
+        tensors = [*tensors[:TENSORS], *refusing(of, TABLES, tensors[TENSORS:])]
+    return NativeBackward.apply(of, needs, out, lse, dout, dlse, *tensors)
+
+
+def followed() -> bool:
+    """Whether what is computed now may be differentiated or transformed; a Function's `apply` costs more than a small kernel."""
+    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class NativeBackward(torch.autograd.Function):

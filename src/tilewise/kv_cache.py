@@ -13,6 +13,7 @@ beyond the lengths has no meaning. No gradient flows into a cache.
 """
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -38,6 +39,7 @@ class Stored(NamedTuple):
     v_scale: Tensor | None
     longest: int            # an upper bound, known to the host, of the keys of any sequence
     room: Tensor | None = None  # int64 [B]: keys that each has memory for, where fewer than its pages hold
+    lengths: list[int] | None = None    # of rows, where the host knows them
 
     def limits(self) -> Tensor:
         """int64 [B]: how many keys each sequence has memory for."""
@@ -253,8 +255,11 @@ class Storage:
                writer: Writer) -> Tensor | None:
         """Writes, advances the lengths of the sequences `index`, and returns q, rotated, in the caller's layout."""
         turned = writer(stored, tokens.rows, tokens.k, tokens.v, tokens.q, tokens.q_rows, rotary)
-        lengths = torch.minimum(stored.rows[:, 2] + tokens.rows[:, 2], stored.limits())
-        self.lengths.index_copy_(0, index, lengths.int())
+        if stored.lengths is not None:  # then it was checked that all find room
+            self.lengths.index_add_(0, index, tokens.rows[:, 2])
+            stored.rows[:, 2] += tokens.rows[:, 2]
+        else:
+            self.lengths.index_copy_(0, index, torch.minimum(stored.rows[:, 2] + tokens.rows[:, 2], stored.limits()).int())
         if turned is None or rotary is None:
             return q
         return turned.transpose(1, 2)[0] if tokens.packed else turned.transpose(1, 2)
@@ -323,13 +328,18 @@ class KVCache(Storage):
 
     def stored(self, cache_batch_idx: Tensor | None = None, *, check: bool = False) -> Stored:
         """What a backend reads. cache_batch_idx: integer tensor [B] of sequences; None: all in order."""
+        if cache_batch_idx is None and self.slots is None and self.left_padding is None and self.device.type == "cpu":
+            rows, known = _in_order(self.batch, 0).clone(), self.lengths.tolist()
+            rows[:, 2] = self.lengths
+            return Stored(self.k.transpose(1, 2), self.v.transpose(1, 2), rows, None, self.k_scale, self.v_scale,
+                          max(known, default=0), lengths=known)
         index = self._sequences(cache_batch_idx, check)
         lengths = self.lengths[index]
-        longest = self.capacity
-        if self.device.type == "cpu":
-            longest = max(lengths.tolist(), default=0)
+        known = lengths.tolist() if self.device.type == "cpu" else None
+        longest = self.capacity if known is None else max(known, default=0)
         rows = torch.stack([self._slots(index).int(), self._first(index), lengths], -1)
-        return Stored(self.k.transpose(1, 2), self.v.transpose(1, 2), rows, None, self.k_scale, self.v_scale, longest)
+        return Stored(self.k.transpose(1, 2), self.v.transpose(1, 2), rows, None, self.k_scale, self.v_scale, longest,
+                      lengths=known)
 
     def append(self, k_new: Tensor, v_new: Tensor | None = None, *, cache_batch_idx: Tensor | None = None,
                cu_seqlens: Tensor | None = None, q: Tensor | None = None, rotary: Rotary | None = None, check: bool = False,
@@ -341,10 +351,17 @@ class KVCache(Storage):
         cache_batch_idx: integer tensor [B] of sequences, each once; None: all in order.
         Positions: `write`. Raises before anything is written.
         """
-        index, stored = self._sequences(cache_batch_idx, check), self.stored(cache_batch_idx, check=check)
+        return self.append_to(self.stored(cache_batch_idx, check=check), k_new, v_new, cache_batch_idx=cache_batch_idx,
+                              cu_seqlens=cu_seqlens, q=q, rotary=rotary, check=check, writer=writer)
+
+    def append_to(self, stored: Stored, k_new: Tensor, v_new: Tensor | None, *, cache_batch_idx: Tensor | None,
+                  cu_seqlens: Tensor | None, q: Tensor | None, rotary: Rotary | None, check: bool, writer: Writer) -> Tensor | None:
+        """`append` for one who has asked `stored` about these sequences just now. On the CPU its rows then count the new keys."""
+        index = self._sequences(cache_batch_idx, check)
         tokens = self._tokens(len(index), k_new, v_new, cu_seqlens, q, check)
         if self._readable(check):
-            check_distinct("cache_batch_idx" if self.slots is None else "slots", self._slots(index).tolist())
+            if cache_batch_idx is not None or self.slots is not None:
+                check_distinct("cache_batch_idx" if self.slots is None else "slots", self._slots(index).tolist())
             check_room(index, stored, tokens)
         self._check_rotary(rotary, tokens, stored, check)
         return self._write(stored, index, tokens, q, rotary, writer)
@@ -412,7 +429,8 @@ def check_tensor(name: str, x, shape: Sequence[int | str], dtypes: Sequence[torc
         raise TypeError(f"{name}: expected {_names(dtypes)}, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     if device is not None and x.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got {x.device}")
-    if x.dim() != len(shape) or any(isinstance(want, int) and want != size for want, size in zip(shape, x.shape, strict=True)):
+    found = x.shape
+    if len(found) != len(shape) or any([isinstance(want, int) and want != size for want, size in zip(shape, found, strict=True)]):
         raise ValueError(f"{name}: expected [{', '.join(map(str, shape))}], got {list(x.shape)}")
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"{name}: expected a contiguous last dimension (stride 1), got stride {x.stride(-1)}")
@@ -441,6 +459,11 @@ def check_values(name: str, x: Tensor, highest: Tensor | int) -> None:
 
 def check_room(numbers: Tensor, stored: Stored, tokens: NewTokens) -> None:
     """Raises ValueError if a sequence [B] has less memory left than it gets tokens; reads the device."""
+    if stored.lengths is not None and tokens.counts is not None and stored.pages is None:
+        firsts = stored.rows[:, 1].tolist()
+        most = max(map(sum, zip(firsts, stored.lengths, tokens.counts, strict=True)), default=0)
+        if most <= stored.k.shape[2]:
+            return
     columns = numbers, stored.rows[:, 2], stored.limits(), tokens.rows[:, 2]
     for number, length, limit, count in zip(*(x.tolist() for x in columns), strict=True):
         if length + count > limit:
@@ -457,5 +480,13 @@ def check_distinct(name: str, values: Sequence[int]) -> None:
 
 def _all_rows(x: Tensor) -> Tensor:
     """[B, 3] of x [B, S, H, D]: every sequence has all rows of its own slot."""
+    if x.device.type == "cpu":
+        return _in_order(len(x), x.shape[1])
     slots = torch.arange(len(x), device=x.device, dtype=torch.int32)
     return torch.stack([slots, torch.zeros_like(slots), torch.full_like(slots, x.shape[1])], -1)
+
+
+@functools.lru_cache(maxsize=64)
+def _in_order(batch: int, count: int) -> Tensor:
+    """int32 [B, 3] on the CPU: sequence b has the first `count` rows of slot b. Not to be written to."""
+    return torch.tensor([[slot, 0, count] for slot in range(batch)], dtype=torch.int32, device="cpu").view(batch, 3)

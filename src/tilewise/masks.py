@@ -19,6 +19,7 @@ p = i + n - S_q is the position of query i among the n keys of its own sequence:
 """
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -74,7 +75,7 @@ class Mask:
     Combine masks, and functions with masks, by `&`, `|` and `~`.
     """
 
-    __slots__ = ("element", "keys", "name", "queries")
+    __slots__ = ("__weakref__", "element", "keys", "name", "queries")
 
     def __init__(self, name: str, element: Expr, keys: tuple[Band, ...], queries: tuple[Band, ...]):
         self.name, self.element, self.keys, self.queries = name, element, keys, queries
@@ -187,11 +188,24 @@ def _complement(bands: tuple[Band, ...], last: Expr) -> tuple[Band, ...]:
 
 # ---- constructors ---------------------------------------------------------------------------------------------------
 
+def once(build: Callable[..., Mask]) -> Callable[..., Mask]:
+    """A constructor from numbers that makes each mask once: a call with the same mask is known by it (`tilewise/calls.py`)."""
+    made = functools.lru_cache(maxsize=256)(build)
+
+    @functools.wraps(build)
+    def constructor(*numbers: int | None) -> Mask:
+        return build(*numbers) if torch.compiler.is_compiling() else made(*numbers)
+
+    return constructor
+
+
+@once
 def full() -> Mask:
     """Every query sees every key."""
     return Mask("full()", equal(ZERO, ZERO), (exact(ZERO, LAST_KEY),), (exact(ZERO, LAST_QUERY),))
 
 
+@once
 def causal() -> Mask:
     """j <= p: a query sees itself and what came before, aligned bottom-right when S_q != S_k."""
     return Mask("causal()", K <= P, (exact(ZERO, P),), (exact(K - SHIFT, LAST_QUERY),))
@@ -205,7 +219,11 @@ def window(left: int | None, right: int | None) -> Mask:
     for name, bound in (("left", left), ("right", right)):
         if bound is not None and (isinstance(bound, bool) or not hasattr(bound, "__index__") or bound < 0):
             raise ValueError(f"window: {name}: expected a number of neighbours >= 0 or None, got {bound!r}")
-    left, right = (None if bound is None else min(bound, LONGEST) for bound in (left, right))
+    return _window(*(None if bound is None else min(bound, LONGEST) for bound in (left, right)))
+
+
+@once
+def _window(left: int | None, right: int | None) -> Mask:
     if left is None and right is None:
         return full()._named("window(None, None)")
     l, r = wrap(left), wrap(right)
@@ -244,7 +262,12 @@ def chunked(size: int) -> Mask:
     """j // size == p // size: attention inside consecutive chunks of `size` positions."""
     if isinstance(size, bool) or not hasattr(size, "__index__") or size < 1:
         raise ValueError(f"chunked: size: expected an integer >= 1, got {size!r}")
-    c = wrap(min(size, LONGEST))
+    return _chunked(min(size, LONGEST))
+
+
+@once
+def _chunked(size: int) -> Mask:
+    c = wrap(size)
     first_key = P // c * c
     first_query = K // c * c - SHIFT
     return Mask(f"chunked({size})", equal(K // c, P // c), (exact(first_key, first_key + (c - ONE)),),

@@ -60,9 +60,13 @@ def attention_with_statistics(problem: Problem, x: Operands, backend: str) -> tu
 
 def tracked(x: Operands) -> bool:
     """Whether autograd or torch.func follows what is computed from these operands; `apply` costs more than a small kernel."""
-    tensors = (x.q, x.k, x.v, x.bias, x.sinks, *x.captured)
-    return (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-            or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)))
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return True
+    if torch.is_grad_enabled():
+        for t in (x.q, x.k, x.v, x.bias, x.sinks, *x.captured):
+            if t is not None and t.requires_grad:
+                return True
+    return False
 
 
 # ---- while tracing --------------------------------------------------------------------------------------------------

@@ -243,12 +243,12 @@ def make_unequal(where: Layout, q: Tensor, k: Tensor, v: Tensor, *, causal: bool
     _check_captured(program, sizes, q.device, where)
     settings = Settings(
         scale=_check_scale(scale, q.shape[3]), dropout=_check_dropout(dropout_p), program=program.text, layout=layout,
-        precision=_precision(),
+        precision=fp32_products(),
         deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic),
         batch_invariant=bool(batch_invariant), max_seqlen_q=where.max_seqlen_q, max_seqlen_k=where.max_seqlen_k,
         cached=where.cached, shared=where.shared, splits=_check_splits(num_splits, batch_invariant),
         statistics=statistics.checked(return_stats))
-    operands = Operands(q, k, v, bias, sinks, _rng_tensor(rng, settings.dropout, q.device), *where[:5], program.captured,
+    operands = Operands(q, k, v, bias, sinks, rng_tensor(rng, settings.dropout, q.device), *where[:5], program.captured,
                         program.ints, program.floats)
     return describe(operands, settings), operands
 
@@ -281,7 +281,8 @@ def aligned(x: Tensor) -> bool:
         (step and step % of_16_bytes == 0) or size == 1 for size, step in zip(x.shape, steps, strict=False))
 
 
-def _precision() -> str:
+def fp32_products() -> str:
+    """How PyTorch is told to multiply fp32: a value of PRECISIONS."""
     try:
         return PRECISIONS[torch.get_float32_matmul_precision()]
     except RuntimeError:  # set through torch.backends, which this getter then refuses to tell
@@ -400,7 +401,8 @@ def _check_dropout(p: float) -> int:
     return rng.threshold(p)
 
 
-def _rng_tensor(source: Any, t: int, device: torch.device) -> Tensor | None:
+def rng_tensor(source: Any, t: int, device: torch.device) -> Tensor | None:
+    """The tensor that dropout's bits come from; None without dropout, threshold t = 0."""
     if source is not None and not isinstance(source, rng.Rng):
         raise TypeError(f"rng: expected None or tw.Rng(seed), got {type(source).__name__}")
     if t == 0:
@@ -442,5 +444,5 @@ LEAF_NAMES = {"b": "the batch size", "h": "the number of query heads", "q": "S_q
               "nq": "S_q", "nk": "S_k"}
 
 # What torch.compiler.assume_constant_result does, without importing the compiler: constants while torch.compile traces.
-for constant in (_groups, _precision):
+for constant in (_groups, fp32_products):
     vars(constant)["_dynamo_marked_constant"] = True

@@ -20,7 +20,7 @@ S, B, H, K = var("s"), var("b"), var("h"), var("k")
 class ScoreMod:
     """A function of one score: `expr` is a graph in which the leaf s stands for scale * q.k."""
 
-    __slots__ = ("expr", "name")
+    __slots__ = ("__weakref__", "expr", "name")
 
     def __init__(self, name: str, expr: Expr):
         self.name, self.expr = name, expr

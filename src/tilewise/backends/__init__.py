@@ -14,6 +14,15 @@ A backend is a module with
     backward(problem, operands, out, lse, dout, dlse, needs) -> Gradients
     write(...)                                   new keys and values into a cache (`kv_cache.write`)
 
+if what it tells its kernels can be settled once for operands and results that lie in memory alike (`tilewise/calls.py`),
+
+    prepared(problem, operands, out) -> run                  run(operands, out=.., lse=..); without lse it is not kept
+    prepared_backward(problem, operands, out, dout) -> run   run(operands, out=.., lse=.., dout=.., dlse=.., delta=.., dq=.., ..);
+                                                             None where gradients of bias or captured tensors are sums
+
+`run` writes results and looks only at where tensors begin, whatever views of that memory they are. `delta` [.., heads, ..] like
+lse is rowsum(dout * out) - dlse, from which dsinks follows (`state.sink_gradient`).
+
 and, if it has forward mode and second derivatives in kernels of its own (formulas: `docs/derivatives.md`),
 
     supports_tangents(problem) -> None | str     None, or why it has not for this problem

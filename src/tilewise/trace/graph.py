@@ -38,12 +38,16 @@ CASTS = {"bool": "b", "int": "i", "float": "f", "fp16": "f", "bf16": "f"}  # the
 
 
 class Expr:
-    """One node. `op` is "var", "int", "float", "captured" (with `value`) or an operation (with `args`)."""
+    """One node. `op` is "var", "int", "float", "captured" (with `value`) or an operation (with `args`).
 
-    __slots__ = ("args", "kind", "op", "value")
+    reads: whether a captured tensor is read.
+    """
+
+    __slots__ = ("args", "kind", "op", "reads", "value")
 
     def __init__(self, op: str, kind: str, *args: Expr, value: Any = None):
         self.op, self.kind, self.args, self.value = op, kind, args, value
+        self.reads = op == "captured" or any([a.reads for a in args])
 
     def __add__(self, other): return arithmetic("add", self, other)
     def __radd__(self, other): return arithmetic("add", other, self)

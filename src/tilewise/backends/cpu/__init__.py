@@ -2,21 +2,23 @@
 
     kernels/     the C++ source, in vector extensions that GCC and Clang share     compiler.py   builds and keeps it
     launch.py    what a kernel is told                                             sizes.py      how work is cut
-    threads.py   PyTorch's own threads
+    threads.py   PyTorch's own threads                                             append.py     new keys and values
 """
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from tilewise.backends import Gradients, Needs
 from tilewise.backends.cpu import compiler, gradients, launch, sizes, threads
-from tilewise.kv_cache import write
+from tilewise.backends.cpu.append import write
 from tilewise.problem import Operands, Problem
 from tilewise.statistics import Statistics
 
-__all__ = ["backward", "forward", "forward_with_statistics", "precision", "repeatable", "splits", "supports", "tile_sizes",
-           "volunteers", "workspace", "write"]
+__all__ = ["backward", "forward", "forward_with_statistics", "precision", "prepared", "prepared_backward", "repeatable", "splits",
+           "supports", "tile_sizes", "volunteers", "workspace", "write"]
 
 
 def supports(problem: Problem) -> str | None:
@@ -62,6 +64,14 @@ def workspace(problem: Problem) -> tuple[int, int]:
 
 def forward(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor]:
     return launch.forward(problem, operands)
+
+
+def prepared(problem: Problem, operands: Operands, out: Tensor) -> Callable[..., None]:
+    return launch.prepared(problem, operands, out)
+
+
+def prepared_backward(problem: Problem, operands: Operands, out: Tensor, dout: Tensor) -> Callable[..., None] | None:
+    return gradients.prepared(problem, operands, out, dout)
 
 
 def forward_with_statistics(problem: Problem, operands: Operands) -> tuple[Tensor, Tensor, Statistics]:

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -50,6 +50,16 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
     dbias = None if of_bias is None or x.bias is None else of_bias.total(problem).sum_to_size(x.bias.shape).to(x.bias.dtype)
     dsinks = sink_gradient(x.sinks, lse, delta) if needs.sinks and x.sinks is not None else None
     return Gradients(dq, dk, dv, dbias, dsinks, captured_gradients(problem, x, wanted, of_tables))
+
+
+def prepared(problem: Problem, x: Operands, out: Tensor, dout: Tensor) -> Callable[..., None] | None:
+    """The backward of operands and results that lie in memory like these, where it adds nothing up beside dq, dk and dv."""
+    if problem.graphs.learned or not (problem.batch and (problem.seqlen_q or problem.seqlen_k)):
+        return None
+    dq, dk, dv = problem.new_q(problem.head_dim), problem.new_k(problem.head_dim), problem.new_k(problem.head_dim_v)
+    return launch.Launch("backward", problem, x, dict(
+        out_strides=out, dout_strides=dout, dq_strides=dq, dk_strides=dk, dv_strides=dv),
+        sizes.backward(problem, shared=False, listed=False), compiled=Compiled(paired=launch.paired(x)))
 
 
 class Sums(NamedTuple):

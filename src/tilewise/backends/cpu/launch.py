@@ -2,8 +2,8 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,13 +21,27 @@ NOTHING: Mapping[str, Tensor | None] = {}
 def forward(problem: Problem, x: Operands, of_rows: Mapping[str, Tensor | None] = NOTHING) -> tuple[Tensor, Tensor]:
     """of_rows: where max_score and entropy go."""
     out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
-    if problem.queries and problem.batch and problem.seqlen_q:
-        numbers, results = sizes.forward(problem), dict(out=out, lse=lse, **of_rows)
-        if numbers["few_rows"]:
-            call("decode", problem, x, results, dict(out_strides=out), numbers, compiled=Compiled(KINDS[x.k.dtype], paired(x)))
-        if numbers["units_together"]:
-            call("forward", problem, x, results, dict(out_strides=out), numbers, compiled=Compiled(paired=paired(x)))
+    prepared(problem, x, out)(x, out=out, lse=lse, **of_rows)
     return out, lse
+
+
+def prepared(problem: Problem, x: Operands, out: Tensor) -> Callable[..., None]:
+    """The forward of operands and results that lie in memory like these: of operands, and of results by name."""
+    launches = []
+    if problem.queries and problem.batch and problem.seqlen_q:
+        numbers = sizes.forward(problem)
+        for kernel, wanted, compiled in (("decode", numbers["few_rows"], Compiled(KINDS[x.k.dtype], paired(x))),
+                                         ("forward", numbers["units_together"], Compiled(paired=paired(x)))):
+            if wanted:
+                launches.append(Launch(kernel, problem, x, dict(out_strides=out), numbers, compiled=compiled))
+    if len(launches) == 1:
+        return launches[0]
+
+    def all_of_them(x: Operands, **results: Tensor | None) -> None:
+        for launch in launches:
+            launch(x, **results)
+
+    return all_of_them
 
 
 def forward_with_statistics(problem: Problem, x: Operands) -> tuple[Tensor, Tensor, Statistics]:
@@ -41,20 +55,84 @@ def forward_with_statistics(problem: Problem, x: Operands) -> tuple[Tensor, Tens
 
 def call(kernel: str, problem: Problem, x: Operands, tensors: dict[str, Tensor | None], strides: dict[str, Tensor | None],
          numbers: dict[str, int], arrays: dict[str, Any] | None = None, compiled: Compiled = compiler.PLAIN) -> None:
-    """Calls a kernel. The dicts: fields of `abi.Problem` beside those of the problem and its operands."""
-    library = compiler.library(kernel, problem.program, tuple(t.dtype for t in x.captured), compiled)
-    told, alive = described(problem, x, numbers)
-    for name, t in tensors.items():
-        setattr(told, name, None if t is None else t.data_ptr())
-    for name, t in strides.items():
-        setattr(told, name, in_elements(t))
-    for name, array in (arrays or {}).items():
-        setattr(told, name, ctypes.cast(array, ctypes.c_void_p))
-    memory = getattr(library, f"{kernel}_memory")
-    scratch = torch.empty(memory(ctypes.byref(told)) + ALIGNMENT, dtype=torch.uint8)
-    told.scratch = -(-scratch.data_ptr() // ALIGNMENT) * ALIGNMENT
-    getattr(library, kernel)(ctypes.byref(told))
-    del alive
+    """Calls a kernel once. The dicts: fields of `abi.Problem` beside those of the problem and its operands."""
+    Launch(kernel, problem, x, strides, numbers, arrays, compiled)(x, **tensors)
+
+
+class Frame(NamedTuple):
+    """What one call of a kernel needs for itself: what it is told, and memory to work in."""
+    told: abi.Problem
+    address: int                        # of `told`
+    scratch: Tensor
+    lse: int                            # where lse goes if no one asked for it
+
+
+class Launch:
+    """A kernel, and what it is told of operands and results that lie in memory like these; called with where they begin.
+
+    Calls do not look at strides again, nor at the order of dimensions: operands may come in any view of the same memory.
+    Frames are kept for the next call, unless they are large; calls at the same time take one each.
+    """
+    __slots__ = ("arrays", "captured", "frames", "kernel", "lists", "lse", "names", "order", "scratch", "template")
+
+    def __init__(self, kernel: str, problem: Problem, x: Operands, strides: dict[str, Tensor | None], numbers: dict[str, int],
+                 arrays: dict[str, Any] | None = None, compiled: Compiled = compiler.PLAIN):
+        library = compiler.library(kernel, problem.program, tuple(t.dtype for t in x.captured), compiled)
+        self.names = tuple((name, Operands._fields.index(name)) for name in OPERANDS if getattr(x, name) is not None)
+        told = described(problem, x, numbers)
+        for name, t in strides.items():
+            setattr(told, name, in_elements(t))
+        self.arrays = dict(arrays or {}, ints=(ctypes.c_long * len(x.ints))(*x.ints),
+                           floats=(ctypes.c_double * len(x.floats))(*x.floats))
+        for name, array in self.arrays.items():
+            setattr(told, name, ctypes.addressof(array))
+        self.captured = ctypes.c_void_p * len(x.captured) if x.captured else None
+        self.order = order_of(x.k_rows) if x.k_rows is not None and not problem.cached else None
+        self.lists = visited(problem, x, numbers["block_rows"]) if problem.graphs.listed else None
+        if self.lists is not None:
+            told.list, told.list_batch, told.list_heads = self.lists.tiles.data_ptr(), self.lists.per_batch, self.lists.per_head
+            told.list_rows = -(-problem.seqlen_q // numbers["block_rows"])
+        self.kernel, self.template = getattr(library, kernel), bytes(told)
+        self.kernel.argtypes = [ctypes.c_void_p]
+        self.lse = problem.heads * problem.queries * 4
+        self.scratch = getattr(library, f"{kernel}_memory")(ctypes.byref(told)) + ALIGNMENT + self.lse
+        self.frames: list[Frame] = []
+
+    def __call__(self, x: Operands, **results: Tensor | None) -> None:
+        try:
+            frame = self.frames.pop()
+        except IndexError:
+            frame = self.new_frame()
+        told = frame.told
+        for name, at in self.names:
+            setattr(told, name, x[at].data_ptr())
+        told.lse = frame.lse
+        for name, t in results.items():
+            setattr(told, name, None if t is None else t.data_ptr())
+        if self.captured is not None:
+            captured = self.captured(*[t.data_ptr() for t in x.captured])
+            told.captured = ctypes.addressof(captured)
+        if x.k_rows is not None:
+            order = order_of(x.k_rows) if self.order is None else self.order
+            told.order = order.data_ptr()
+        if x.pages is not None:
+            pages = x.pages.contiguous()
+            told.pages, told.pages_row = pages.data_ptr(), pages.shape[1]      # a table grows with the cache
+        self.kernel(frame.address)
+        if self.scratch <= KEPT_BYTES:
+            self.frames.append(frame)
+
+    def new_frame(self) -> Frame:
+        told, scratch = abi.Problem.from_buffer_copy(self.template), torch.empty(self.scratch, dtype=torch.uint8, device="cpu")
+        told.scratch = -(-scratch.data_ptr() // ALIGNMENT) * ALIGNMENT
+        return Frame(told, ctypes.addressof(told), scratch, scratch.data_ptr() + self.scratch - self.lse)
+
+
+def order_of(k_rows: Tensor) -> Tensor:
+    """Sequences, those with the most keys first."""
+    if k_rows.shape[0] == 1:
+        return FIRST
+    return torch.argsort(k_rows[:, 2], descending=True, stable=True)
 
 
 def paired(x: Operands) -> bool:
@@ -63,47 +141,28 @@ def paired(x: Operands) -> bool:
 
 
 ALIGNMENT = 64
+FIRST = torch.zeros(1, dtype=torch.int64, device="cpu")
+KEPT_BYTES = 1 << 16                    # of a frame's memory, at most
 
 
-OPERANDS = tuple(name for name in POINTERS if name in Operands._fields and name not in ("captured", "ints", "floats"))
+OPERANDS = tuple(name for name in POINTERS if name in Operands._fields and name not in ("captured", "ints", "floats", "pages"))
 
 
-def described(problem: Problem, x: Operands, numbers: dict[str, int]) -> tuple[abi.Problem, list[Any]]:
-    """What every kernel is told, and what must stay alive as long."""
+def described(problem: Problem, x: Operands, numbers: dict[str, int]) -> abi.Problem:
+    """What every kernel is told, except where tensors begin."""
     told = abi.Problem(
         batch=problem.batch, heads=problem.heads, kv_heads=problem.kv_heads, nq=problem.seqlen_q, nk=problem.seqlen_k,
         dim=problem.head_dim, dim_v=problem.head_dim_v, lse_rows=problem.rows_q[1], dropout=problem.dropout,
         cached=problem.cached, q_kind=KINDS[x.q.dtype], k_kind=KINDS[x.k.dtype], threads=threads.count(),
         parallel=threads.entry(), scale=problem.scale, q_strides=in_elements(x.q), k_strides=in_elements(x.k),
         v_strides=in_elements(x.v), **numbers)
-    for name in OPERANDS:
-        t = getattr(x, name)
-        if t is not None:
-            setattr(told, name, t.data_ptr())
-    alive: list[Any] = [x]
     if x.bias is not None:
         told.bias_strides, told.bias_kind = in_elements(x.bias), KINDS[x.bias.dtype]
     if x.sinks is not None:
         told.sinks_kind = KINDS[x.sinks.dtype]
     if x.pages is not None:
-        pages = x.pages.contiguous()
-        told.pages, told.pages_row, told.page_size = pages.data_ptr(), pages.shape[1], problem.page_size
-        alive.append(pages)
-    if x.k_rows is not None:
-        order = torch.argsort(x.k_rows[:, 2], descending=True, stable=True)
-        told.order = order.data_ptr()
-        alive.append(order)
-    if x.captured or x.ints or x.floats:
-        slots = ((ctypes.c_void_p * len(x.captured))(*[t.data_ptr() for t in x.captured]),
-                 (ctypes.c_long * len(x.ints))(*x.ints), (ctypes.c_double * len(x.floats))(*x.floats))
-        told.captured, told.ints, told.floats = (ctypes.cast(array, ctypes.c_void_p) for array in slots)
-        alive.append(slots)
-    if problem.graphs.listed:
-        lists = visited(problem, x, numbers["block_rows"])
-        told.list, told.list_batch, told.list_heads = lists.tiles.data_ptr(), lists.per_batch, lists.per_head
-        told.list_rows = -(-problem.seqlen_q // numbers["block_rows"])
-        alive.append(lists)
-    return told, alive
+        told.page_size = problem.page_size
+    return told
 
 
 def visited(problem: Problem, x: Operands, block_rows: int) -> TileList:

@@ -1,0 +1,248 @@
+"""Instructions of calls and of CPU kernels, counted: exact where time is noise.
+
+    python -m tilewise.bench.instructions [--quick] [--out FILE]
+
+A call's count is that of 2 n calls less that of n, divided by n, so that what comes before cancels; a second count of n tells the
+spread. Counted by `perf stat` where the processor lends its counters, otherwise by valgrind's callgrind, which knows no AVX-512:
+kernels are then compiled without, and PyTorch takes its own code for such a processor. One thread, hashes and garbage collection fixed.
+"""
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tilewise.backends import Needs, load
+from tilewise.bench import overhead, record
+from tilewise.problem import Operands, Problem, make
+
+OURS, THEIRS = overhead.OURS, overhead.THEIRS
+CALLS = 10                              # n, of tiny calls; of kernels 1
+WARM = 20
+LIMIT = 1500                            # seconds that all may take
+Counted = dict[str, tuple[int, int]]    # of each job: instructions of a call, spread
+MARKS = """#include <valgrind/callgrind.h>
+void begin(void) { CALLGRIND_START_INSTRUMENTATION; CALLGRIND_ZERO_STATS; }
+void mark(const char* name) { CALLGRIND_DUMP_STATS_AT(name); }
+void end(void) { CALLGRIND_STOP_INSTRUMENTATION; }
+"""
+
+
+class Job(NamedTuple):
+    """What is counted: one call of `run`. elements: scores of a kernel, 0 for a call from Python."""
+    part: str
+    case: str
+    contender: str
+    run: Callable[[], Any]
+    setting: dict[str, Any]
+    elements: int = 0
+    recorded: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.part}, {self.case}, {self.contender}"
+
+    @property
+    def times(self) -> int:
+        return 1 if self.elements else CALLS
+
+
+def jobs(quick: bool) -> list[Job]:
+    found = []
+    for case in overhead.cases()[:1 if quick else None]:
+        for contender, run in ((OURS, case.ours), (THEIRS, case.theirs)):
+            found.append(Job("call", case.name, contender, run, case.setting, recorded=case.recorded))
+    found += [Job("stage", name, OURS, run, dict(mode="forward")) for name, run in overhead.stages().items()]
+    return found + kernels()
+
+
+def kernels() -> list[Job]:
+    """CPU kernels alone: many queries, their backward, and one query of a decoding step."""
+    torch.manual_seed(0)
+    found = []
+    for case, rows, keys, heads, dim in (("forward", 128, 128, 1, 64), ("backward", 128, 128, 1, 64), ("decode", 1, 1024, 2, 64)):
+        q, k = torch.randn(1, rows, heads, dim), torch.randn(1, keys, heads, dim)
+        problem, x = make(q, k, k)
+        run = backward_of(problem, x) if case == "backward" else forward_of(problem, x)
+        setting = dict(mode=case, batch=1, seqlen_q=rows, seqlen_k=keys, heads=heads, head_dim=dim, dtype="float32")
+        found.append(Job("kernel", case, OURS, run, setting, heads * rows * keys))
+    return found
+
+
+def forward_of(problem: Problem, x: Operands) -> Callable[[], Any]:
+    out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
+    run = load("cpu").prepared(problem, x, out)
+    return lambda: run(x, out=out, lse=lse)
+
+
+def backward_of(problem: Problem, x: Operands) -> Callable[[], Any]:
+    out, lse = load("cpu").forward(problem, x)
+    dout = torch.randn_like(out)
+    return lambda: load("cpu").backward(problem, x, out, lse, dout, None, Needs(False, False))
+
+
+# ---- in the process that is counted -----------------------------------------------------------------------------------
+
+def work(names: list[str], times: int | None, marks: str | None) -> None:
+    """Runs jobs: `times` calls of one, or of all of them n, n and 2 n calls between marks."""
+    torch.set_num_threads(1)
+    every = {job.name: job for job in jobs(quick=False)}
+    chosen = [every[name] for name in names]
+    for job in chosen:
+        with torch.set_grad_enabled(job.recorded):
+            for _ in range(2 if job.elements else WARM):
+                job.run()
+    gc.collect()
+    gc.disable()
+    if times is not None:
+        with torch.set_grad_enabled(chosen[0].recorded):
+            for _ in range(times):
+                chosen[0].run()
+        return
+    assert marks is not None
+    library = ctypes.CDLL(marks)
+    for job in chosen:
+        with torch.set_grad_enabled(job.recorded):
+            library.begin()
+            job.run()
+            library.mark(b"begun")
+            for count in (job.times, job.times, 2 * job.times):
+                for _ in range(count):
+                    job.run()
+                library.mark(job.name.encode())
+            library.end()
+
+
+# ---- the counters -----------------------------------------------------------------------------------------------------
+
+def counter() -> Callable[[list[Job]], Counted]:
+    """Counts with what is here. Raises RuntimeError that says what is missing."""
+    perf = shutil.which("perf")
+    if perf is not None:
+        tried = subprocess.run([perf, "stat", "-x,", "-e", "instructions:u", "true"], capture_output=True, text=True)
+        if tried.returncode == 0 and re.match(r"\d+,", tried.stderr):
+            return by_perf
+    if shutil.which("valgrind") is None or shutil.which("cc") is None:
+        raise RuntimeError("instructions: expected perf with permission to count (kernel.perf_event_paranoid <= 2, and a "
+                           "processor that shows its counters), or valgrind and a C compiler (cc); found neither")
+    return by_callgrind
+
+
+def environment() -> dict[str, str]:
+    return os.environ | dict(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", PYTHONHASHSEED="0",
+                             PYTHONPATH=os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]))
+
+
+def by_perf(counted: list[Job]) -> Counted:
+    """A process for each number of calls."""
+    def process(job: Job, times: int) -> int:
+        done = subprocess.run(["perf", "stat", "-x,", "-e", "instructions:u", sys.executable, "-m", __spec__.name, "--work", job.name,
+                               "--times", str(times)], capture_output=True, text=True, env=environment(), timeout=LIMIT)
+        found = re.search(r"^(\d+),", done.stderr, re.M)
+        if done.returncode or found is None:
+            raise RuntimeError(f"perf: {job.name}: {done.stderr[-500:]}")
+        return int(found[1])
+
+    result = {}
+    for job in counted:
+        many = 100 * job.times          # start-up differs a little from one process to the next
+        first, again, more = process(job, many), process(job, many), process(job, 2 * many)
+        result[job.name] = (more - again) // many, abs(again - first) // many
+    return result
+
+
+def by_callgrind(counted: list[Job]) -> Counted:
+    """One process for all, its instructions written out at marks."""
+    with tempfile.TemporaryDirectory() as directory:
+        marks, out = Path(directory) / "marks.so", Path(directory) / "out"
+        built = subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(marks)], input=MARKS, capture_output=True,
+                               text=True)
+        if built.returncode:
+            raise RuntimeError(f"instructions: cc could not compile what uses valgrind/callgrind.h:\n{built.stderr[-1000:]}")
+        names = [argument for job in counted for argument in ("--work", job.name)]
+        compiler = os.environ.get("CXX", "c++") + " -mno-avx512f -mprefer-vector-width=256"
+        done = subprocess.run(["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={out}", sys.executable, "-m",
+                               __spec__.name, *names, "--marks", str(marks)],
+                              capture_output=True, text=True, env=environment() | dict(CXX=compiler), timeout=LIMIT)
+        if done.returncode:
+            raise RuntimeError(f"valgrind: {done.stdout[-500:]}{done.stderr[-1500:]}")
+        found: dict[str, list[int]] = {}
+        for path in sorted(Path(directory).glob("out.*"), key=lambda path: int(path.suffix[1:])):
+            text = path.read_text()
+            name, total = (re.search(pattern, text, re.M) for pattern in (r"^desc: Trigger: Client Request: (.*)$", r"^totals: (\d+)"))
+            if name and total:
+                found.setdefault(name[1], []).append(int(total[1]))
+    result = {}
+    for job in counted:
+        first, again, more = found[job.name]
+        result[job.name] = (more - again) // job.times, abs(again - first) // job.times
+    return result
+
+
+# ---- the result -------------------------------------------------------------------------------------------------------
+
+def benchmark(device: torch.device = overhead.CPU, *, quick: bool = False, out: str | Path | None = None,
+              progress: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
+    """All counts: a result in the common schema. Raises RuntimeError where nothing can count."""
+    count = counter()
+    counted = jobs(quick)
+    progress("instructions", 0, 1, count.__name__)
+    numbers = count(counted)
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    for job in counted:
+        row = rows.setdefault((job.part, job.case), {"part": job.part, "case": f"{job.part} {job.case}", "setting": job.setting,
+                                                     "contenders": {}})
+        total, spread = numbers[job.name]
+        row["contenders"][job.contender] = {"state": "timed", "reason": "", "count": total, "spread": spread}
+        if job.elements:
+            row["setting"] = row["setting"] | dict(elements=job.elements)
+        elif job.contender == THEIRS:
+            ratio = total / row["contenders"][OURS]["count"]
+            row |= {"times_faster": {THEIRS: {"median": ratio, "quartiles": [ratio, ratio]}}, "bar": 1 / overhead.BAR}
+    result: dict[str, Any] = record.stamp() | dict(
+        benchmark="instructions", device="cpu", quick=quick, complete=True, counter=count.__name__.removeprefix("by_"),
+        rows=list(rows.values()), lines=lines(list(rows.values())))
+    record.write(out, result)
+    return result
+
+
+def lines(rows: list[dict[str, Any]]) -> list[str]:
+    """A table for a terminal."""
+    found = [f"{'instructions':32} {OURS:>12} {THEIRS:>12} {'times':>8} {'spread':>8}"]
+    for row in rows:
+        ours, theirs = (row["contenders"].get(name) for name in (OURS, THEIRS))
+        other = f"{theirs['count']:>12,} {ours['count'] / theirs['count']:>8.2f}" if theirs else (
+            f"{ours['count'] / row['setting']['elements']:>11.2f} per score" if "elements" in row["setting"] else " " * 21)
+        found.append(f"{row['case']:32} {ours['count']:>12,} {other} {ours['spread']:>8,}")
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--quick", action="store_true", help="one call and the kernels")
+    parser.add_argument("--out", type=Path, help="JSON file for the result")
+    for name in ("--work", "--times", "--marks"):       # in the process that is counted
+        parser.add_argument(name, action="append" if name == "--work" else None, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.work:
+        work(arguments.work, None if arguments.times is None else int(arguments.times), arguments.marks)
+        return
+    try:
+        print("\n".join(benchmark(quick=arguments.quick, out=arguments.out)["lines"]))
+    except RuntimeError as error:
+        sys.exit(str(error))
+
+
+if __name__ == "__main__":
+    main()

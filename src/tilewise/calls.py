@@ -1,0 +1,366 @@
+"""Calls like one made before: what was found out about that one serves again.
+
+Checking a call, describing its problem, choosing a backend and settling what its kernel is told takes ten times as long as
+launching it. All of that follows from how tensors lie in memory, from options and from PyTorch's settings, never from what
+q, k, v, bias and sinks hold. `find` remembers it by all that decides: shapes, strides, dtypes, devices and alignment of tensors; options
+with their types; deterministic algorithms, the precision of fp32 products, the number of threads; masks and score functions by
+identity, together with the layout and `_version` of what they captured.
+
+The memory is bounded and keeps nothing alive: entries refer weakly to masks and captured tensors and go with them. A result
+never depends on it. What is not plain is described anew: subclasses of Tensor, tensors that a compiler, a mode or a transform
+follows, and functions given as they are, whose closures may change.
+"""
+from __future__ import annotations
+
+import os
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from tilewise import backends, ops
+from tilewise.backends import Needs
+from tilewise.derivatives import Call, followed, gradients
+from tilewise.masks import Mask
+from tilewise.plan import choose
+from tilewise.problem import DENSE, TENSORS, Layout, Operands, Problem, fp32_products, make, make_unequal, rng_tensor
+from tilewise.score_mods import ScoreMod
+from tilewise.state import sink_gradient
+from tilewise.statistics import Statistics
+
+KEPT = 512                              # entries; the oldest goes first
+PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
+class Options(NamedTuple):
+    """The arguments of `tilewise.attention` that say what is computed, as given."""
+    causal: Any = False
+    mask: Any = None
+    score_mod: Any = None
+    bias: Any = None
+    sinks: Any = None
+    scale: Any = None
+    dropout_p: Any = 0.0
+    rng: Any = None
+    deterministic: Any = None
+    batch_invariant: Any = False
+    return_stats: Any = ()
+    layout: Any = "bshd"
+    num_splits: Any = None
+
+    def as_long_as_keys(self) -> bool:
+        """Whether something goes with each key: columns of a bias, entries of a table, statistics."""
+        mask, mods = self.mask, self.score_mod
+        return (self.bias is not None or bool(self.return_stats)
+                or not (mask is None or (isinstance(mask, Mask) and not mask.element.reads))
+                or not (mods is None or (isinstance(mods, ScoreMod) and not mods.expr.reads)))
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, with_lse: bool,
+              where: Layout = DENSE) -> tuple[Tensor, Tensor | None, Statistics | None]:
+    """out, lse and the statistics asked for, in the shapes of the caller's q; without with_lse, lse may be None.
+
+    q, k, v: as `options.layout` says, or [total, heads, head_dim] where `where` tells their rows.
+    """
+    if plain(q, k, v, options.bias, options.sinks):
+        found, x = find(q, k, v, options, backend, where)
+        return found.compute(x, with_lse)
+    problem, x = described(q, k, v, options, where)
+    return through_ops(problem, x, backend)
+
+
+def find_any(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, where: Layout) -> tuple[Found, Operands]:
+    """`find`, also for tensors that are not plain."""
+    if plain(q, k, v, options.bias, options.sinks):
+        return find(q, k, v, options, backend, where)
+    problem, x = described(q, k, v, options, where)
+    return Found(problem, x, backend, settled=False), x._replace(q=q, k=k, v=v)
+
+
+def plain(*tensors: Any) -> bool:
+    """Whether these are tensors of no subclass, or None, and nothing but autograd follows what is done with them."""
+    if (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0):
+        return False
+    for x in tensors:  # noqa: SIM110  every call comes here; a generator takes three times as long
+        if x is not None and type(x) not in PLAIN:
+            return False
+    return True
+
+
+def described(q: Tensor, k: Tensor, v: Tensor, options: Options, where: Layout) -> tuple[Problem, Operands]:
+    """The problem, checked, and its operands."""
+    if where is DENSE:
+        return make(q, k, v, **options._asdict())
+    k, v = (x if where.cached else heads_first(x, options.layout) for x in (k, v))
+    return make_unequal(where, heads_first(q, options.layout), k, v, **options._asdict())
+
+
+def find(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, where: Layout = DENSE) -> tuple[Found, Operands]:
+    """What was found out about the last call like this one, or is now; and the operands, q, k and v as given.
+
+    Raises what `problem.make` and `plan.choose` raise.
+    """
+    causal, mask, score_mod, bias, sinks, scale, dropout, rng, deterministic, invariant, statistics, order, splits = options
+    held = () if mask is None and score_mod is None and where is DENSE else named(mask, score_mod, where)
+    known = captured = None
+    if held is not None:
+        key = (layout(q), layout(k), layout(v), None if bias is None else layout(bias), None if sinks is None else layout(sinks),
+               causal, type(causal), scale, type(scale), dropout, type(dropout), deterministic, invariant, statistics, order,
+               splits, type(splits),    # 1 is True and 0.0 is 0 to a dictionary, but not to the checks
+               backend, fp32_products(), torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(),
+               None if where is DENSE else placed(where), *map(id, held))
+        known = remembered(key)
+        captured = None if known is None else known.unchanged(held) if known.held else ()
+    if known is None or captured is None:
+        problem, x = described(q, k, v, options, where)
+        known = Found(problem, x, backend)
+        if held is not None:
+            known.keep(key, held, x.captured)
+        return known, x._replace(q=q, k=k, v=v)
+    if bias is not None and bias.dim() < 4:
+        bias = bias[(None,) * (4 - bias.dim())]
+    if sinks is not None:
+        sinks = sinks.contiguous()
+    if rng is not None or known.problem.dropout:
+        rng = rng_tensor(rng, known.problem.dropout, q.device)
+    return known, Operands(q, k, v, bias, sinks, rng, *where[:5], captured, known.ints, known.floats)
+
+
+def layout(x: Tensor) -> tuple:
+    """All of a tensor that decides how it is computed with: neither what it holds nor where it begins."""
+    return x.shape, x.stride(), x.dtype, x.device, x.storage_offset() % 16
+
+
+def state(x: Any) -> tuple | None:
+    """How a captured tensor is, what it holds included; of anything else nothing, since it does not change."""
+    return (layout(x), x._version, x.requires_grad) if isinstance(x, Tensor) else None
+
+
+def placed(where: Layout) -> tuple:
+    """All that decides of where sequences lie. Of packed ones the rows themselves are among what is `named`."""
+    return (*(None if x is None else layout(x) for x in where[:5]), *where[5:])
+
+
+def named(mask: Any, mods: Any, where: Layout) -> tuple | None:
+    """What a call is known by as an object: mask, score functions, packed rows. None: it is not to be remembered."""
+    if type(mods) in (tuple, list):
+        if not all(isinstance(mod, ScoreMod) for mod in mods):
+            return None
+    elif mods is None or isinstance(mods, ScoreMod):
+        mods = (mods,)
+    else:
+        return None
+    if not (mask is None or isinstance(mask, Mask) or type(mask) in PLAIN):
+        return None
+    rows = () if where is DENSE or where.cached else (where.q_rows, where.k_rows)
+    return tuple([x for x in (mask, *mods, *rows) if x is not None])
+
+
+class Found:
+    """What was found out about a call.
+
+    launch: the backend's forward of operands that lie like these, if it has one; otherwise `ops` computes them.
+    """
+    __slots__ = ("backend", "backwards", "call", "captured", "floats", "held", "ints", "launch", "lse", "out", "problem")
+
+    def __init__(self, problem: Problem, x: Operands, backend: str, settled: bool = True):
+        self.problem, self.backend, self.ints, self.floats = problem, choose(problem, backend), x.ints, x.floats
+        module = backends.load(self.backend)
+        self.call = Call(module, problem, (x.ints, x.floats))
+        self.held: tuple[tuple[Callable[[], Any], tuple | None], ...] = ()
+        self.captured: tuple[tuple[Callable[[], Tensor | None], tuple | None], ...] = ()
+        self.backwards: dict[tuple, Callable[..., None] | None] = {}    # by all strides
+        self.launch: Callable[..., None] | None = None
+        if settled and hasattr(module, "prepared") and not problem.statistics:
+            packed = problem.packed_q is not None
+            out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
+            self.launch = module.prepared(problem, x, out)
+            self.out = shape_of(given_order(out, problem.layout, packed))
+            self.lse = shape_of(lse[0] if packed else lse)
+
+    def keep(self, key: tuple, held: tuple, captured: Sequence[Tensor]) -> None:
+        """Remembers this for as long as what it was found for is there."""
+        given = [x for x in held if isinstance(x, Tensor)]
+        if any(x.is_inference() for x in (*given, *captured)):
+            return                      # no one is told when these are written to
+
+        def forget(_: Any) -> None:
+            _known.pop(key, None)
+
+        def weakly(x: Tensor) -> Callable[[], Tensor | None]:
+            """A tensor that someone else keeps; one that was made of the mask given shares its memory, and goes with it."""
+            if any(x is not t and x.data_ptr() == t.data_ptr() for t in given):
+                alias = x.detach()
+                return lambda: alias
+            return weakref.ref(x)
+
+        self.held = tuple((weakref.ref(x, forget), state(x)) for x in held)
+        self.captured = tuple((weakly(x), state(x)) for x in captured)
+        with _lock:
+            while len(_known) >= KEPT:
+                _known.pop(next(iter(_known)), None)
+            _known[key] = self
+
+    def unchanged(self, held: tuple) -> list[Tensor] | None:
+        """The captured tensors, if the objects that the call names are those of then, and all are as they were."""
+        for (at, before), given in zip(self.held, held, strict=True):
+            if at() is not given or state(given) != before:
+                return None
+        found = []
+        for at, before in self.captured:
+            x = at()
+            if x is None or state(x) != before:
+                return None
+            found.append(x)
+        return found
+
+    def compute(self, x: Operands, with_lse: bool) -> tuple[Tensor, Tensor | None, Statistics | None]:
+        """out, lse and statistics, differentiable, in the shapes of the caller's q; x with q, k and v as the caller gave them."""
+        if self.launch is None:
+            return through_ops(self.problem, self.heads_first(x), self.backend)
+        if ops.tracked(x):
+            return *Recorded.apply(self, *x[:TENSORS], *x.captured), None
+        return *self.run(x, with_lse), None
+
+    def run(self, x: Operands, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
+        """out and lse, by the backend."""
+        out, packed = torch.empty_like(self.out), self.problem.packed_q is not None
+        if packed:                      # what no sequence holds
+            out.zero_()
+        if not with_lse:
+            self.launch(x, out=out)
+            return out, None
+        lse = torch.empty_like(self.lse)
+        if packed:
+            lse.fill_(-torch.inf)
+        self.launch(x, out=out, lse=lse)
+        return out, lse
+
+    def backward_of(self, dout: Tensor, out: Tensor, tensors: Sequence[Tensor | None]) -> Callable[..., None] | None:
+        """The backend's backward for such a dout, if it has one for these operands."""
+        if dout.stride(-1) != 1 and dout.shape[-1] > 1:
+            return None                 # such as the expanded gradient of a sum: it has to be copied
+        # hooks on saved tensors may have moved them
+        key = tuple([None if t is None else t.stride() for t in (dout, out, *tensors)])
+        if key not in self.backwards:
+            make_it = getattr(self.call.module, "prepared_backward", None)
+            x, order = self.heads_first(self.call.operands(tensors)), self.problem.layout
+            self.backwards[key] = make_it and make_it(self.problem, x, heads_first(out, order), heads_first(dout, order))
+        return self.backwards[key]
+
+    def run_backward(self, run: Callable[..., None], tensors: Sequence[Tensor | None], out: Tensor, lse: Tensor, dout: Tensor,
+                     dlse: Tensor | None, needs: Needs) -> tuple[Tensor | None, ...]:
+        """dq, dk, dv, None for the bias, dsinks."""
+        packed = self.problem.packed_q is not None
+        x, delta = self.call.operands(tensors), torch.zeros_like(lse)
+        dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors[:3])
+        if packed:                      # what no sequence holds
+            for t in (dq, dk, dv):
+                t.zero_()
+        run(x, out=out, lse=lse, dout=dout, dlse=None if dlse is None else dlse.contiguous(), delta=delta, dq=dq, dk=dk, dv=dv)
+        dsinks = None
+        if needs.sinks and x.sinks is not None:
+            dsinks = sink_gradient(x.sinks, *((t[None] if packed else t) for t in (lse, delta)))
+        return dq, dk, dv, None, dsinks
+
+    def heads_first(self, x: Operands) -> Operands:
+        """Operands as the problem speaks of them, [.., heads, .., dim]; keys and values of a cache are."""
+        order, cached = self.problem.layout, self.problem.cached
+        k, v = (t if cached else heads_first(t, order) for t in (x.k, x.v))
+        return x._replace(q=heads_first(x.q, order), k=k, v=v)
+
+
+class Recorded(torch.autograd.Function):
+    """(out, lse) of a call that only autograd follows, in the caller's order of dimensions.
+
+    Like `derivatives.Native`, without what torch.func's transforms need, which costs more than a small kernel.
+    """
+
+    @staticmethod
+    def forward(ctx, found: Found, *tensors: Tensor | None):
+        out, lse = found.run(found.call.operands(tensors))
+        ctx.found = found
+        ctx.save_for_backward(out, lse, *tensors)
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        found: Found = ctx.found
+        out, lse, *tensors = ctx.saved_tensors
+        needs = Needs(ctx.needs_input_grad[4], ctx.needs_input_grad[5], ctx.needs_input_grad[1 + TENSORS:])
+        run = None
+        if dout is not None and not (needs.bias or followed() or any(needs.captured)):
+            run = found.backward_of(dout, out, tensors)
+        if run is not None:
+            return None, *found.run_backward(run, tensors, out, lse, dout, dlse, needs), *[None] * (len(tensors) - 5)
+        q, k, v, *others = tensors
+        packed, order = found.problem.packed_q is not None, found.problem.layout
+        if packed:
+            lse, dlse = lse[None], None if dlse is None else dlse[None]
+        q, k, v, out = (heads_first(x, order) for x in (q, k, v, out))
+        dout = torch.zeros_like(out) if dout is None else heads_first(dout, order)
+        dq, dk, dv, dbias, dsinks, *captured = gradients(found.call, needs, out, lse, dout, dlse, [q, k, v, *others])
+        dq, dk, dv = (given_order(x, order, packed) for x in (dq, dk, dv))
+        return None, dq, dk, dv, dbias, dsinks, *[None] * (TENSORS - 5), *captured
+
+
+def through_ops(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor, Statistics | None]:
+    """The same by `ops`, of any operands."""
+    packed, found = problem.packed_q is not None, None
+    if problem.statistics:
+        out, lse, found = ops.attention_with_statistics(problem, x, backend)
+    else:
+        out, lse = ops.attention(problem, x, backend)
+    if packed:
+        lse = lse[0]
+    if packed and found is not None:
+        max_score, entropy, key_mass = found
+        found = Statistics(None if max_score is None else max_score[0], None if entropy is None else entropy[0],
+                           key_mass if key_mass is None or problem.cached else key_mass[0])
+    return given_order(out, problem.layout, packed), lse, found
+
+
+def shape_of(x: Tensor) -> Tensor:
+    """A tensor like x in shape, dtype and device that holds one number: a pattern for `torch.empty_like`, in rows' order."""
+    return torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape)
+
+
+def heads_first(x: Tensor, order: str) -> Tensor:
+    """[slots, heads, rows, head_dim] of a tensor in the caller's order, packed if it has three dimensions."""
+    if x.dim() == 3:
+        return x.transpose(0, 1)[None]
+    return x.transpose(1, 2) if order == "bshd" else x
+
+
+def given_order(x: Tensor, order: str, packed: bool) -> Tensor:
+    """The opposite."""
+    if packed:
+        return x[0].transpose(0, 1)
+    return x.transpose(1, 2) if order == "bshd" else x
+
+
+_known: dict[tuple, Found] = {}
+_lock = threading.Lock()
+
+
+def remembered(key: tuple) -> Found | None:
+    try:
+        return _known.get(key)
+    except TypeError:                   # something that is no option at all, as `problem.make` will say
+        return None
+
+
+def forget() -> None:
+    """Forgets all calls, as a forked child does: its threads are others."""
+    global _lock
+    _lock = threading.Lock()
+    _known.clear()
+
+
+os.register_at_fork(after_in_child=forget)
