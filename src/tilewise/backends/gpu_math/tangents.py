@@ -8,6 +8,46 @@ import triton.language as tl
 
 from tilewise.backends.gpu_math import philox, scoring
 from tilewise.backends.gpu_math.gradients import probabilities
+from tilewise.backends.gpu_math.rows import rows_from
+
+
+@triton.jit
+def load_channels(X, rows, first, ROWS: tl.constexpr, CHANNELS: tl.constexpr, D: tl.constexpr, RAGGED: tl.constexpr):
+    """Channels first .. of rows = (stride, first row, start, end) of X, a tile [ROWS, CHANNELS]; 0 beyond channel D and, if
+    RAGGED, outside start .. end."""
+    stride, first_row, start, end = rows
+    numbers, dims = first_row + tl.arange(0, ROWS)[:, None], first + tl.arange(0, CHANNELS)[None, :]
+    pointers, inside = rows_from(X, stride, first_row, ROWS) + dims, (numbers >= start) & (numbers < end)
+    if RAGGED and D % CHANNELS != 0:
+        return tl.load(pointers, mask=inside & (dims < D), other=0.0)
+    elif RAGGED:
+        return tl.load(pointers, mask=inside, other=0.0)
+    elif D % CHANNELS != 0:
+        return tl.load(pointers, mask=dims < D, other=0.0)
+    else:
+        return tl.load(pointers)
+
+
+@triton.jit
+def products(A, A_TANGENT, B, B_TANGENT, a_rows, b_rows, BLOCK_A: tl.constexpr, BLOCK_B: tl.constexpr, D: tl.constexpr,
+             BLOCK_D: tl.constexpr, A_RAGGED: tl.constexpr, B_RAGGED: tl.constexpr, PRECISION: tl.constexpr):
+    """A B^T and its tangent A' B^T + A B'^T over D channels, [BLOCK_A, BLOCK_B]; A_TANGENT: None where A does not move.
+
+    Some channels at a time, and nothing of A and B stays: any head dim fits into registers. Without tensor cores a thread holds
+    whole rows of both factors.
+    """
+    CHANNELS: tl.constexpr = 16 if PRECISION == "ieee" else min(BLOCK_D, 128)
+    product, product_tangent = tl.zeros([BLOCK_A, BLOCK_B], tl.float32), tl.zeros([BLOCK_A, BLOCK_B], tl.float32)
+    for first in range(0, D, CHANNELS):
+        a = load_channels(A, a_rows, first, BLOCK_A, CHANNELS, D, A_RAGGED)
+        b = load_channels(B, b_rows, first, BLOCK_B, CHANNELS, D, B_RAGGED)
+        product = tl.dot(a, tl.trans(b), product, input_precision=PRECISION)
+        if A_TANGENT is not None:
+            a_tangent = load_channels(A_TANGENT, a_rows, first, BLOCK_A, CHANNELS, D, A_RAGGED)
+            product_tangent = tl.dot(a_tangent, tl.trans(b), product_tangent, input_precision=PRECISION)
+        b = load_channels(B_TANGENT, b_rows, first, BLOCK_B, CHANNELS, D, B_RAGGED)
+        product_tangent = tl.dot(a, tl.trans(b), product_tangent, input_precision=PRECISION)
+    return product, product_tangent
 
 
 @triton.jit

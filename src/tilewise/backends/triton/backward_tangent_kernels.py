@@ -12,8 +12,8 @@ import triton.language as tl
 
 from tilewise.backends.gpu_math import masking
 from tilewise.backends.gpu_math.places import place, sequence
-from tilewise.backends.gpu_math.rows import load_rows, load_rows_between, located, store_rows
-from tilewise.backends.gpu_math.tangents import tile_gradient_tangents
+from tilewise.backends.gpu_math.rows import load_rows_between, located, store_rows
+from tilewise.backends.gpu_math.tangents import products, tile_gradient_tangents
 from tilewise.backends.triton.backward_kernels import load_statistics, store_tile
 
 
@@ -43,10 +43,8 @@ def query_gradient_tangents(
     K, V = located(K, k_strides, k_slot, h_kv, k_start), located(V, v_strides, k_slot, h_kv, k_start)
     K_TANGENT = located(K_TANGENT, k_strides, k_slot, h_kv, k_start)
     V_TANGENT = located(V_TANGENT, v_strides, k_slot, h_kv, k_start)
-    q = load_rows(located(Q, q_strides, q_slot, h, q_start), q_strides[2], first_row, nq, BLOCK_M, D, BLOCK_D)
-    q_tangent = load_rows(located(Q_TANGENT, q_strides, q_slot, h, q_start), q_strides[2], first_row, nq,
-                          BLOCK_M, D, BLOCK_D)
-    do = load_rows(located(DO, out_strides, q_slot, h, q_start), out_strides[2], first_row, nq, BLOCK_M, DV, BLOCK_DV)
+    Q, Q_TANGENT = located(Q, q_strides, q_slot, h, q_start), located(Q_TANGENT, q_strides, q_slot, h, q_start)
+    DO = located(DO, out_strides, q_slot, h, q_start)
     statistics = (q_slot * heads + h).to(tl.int64) * lse_rows + q_start
     lse, delta = load_statistics(LSE, DELTA, statistics, rows, nq, NATURAL)
     lse_tangent, delta_tangent = load_tangents(LSE_TANGENT, DELTA_TANGENT, statistics, rows, nq)
@@ -57,22 +55,21 @@ def query_gradient_tangents(
         for t in range(masking.count(r, MASKED, False)):
             first_col = masking.tile(r, t, LIST, VISIT, MASKED, False) * BLOCK_N
             cols = first_col + tl.arange(0, BLOCK_N)
-            k = load_rows_between(K, k_strides[2], first_col, r[8], r[9], BLOCK_N, D, BLOCK_D, MASKED)
-            k_tangent = load_rows_between(K_TANGENT, k_strides[2], first_col, r[8], r[9], BLOCK_N, D, BLOCK_D, MASKED)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)              # [BLOCK_M, BLOCK_N]
-            s_tangent = tl.dot(q_tangent, tl.trans(k), input_precision=PRECISION)
-            s_tangent = tl.dot(q, tl.trans(k_tangent), s_tangent, input_precision=PRECISION)
-            v = load_rows_between(V, v_strides[2], first_col, r[8], r[9], BLOCK_N, DV, BLOCK_DV, MASKED)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)            # [BLOCK_M, BLOCK_N]
-            v = load_rows_between(V_TANGENT, v_strides[2], first_col, r[8], r[9], BLOCK_N, DV, BLOCK_DV, MASKED)
-            dp_tangent = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            s, s_tangent = products(Q, Q_TANGENT, K, K_TANGENT, (q_strides[2], first_row, 0, nq),
+                                    (k_strides[2], first_col, r[8], r[9]), BLOCK_M, BLOCK_N, D, BLOCK_D,
+                                    True, MASKED, PRECISION)
+            dp, dp_tangent = products(DO, None, V, V_TANGENT, (out_strides[2], first_row, 0, nq),
+                                      (v_strides[2], first_col, r[8], r[9]), BLOCK_M, BLOCK_N, DV, BLOCK_DV,
+                                      True, MASKED, PRECISION)
             _kept, ds_tangent, ds_raw, ds_raw_tangent = tile_gradient_tangents(
                 s, s_tangent, dp, dp_tangent, lse[:, None], lse_tangent[:, None], delta[:, None], delta_tangent[:, None], scale,
                 b, h, heads, rows[:, None], cols[None, :], first_col, nq, nk, BIAS, bias_strides, BIAS_TANGENT, RNG,
                 dropout, program, SCORE, SCORE_GRADIENT, SCORE_CURVATURE, MASK, BIAS_COLS, DROPOUT, RAW, NATURAL, MASKED,
                 BLOCK_N)
+            k = load_rows_between(K, k_strides[2], first_col, r[8], r[9], BLOCK_N, D, BLOCK_D, MASKED)
             dq = tl.dot(ds_raw_tangent.to(k.dtype), k, dq, input_precision=PRECISION)
-            dq = tl.dot(ds_raw.to(k.dtype), k_tangent, dq, input_precision=PRECISION)
+            k = load_rows_between(K_TANGENT, k_strides[2], first_col, r[8], r[9], BLOCK_N, D, BLOCK_D, MASKED)
+            dq = tl.dot(ds_raw.to(k.dtype), k, dq, input_precision=PRECISION)
             if DBIAS_MODE == "direct":
                 store_tile(DBIAS, dbias_strides, b, h, rows, cols, nq, nk, ds_tangent)
             if DBIAS_MODE == "over_cols":
@@ -91,8 +88,7 @@ def key_gradient_tangents(
         QUERIES: tl.constexpr, VISIT: tl.constexpr, BIAS_COLS: tl.constexpr, DBIAS_MODE: tl.constexpr, DROPOUT: tl.constexpr,
         RAW: tl.constexpr, NATURAL: tl.constexpr, PRECISION: tl.constexpr, PART: tl.constexpr, D: tl.constexpr,
         DV: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr):
-    """PART: " dk" or " dv": two accumulators and four tiles that stay would not fit into registers together. For the same
-    reason tiles are not transposed as in `key_gradients`: as second factors what stays takes half the registers."""
+    """PART: " dk" or " dv"."""
     b, h_kv, _, first_col = place(tl.program_id(0), WORK, tl.cdiv(nk, BLOCK_N), heads // group, 1, BLOCK_N, False)
     blocks, longest = tl.cdiv(nk, BLOCK_N), nk
     q_slot, q_start, nq = sequence(Q_ROWS, b, nq)
@@ -100,16 +96,10 @@ def key_gradient_tangents(
     b = tl.maximum(b, 0)
     program = (captured, ints, floats)
     cols = first_col + tl.arange(0, BLOCK_N)
-    k = load_rows(located(K, k_strides, k_slot, h_kv, k_start), k_strides[2], first_col, nk, BLOCK_N, D, BLOCK_D)
-    k_tangent = load_rows(located(K_TANGENT, k_strides, k_slot, h_kv, k_start), k_strides[2], first_col, nk,
-                          BLOCK_N, D, BLOCK_D)
-    if PART == " dk":
-        v = load_rows(located(V, v_strides, k_slot, h_kv, k_start), v_strides[2], first_col, nk, BLOCK_N, DV, BLOCK_DV)
-        v_tangent = load_rows(located(V_TANGENT, v_strides, k_slot, h_kv, k_start), v_strides[2], first_col, nk,
-                              BLOCK_N, DV, BLOCK_DV)
-        total = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    else:
-        total = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    K, V = located(K, k_strides, k_slot, h_kv, k_start), located(V, v_strides, k_slot, h_kv, k_start)
+    K_TANGENT = located(K_TANGENT, k_strides, k_slot, h_kv, k_start)
+    V_TANGENT = located(V_TANGENT, v_strides, k_slot, h_kv, k_start)
+    total = tl.zeros([BLOCK_N, BLOCK_D if PART == " dk" else BLOCK_DV], tl.float32)
     for member in range(group):
         h = h_kv * group + member
         of_q, of_do = located(Q, q_strides, q_slot, h, q_start), located(DO, out_strides, q_slot, h, q_start)
@@ -122,15 +112,14 @@ def key_gradient_tangents(
             for t in range(masking.count(r, MASKED, False)):
                 first_row = masking.tile(r, t, LIST, VISIT, MASKED, False) * BLOCK_M
                 rows = first_row + tl.arange(0, BLOCK_M)
-                q = load_rows_between(of_q, q_strides[2], first_row, r[8], r[9], BLOCK_M, D, BLOCK_D, MASKED)
-                q_tangent = load_rows_between(of_q_tangent, q_strides[2], first_row, r[8], r[9], BLOCK_M, D, BLOCK_D,
-                                              MASKED)
-                s = tl.dot(q, tl.trans(k), input_precision=PRECISION)          # [BLOCK_M, BLOCK_N]
-                s_tangent = tl.dot(q, tl.trans(k_tangent), input_precision=PRECISION)
-                s_tangent = tl.dot(q_tangent, tl.trans(k), s_tangent, input_precision=PRECISION)
-                do = load_rows_between(of_do, out_strides[2], first_row, r[8], r[9], BLOCK_M, DV, BLOCK_DV, MASKED)
-                dp = tl.dot(do, tl.trans(v), input_precision=PRECISION) if PART == " dk" else s
-                dp_tangent = tl.dot(do, tl.trans(v_tangent), input_precision=PRECISION) if PART == " dk" else s
+                s, s_tangent = products(of_q, of_q_tangent, K, K_TANGENT, (q_strides[2], first_row, r[8], r[9]),
+                                        (k_strides[2], first_col, 0, nk), BLOCK_M, BLOCK_N, D, BLOCK_D,
+                                        MASKED, True, PRECISION)
+                dp, dp_tangent = s, s
+                if PART == " dk":
+                    dp, dp_tangent = products(of_do, None, V, V_TANGENT, (out_strides[2], first_row, r[8], r[9]),
+                                              (v_strides[2], first_col, 0, nk), BLOCK_M, BLOCK_N, DV,
+                                              BLOCK_DV, MASKED, True, PRECISION)
                 lse, delta = load_statistics(LSE, DELTA, statistics, rows, nq, NATURAL)
                 lse_tangent, delta_tangent = load_tangents(LSE_TANGENT, DELTA_TANGENT, statistics, rows, nq)
                 p_tangent, ds_tangent, ds_raw, ds_raw_tangent = tile_gradient_tangents(
@@ -139,9 +128,12 @@ def key_gradient_tangents(
                     BIAS_TANGENT, RNG, dropout, program, SCORE, SCORE_GRADIENT, SCORE_CURVATURE, MASK, BIAS_COLS, DROPOUT, RAW,
                     NATURAL, MASKED, BLOCK_N)
                 if PART == " dk":
+                    q = load_rows_between(of_q, q_strides[2], first_row, r[8], r[9], BLOCK_M, D, BLOCK_D, MASKED)
                     total = tl.dot(tl.trans(ds_raw_tangent.to(q.dtype)), q, total, input_precision=PRECISION)
-                    total = tl.dot(tl.trans(ds_raw.to(q.dtype)), q_tangent, total, input_precision=PRECISION)
+                    q = load_rows_between(of_q_tangent, q_strides[2], first_row, r[8], r[9], BLOCK_M, D, BLOCK_D, MASKED)
+                    total = tl.dot(tl.trans(ds_raw.to(q.dtype)), q, total, input_precision=PRECISION)
                 else:
+                    do = load_rows_between(of_do, out_strides[2], first_row, r[8], r[9], BLOCK_M, DV, BLOCK_DV, MASKED)
                     total = tl.dot(tl.trans(p_tangent.to(do.dtype)), do, total, input_precision=PRECISION)
                 if DBIAS_MODE == "over_rows":
                     column_sum += tl.sum(ds_tangent, 0)
@@ -182,24 +174,16 @@ def bias_gradient_tangent(
         k_slot, k_start, nk = sequence(K_ROWS, b, longest_k)
         r = masking.visits(KEYS, VISIT, None, b, h, heads, rows, m, tiles_m, nq, nq, nk, nk, program, BLOCK_N)
         if (m * BLOCK_M < nq) & (((n >= r[0]) & (n < r[3])) | ((n >= r[4]) & (n < r[7]))):
-            of_q, of_do = located(Q, q_strides, q_slot, h, q_start), located(DO, out_strides, q_slot, h, q_start)
-            of_k = located(K, k_strides, k_slot, h // group, k_start)
-            q = load_rows(of_q, q_strides[2], m * BLOCK_M, nq, BLOCK_M, D, BLOCK_D)
-            k = load_rows(of_k, k_strides[2], n * BLOCK_N, nk, BLOCK_N, D, BLOCK_D)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            of_k = located(K_TANGENT, k_strides, k_slot, h // group, k_start)
-            k_tangent = load_rows(of_k, k_strides[2], n * BLOCK_N, nk, BLOCK_N, D, BLOCK_D)
-            s_tangent = tl.dot(q, tl.trans(k_tangent), input_precision=PRECISION)
-            of_q = located(Q_TANGENT, q_strides, q_slot, h, q_start)
-            q_tangent = load_rows(of_q, q_strides[2], m * BLOCK_M, nq, BLOCK_M, D, BLOCK_D)
-            s_tangent = tl.dot(q_tangent, tl.trans(k), s_tangent, input_precision=PRECISION)
-            do = load_rows(of_do, out_strides[2], m * BLOCK_M, nq, BLOCK_M, DV, BLOCK_DV)
-            of_v = located(V, v_strides, k_slot, h // group, k_start)
-            v = load_rows(of_v, v_strides[2], n * BLOCK_N, nk, BLOCK_N, DV, BLOCK_DV)
-            dp = tl.dot(do, tl.trans(v), input_precision=PRECISION)
-            of_v = located(V_TANGENT, v_strides, k_slot, h // group, k_start)
-            v = load_rows(of_v, v_strides[2], n * BLOCK_N, nk, BLOCK_N, DV, BLOCK_DV)
-            dp_tangent = tl.dot(do, tl.trans(v), input_precision=PRECISION)
+            s, s_tangent = products(
+                located(Q, q_strides, q_slot, h, q_start), located(Q_TANGENT, q_strides, q_slot, h, q_start),
+                located(K, k_strides, k_slot, h // group, k_start), located(K_TANGENT, k_strides, k_slot, h // group, k_start),
+                (q_strides[2], m * BLOCK_M, 0, nq), (k_strides[2], n * BLOCK_N, 0, nk), BLOCK_M, BLOCK_N, D,
+                BLOCK_D, True, True, PRECISION)
+            dp, dp_tangent = products(
+                located(DO, out_strides, q_slot, h, q_start), None,
+                located(V, v_strides, k_slot, h // group, k_start), located(V_TANGENT, v_strides, k_slot, h // group, k_start),
+                (out_strides[2], m * BLOCK_M, 0, nq), (v_strides[2], n * BLOCK_N, 0, nk), BLOCK_M, BLOCK_N, DV,
+                BLOCK_DV, True, True, PRECISION)
             statistics = (q_slot * heads + h).to(tl.int64) * lse_rows + q_start
             lse, delta = load_statistics(LSE, DELTA, statistics, rows, nq, NATURAL)
             lse_tangent, delta_tangent = load_tangents(LSE_TANGENT, DELTA_TANGENT, statistics, rows, nq)

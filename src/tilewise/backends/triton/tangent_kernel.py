@@ -12,7 +12,7 @@ import triton.language as tl
 from tilewise.backends.gpu_math import masking, softmax
 from tilewise.backends.gpu_math.places import place, sequence
 from tilewise.backends.gpu_math.rows import load_rows, load_rows_between, located, store_rows
-from tilewise.backends.gpu_math.tangents import tile_tangents
+from tilewise.backends.gpu_math.tangents import products, tile_tangents
 
 
 @triton.jit
@@ -33,9 +33,7 @@ def tangent(Q, K, V, Q_TANGENT, K_TANGENT, V_TANGENT, BIAS, BIAS_TANGENT, SINKS,
     K, V = located(K, k_strides, k_slot, h_kv, k_start), located(V, v_strides, k_slot, h_kv, k_start)
     K_TANGENT = located(K_TANGENT, k_strides, k_slot, h_kv, k_start)
     V_TANGENT = located(V_TANGENT, v_strides, k_slot, h_kv, k_start)
-    q = load_rows(located(Q, q_strides, q_slot, h, q_start), q_strides[2], first_row, nq, BLOCK_M, D, BLOCK_D)
-    q_tangent = load_rows(located(Q_TANGENT, q_strides, q_slot, h, q_start), q_strides[2], first_row, nq,
-                          BLOCK_M, D, BLOCK_D)
+    Q, Q_TANGENT = located(Q, q_strides, q_slot, h, q_start), located(Q_TANGENT, q_strides, q_slot, h, q_start)
     statistics = (q_slot * heads + h).to(tl.int64) * lse_rows + q_start + rows
     lse_natural = tl.load(LSE + statistics, mask=rows < nq, other=float("-inf"))
     lse = softmax.subtrahend(lse_natural, NATURAL)
@@ -46,11 +44,9 @@ def tangent(Q, K, V, Q_TANGENT, K_TANGENT, V_TANGENT, BIAS, BIAS_TANGENT, SINKS,
         for t in range(masking.count(r, MASKED, False)):
             first_col = masking.tile(r, t, LIST, VISIT, MASKED, False) * BLOCK_N
             cols = first_col + tl.arange(0, BLOCK_N)
-            k = load_rows_between(K, k_strides[2], first_col, r[8], r[9], BLOCK_N, D, BLOCK_D, MASKED)
-            s = tl.dot(q, tl.trans(k), input_precision=PRECISION)              # [BLOCK_M, BLOCK_N]
-            s_tangent = tl.dot(q_tangent, tl.trans(k), input_precision=PRECISION)
-            k = load_rows_between(K_TANGENT, k_strides[2], first_col, r[8], r[9], BLOCK_N, D, BLOCK_D, MASKED)
-            s_tangent = tl.dot(q, tl.trans(k), s_tangent, input_precision=PRECISION)
+            s, s_tangent = products(Q, Q_TANGENT, K, K_TANGENT, (q_strides[2], first_row, 0, nq),
+                                    (k_strides[2], first_col, r[8], r[9]), BLOCK_M, BLOCK_N, D, BLOCK_D,
+                                    True, MASKED, PRECISION)
             weighted, kept, kept_weighted = tile_tangents(
                 s, s_tangent, lse[:, None], scale, b, h, heads, rows[:, None], cols[None, :], first_col, nq, nk,
                 BIAS, bias_strides, BIAS_TANGENT, RNG, dropout, program, SCORE, SCORE_GRADIENT, MASK, BIAS_COLS, DROPOUT, RAW,
