@@ -72,11 +72,11 @@ class Meter:
         if isinstance(argument, tuple):
             for i, one in enumerate(argument):
                 self.enter(f"{name}[{i}]", one)
-        elif hasattr(argument, "base"):         # a tensor descriptor
-            self.enter(name, argument.base)
         elif hasattr(argument, "data_ptr"):
             self.numbers[id(argument)] = len(self.names)
             self.names.append(name)
+        elif hasattr(argument, "base"):         # a tensor descriptor
+            self.enter(name, argument.base)
 
     def move(self, by_name: Counter[str], pointers: Any, active: np.ndarray) -> None:
         size = pointers.get_element_ty().primitive_bitwidth // 8
