@@ -117,14 +117,17 @@ def test_packed(options):
 
 @pytest.mark.parametrize("paged", [False, True])
 def test_cache(paged):
-    lengths = [70, 33]
+    lengths = torch.tensor([70, 33])
+    k, v = (torch.randn(int(lengths.sum()), 2, 32, generator=NOISE).half() for _ in range(2))
     if paged:
         cache = tw.PagedKVCache(8, 16, 2, 32, max_sequences=2, dtype=torch.float16)
+        rows = [cache.new(), cache.new()]
+        cache.append(k, v, sequences=rows, cu_seqlens=cu_seqlens(lengths))
     else:
-        cache = tw.KVCache(2, 80, 2, 32, dtype=torch.float16)
-    k, v = (torch.randn(sum(lengths), 2, 32, generator=NOISE).half() for _ in range(2))
-    cache.append(k, v, cu_seqlens=cu_seqlens(torch.tensor(lengths)))
-    problem, x = _of_cache(torch.randn(2, 1, 4, 32, generator=NOISE).half(), cache, None, num_splits=2, causal=True)
+        cache, rows = tw.KVCache(2, 80, 2, 32, dtype=torch.float16), None
+        cache.append(k, v, cu_seqlens=cu_seqlens(lengths))
+    q = torch.randn(2, 1, 4, 32, generator=NOISE).half()
+    problem, x = _of_cache(q, cache, None, cache_batch_idx=rows, num_splits=2, causal=True)
     first, _ = agree(problem, x, (16, 32), backward=False, splits=2)
     assert ("pages" in first.read) == paged
 
