@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,7 @@ NAMES = {"dv_": "dv", "o": "out"}                        # the kernels' DV is a 
 
 @dataclass
 class Kernel:
-    """One launch: bytes by tensor, FLOPs of products with the padding of tiles, elements of exponentials (None: depends on the
-    score function)."""
+    """One launch: bytes by tensor; FLOPs as in `counter.Launch`, None where no closed form is kept."""
     name: str
     read: dict[str, int] = field(default_factory=dict)
     written: dict[str, int] = field(default_factory=dict)
@@ -108,8 +107,9 @@ def predicted(problem: Problem, x: Operands, tiles: Blocks, backward: bool = Fal
     if backward:
         rows = w if not fold else walk(problem, x, tiles)
         keys = walk(problem, x, tiles, of_keys=True)
-        found.append(placed(problem, x, Kernel("preprocess"), costs.delta(sizes(problem), rows.rows), rows.programs,
-                            ("q_rows", "work")))
+        of_rows = rows.programs * tiles.q * (2 * padded(problem.head_dim_v) - 1)
+        found.append(placed(problem, x, Kernel("preprocess", arithmetic=of_rows), costs.delta(sizes(problem), rows.rows),
+                            rows.programs, ("q_rows", "work")))
         found += [of_keys(problem, x, tiles, keys, part) for part in parts(problem)]
         found.append(of_queries(problem, x, tiles, rows))
     return found
@@ -124,12 +124,8 @@ def placed(problem: Problem, x: Operands, kernel: Kernel, moved: Moved, programs
              "work": x.k_rows is not None and x.q_rows is not None
                      and (problem.packed_k if of_keys else problem.packed_q) is not None}
     read |= {name: TABLES[name] * programs for name in used if there[name]}
-    kernel.read, kernel.written = tensors(added(kernel.read, read)), tensors(added(kernel.written, moved.written))
+    kernel.read, kernel.written = tensors(costs.added(kernel.read, read)), tensors(costs.added(kernel.written, moved.written))
     return kernel
-
-
-def added(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
-    return costs.added(a, b)
 
 
 def of_tiles(problem: Problem, x: Operands, tiles: Blocks, w: Walk, members: int = 1) -> dict[str, int]:
@@ -172,6 +168,25 @@ def exponentials(problem: Problem, n: int) -> int | None:
     return None if problem.graphs.score is not None else n
 
 
+class Unit(NamedTuple):
+    """What arithmetic of single elements depends on: fp32 keeps statistics natural, 16 bits in base 2, scaled on the way."""
+    natural: bool
+    d: int
+    dv: int
+
+
+def unit(problem: Problem, x: Operands) -> Unit | None:
+    """None where score functions, biases, dropout or sinks add arithmetic of their own."""
+    if problem.graphs.score is not None or x.bias is not None or problem.dropout or x.sinks is not None:
+        return None
+    return Unit(problem.dtype == torch.float32, padded(problem.head_dim), padded(problem.head_dim_v))
+
+
+def finalized(u: Unit, rows: int) -> int:
+    """acc / l, and lse: `softmax.finalize`."""
+    return rows * (u.dv + 2)
+
+
 def forward(problem: Problem, x: Operands, tiles: Blocks, w: Walk, fold: bool, splits: int) -> Kernel:
     s, programs = sizes(problem), splits * w.programs
     read = of_tiles(problem, x, tiles, w._replace(programs=programs))
@@ -186,6 +201,12 @@ def forward(problem: Problem, x: Operands, tiles: Blocks, w: Walk, fold: bool, s
     kernel = Kernel("forward", read, products=costs.products(w.visits * tiles.q * tiles.k, dims),
                     exponentials=exponentials(problem, w.visits * (tiles.q * tiles.k + tiles.q) + programs * sink_exps(
                         x, splits, tiles) + programs * tiles.q))
+    if u := unit(problem, x):               # `softmax.update`: a tile's exponent, two reductions; 5 of each row; acc
+        tile = tiles.q * tiles.k
+        kernel.arithmetic = w.visits * ((5 if u.natural else 4) * tile + tiles.q * (3 + u.dv)) + finalized(
+            u, programs * tiles.q) + (0 if u.natural else programs)
+        if x.v_scale is not None:
+            kernel.arithmetic += programs * tiles.q * u.dv
     return placed(problem, x, kernel, costs.flash2_forward(s, w, splits), programs)
 
 
@@ -199,7 +220,11 @@ def merged(problem: Problem, x: Operands, tiles: Blocks, splits: int, w: Walk) -
     programs = costs.cut(rows, tiles.q) * slots * problem.heads
     read = {} if x.sinks is None else {"sinks": programs * x.sinks.itemsize}
     count = programs * tiles.q * (2 * splits + 1 + (0 if x.sinks is None else 2))
-    return placed(problem, x, Kernel("merge", read, exponentials=count), costs.merge(sizes(problem), splits, w.parts), 0, ())
+    kernel = Kernel("merge", read, exponentials=count)
+    if u := unit(problem, x):               # `softmax.merge`: two ratios, l, acc
+        per_row = (7 if u.natural else 6) + 3 * u.dv
+        kernel.arithmetic = programs * tiles.q * splits * per_row + finalized(u, programs * tiles.q)
+    return placed(problem, x, kernel, costs.merge(sizes(problem), splits, w.parts), 0, ())
 
 
 def of_keys(problem: Problem, x: Operands, tiles: Blocks, w: Walk, part: str) -> Kernel:
@@ -208,6 +233,9 @@ def of_keys(problem: Problem, x: Operands, tiles: Blocks, w: Walk, part: str) ->
     scores = w.visits * tiles.q * tiles.k
     kernel = Kernel("key_gradients" + part, of_tiles(problem, x, tiles, w, problem.group),
                     products=costs.products(scores, dims), exponentials=exponentials(problem, scores))
+    if u := unit(problem, x):
+        per_tile = 5 * tiles.q * tiles.k if u.natural else 4 * tiles.q * tiles.k + tiles.q + 1
+        kernel.arithmetic = w.visits * per_tile + (0 if part == " dv" else w.programs * tiles.k * u.d)
     return placed(problem, x, kernel, costs.flash2_keys(sizes(problem), w, part), w.programs)
 
 
@@ -216,4 +244,7 @@ def of_queries(problem: Problem, x: Operands, tiles: Blocks, w: Walk) -> Kernel:
     scores = w.visits * tiles.q * tiles.k
     kernel = Kernel("query_gradients", of_tiles(problem, x, tiles, w), products=costs.products(scores, 2 * d + dv),
                     exponentials=exponentials(problem, scores))
+    if u := unit(problem, x):
+        per_tile = 5 * tiles.q * tiles.k if u.natural else 4 * tiles.q * tiles.k + 1
+        kernel.arithmetic = w.visits * per_tile + w.programs * tiles.q * (u.d + (0 if u.natural else 1))
     return placed(problem, x, kernel, costs.flash2_queries(sizes(problem), w), w.programs)
