@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from tilewise.traffic.cli import app as traffic
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
@@ -27,6 +29,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
     help="Exact attention, computed tile by tile.\n\nStart with `tilewise demo`.",
 )
+app.add_typer(traffic, name="traffic")
 console = Console(highlight=False)
 CELLS = (("·", "grey50"), ("■", "orange1"), ("■", "dodger_blue1"))     # hidden, visible in a partial tile, in a full one
 MOST_DRAWN = 64             # queries and keys, as text that is not on a terminal
