@@ -20,7 +20,9 @@ from tilewise.costs import Blocks, Sizes, dense_walk, flash2_backward, flash2_fo
 from tilewise.packing import cu_seqlens
 from tilewise.problem import make
 from tilewise.traffic.counter import counting
+from tilewise.traffic.counts import sweep
 from tilewise.traffic.kernels import counted, predicted
+from tilewise.traffic.slopes import fits
 
 
 def inputs(seqlen_q=70, seqlen_k=None, heads=2, kv_heads=None, head_dim=32, head_dim_v=None, batch=1, dtype=torch.float16):
@@ -192,3 +194,12 @@ def test_what_has_no_closed_form_says_so():
     with pytest.raises(NotImplementedError, match="captured tensors: counted, not in closed form"):
         predicted(problem, x, Blocks(32, 32))
     assert counted(problem, x, Blocks(32, 32))[0].read["t0"] > 0
+
+
+def test_exponents_of_what_is_counted():
+    """N, d and M of the tensors that pass again and again: Theorem 2's and 5's N² d² / M."""
+    counts = sweep([(64, 16, 16), (128, 16, 16), (128, 16, 32), (64, 32, 16), (128, 32, 32)], backward=True)
+    streamed = [fit for fit in fits(counts) if fit.part.endswith("streamed")]
+    assert [fit.part for fit in streamed] == ["forward, streamed", "backward, streamed"]
+    for fit in streamed:
+        assert fit.off < 0.02, fit

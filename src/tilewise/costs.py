@@ -280,7 +280,7 @@ def lower_bound(s: Sizes, fast: int) -> float:
 # ---- FLOPs -------------------------------------------------------------------------------------------------------------
 
 class Work(NamedTuple):
-    """FLOPs: of matrix products; exponentials; other arithmetic of single elements (+ - * / max, a fused multiply-add is two)."""
+    """FLOPs of matrix products; exponentials; other arithmetic of single elements: + - * / max, a fused multiply-add is two."""
     products: int
     exponentials: int
     arithmetic: int

@@ -19,8 +19,8 @@ def apart(function: str, **arguments: Any) -> Any:
 
     if missing() is not None:
         raise RuntimeError(f"counting runs the Triton kernels in Triton's interpreter: {missing()}")
-    done = subprocess.run([sys.executable, "-m", __name__, function, json.dumps(arguments)], stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True, env=os.environ | THREADS | {"TRITON_INTERPRET": "1"})
+    done = subprocess.run([sys.executable, "-m", __name__, function, json.dumps(arguments)], capture_output=True, text=True,
+                          env=os.environ | THREADS | {"TRITON_INTERPRET": "1"})
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
         raise RuntimeError(lines[-1] if lines else f"the counting process ended with status {done.returncode}")

@@ -24,7 +24,8 @@ def count(shape: Shape, tiles: Blocks, backward: bool) -> dict[str, Any]:
         for tensor in sorted({*counted["read"], *counted["written"]}):
             pair = [counted[side].get(tensor, 0) for side in ("read", "written")]
             same = known and pair == [form[side].get(tensor, 0) for side in ("read", "written")]
-            table.append([name, tensor, *(f"{n:,}" if n else "-" for n in pair), "same" if same else "differs" if known else "none"])
+            verdict = "same" if same else "differs" if known else "none"
+            table.append([name, tensor, *(f"{n:,}" if n else "-" for n in pair), verdict])
         flops.append([name, *(f"{counted[unit]:,}" for unit in FLOPS)])
         total = {what: sum(of["read"].values()) + sum(of["written"].values())
                  for what, of in (("counted", counted), ("closed form", form)) if isinstance(of, dict)}
@@ -41,32 +42,35 @@ def estimate(shape: Shape, device: devices.Device, backward: bool) -> dict[str, 
     problem, x = shape.described()
     estimates = [roofline.standard(problem, device, backward),
                  roofline.tilewise(problem, x, device, backward, shape.splits)]
-    width = roofline.width_of(problem)
+    mode, width = "forward and backward" if backward else "forward", roofline.width_of(problem)
     rows, lines = [], [["ms at least", *roofline.UNITS, "GB once", "GB asked for", "FLOP/byte", "bound by"]]
     for e in estimates:
         lines.append([e.name, *(f"{e.seconds[unit] * 1e3:.3f}" for unit in roofline.UNITS), giga(e.least), giga(e.most),
                       f"{e.intensity:.0f}", e.bound])
         rows.append(row("roofline", e.name, shape.setting | {
-            "mode": "forward+backward" if backward else "forward", "device": device.name, "peak": device.rate(width),
-            "bandwidth": device.bandwidth, "flops": e.flops, "intensity": e.intensity, "bound": e.bound, "unit_seconds": e.seconds,
-            "bytes_least": e.least}, {"roofline": {"seconds": e.time, "count": e.most}}))
-    head = f"{shape}, {'forward and backward' if backward else 'forward'}, on {device.name} ({device.source})"
-    text = [head, *aligned(lines), "", f"standard attention takes at least {estimates[0].time / estimates[1].time:.1f} times as long"]
+            "mode": mode.replace(" and ", "+"), "device": device.name, "peak": device.rate(width),
+            "bandwidth": device.bandwidth, "flops": e.flops, "intensity": e.intensity, "bound": e.bound,
+            "unit_seconds": e.seconds, "bytes_least": e.least},
+            {"roofline": {"seconds": e.time, "count": e.most}}))
+    ratio = estimates[0].time / estimates[1].time
+    text = [f"{shape}, {mode}, on {device.name} ({device.source})", *aligned(lines), "",
+            f"standard attention takes at least {ratio:.1f} times as long"]
     if device.name == "cpu":
-        text += ["", "each cache as fast memory of M bytes, before what lies beyond it", *level_lines(shape, device.rate(width))]
+        text += ["", "each cache as fast memory of M bytes, before what is beyond it", *level_lines(shape, device.rate(width))]
     return result(rows, text)
 
 
 def level_lines(shape: Shape, peak: float) -> list[str]:
-    """Traffic past each level of a CPU's caches, with the tiles that fit it: M = 4 d B (Algorithm 1, line 1)."""
+    """Traffic past each level of a CPU's caches, with tiles that fit it: M = 4 d B (Algorithm 1, line 1)."""
     problem, _ = shape.described()
     s = roofline.sizes(problem)
     rows = [["level", "M, KiB", "GB/s beyond", "tile", "GB, forward", "ms", "products ms"]]
     for name, fast, bandwidth in devices.levels():
         side = max(16, min(fast // s.itemsize // (4 * s.head_dim), s.seqlen_q))
         moved = costs.flash2_forward(s, dense_walk(s, Blocks(side, side))).total
-        rows.append([name, f"{fast >> 10:,}", f"{bandwidth / 1e9:.0f}", str(side), giga(moved), f"{moved / bandwidth * 1e3:.2f}",
-                     f"{costs.products(s.scores, s.head_dim + s.head_dim_v) / peak * 1e3:.2f}"])
+        products = costs.products(s.scores, s.head_dim + s.head_dim_v) / peak
+        rows.append([name, f"{fast >> 10:,}", f"{bandwidth / 1e9:.0f}", str(side), giga(moved),
+                     f"{moved / bandwidth * 1e3:.2f}", f"{products * 1e3:.2f}"])
     return aligned(rows)
 
 
@@ -88,10 +92,11 @@ def exponents(quick: bool) -> dict[str, Any]:
     for c in counts:
         m = 4 * c["d"] * c["side"]
         moved = {kind: {"count": slopes.moved(c, ("forward",), kind)} for kind in ("streamed", "all")}
-        rows.append(row("exponents", f"N {c['n']}, d {c['d']}, M {m}", {"n": c["n"], "d": c["d"], "m": m,
-                                                                     "theory": c["n"]**2 * c["d"]**2 / m}, moved))
-    notes = ["", "streamed: tensors that pass again and again. all: also what is moved once, and statistics of rows, lower terms of",
-             "the theorems' sums, which vanish as N d / M and d grow: at lengths of 16K to 64K by closed form, as counted."]
+        setting = {"n": c["n"], "d": c["d"], "m": m, "theory": c["n"]**2 * c["d"]**2 / m}
+        rows.append(row("exponents", f"N {c['n']}, d {c['d']}, M {m}", setting, moved))
+    notes = ["", "streamed: tensors that pass again and again. all: also what is moved once, and rows' statistics: lower terms",
+             "of the theorems' sums, which vanish as N d / M and d grow; at 16K to 64K by the closed forms, which counts bear",
+             "out."]
     return result(rows, [*aligned(lines), *notes], quick)
 
 

@@ -1,10 +1,10 @@
 """What devices can do at most: `devices.tsv` for GPUs, with the source of each row, and this machine's CPU, measured.
 
     arch                whose tile sizes it takes (`backends/triton/configs.tsv`); a T4 those of its nearest, it has no kernels
-    half, tf32, fp32    10^12 FLOP/s of matrix products of 16-bit inputs, of fp32 rounded to tf32, and of plain fp32 arithmetic
+    half, tf32, fp32    10^12 FLOP/s of products of 16-bit inputs, of fp32 rounded to tf32, and of plain fp32 arithmetic
     special_per_clock   exponentials per clock of each of `units` multiprocessors, at `clock` 10^9 per second
     bandwidth           10^12 bytes per second of slow memory
-    fast, l2            KiB of registers' neighbour, L1 and shared memory, of one multiprocessor; MiB of the cache before slow memory
+    fast, l2            KiB of L1 and shared memory of one multiprocessor; MiB of the last cache before slow memory
     capacity            GB of slow memory
 """
 from __future__ import annotations
@@ -136,7 +136,7 @@ def this_cpu() -> Device:
 
 
 def levels() -> list[tuple[str, int, float]]:
-    """(name, bytes, bytes per second from beyond it): each cache as a fast memory of its own, before the next as the slow one."""
+    """(name, bytes, bytes per second from beyond it): each cache as a fast memory, the next, or memory, as the slow one."""
     caches = sorted(cache_sizes().items(), key=lambda item: item[1])
     found = []
     for i, (name, fast) in enumerate(caches):

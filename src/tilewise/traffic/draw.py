@@ -1,4 +1,4 @@
-"""Results of this room as pictures. Needs matplotlib. Readable in black and white: hatches and markers, colours of Okabe and Ito."""
+"""Results of this room as pictures, readable without colours too. Needs matplotlib."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, GRID = "#1f2430", "#e5e7eb"
-BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#f0e442", "#56b4e9"
+BLUE, ORANGE, GREEN, PINK, YELLOW, SKY = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#f0e442", "#56b4e9"   # Okabe and Ito's
 HATCHES = ("", "//", "..", "xx", "\\\\", "--", "oo", "++")
 Panel = Callable[["Axes", list[Mapping[str, Any]]], None]
 
@@ -32,7 +32,7 @@ def save(result: Mapping[str, Any], path: Path) -> None:
         axes.title.set_fontsize(10)
         axes.tick_params(labelsize=8)
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "tilewise"}):
-        picture.savefig(path)
+        picture.savefig(path, metadata={"Date": None} if path.suffix == ".svg" else None)      # the same file each time
 
 
 def accounts(axes: Axes, rows: list[Mapping[str, Any]]) -> None:
@@ -109,13 +109,16 @@ def of_kernels(axes: Axes, rows: list[Mapping[str, Any]]) -> None:
     bars = [(f"{row['case']}, {side}", row["setting"][side]) for row in rows for side in ("read", "written")]
     tensors = sorted({name for _, by_tensor in bars for name in by_tensor})
     colours = (BLUE, ORANGE, GREEN, PINK, YELLOW, SKY, "#999999", "white")
+    longest = max(sum(by_tensor.values()) for _, by_tensor in bars)
     for place, (_, by_tensor) in zip(range(len(bars), 0, -1), bars, strict=True):
         left = 0
         for i, name in enumerate(tensors):
             if name in by_tensor:
                 axes.barh(place, by_tensor[name], 0.7, left=left, color=colours[i % 8], hatch=HATCHES[i // 8 % 8],
                           edgecolor=INK, linewidth=0.5)
-                axes.text(left + by_tensor[name] / 2, place, name, ha="center", va="center", fontsize=6, clip_on=True)
+                if by_tensor[name] > 0.03 * longest:
+                    axes.text(left + by_tensor[name] / 2, place, name, ha="center", va="center", fontsize=7,
+                              bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})
                 left += by_tensor[name]
     axes.set_yticks(list(range(len(bars), 0, -1)), [label for label, _ in bars])
     axes.set_xlabel("bytes")
@@ -131,7 +134,8 @@ def of_roofs(axes: Axes, rows: list[Mapping[str, Any]]) -> None:
     for row, marker, colour in zip(rows, ("s", "o", "^"), (ORANGE, BLUE, GREEN), strict=False):
         setting = row["setting"]
         speed = setting["flops"] / row["contenders"]["roofline"]["seconds"] / 1e12
-        axes.loglog([setting["intensity"]], [speed], marker, color=colour, markersize=8, label=f"{row['case']}: {setting['bound']}")
+        label = f"{row['case']}: {setting['bound']}"
+        axes.loglog([setting["intensity"]], [speed], marker, color=colour, markersize=8, label=label)
     axes.set_xlabel("FLOP per byte of slow memory")
     axes.set_ylabel("TFLOP/s")
     axes.legend(fontsize=8)

@@ -4,7 +4,6 @@
 """
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -132,7 +131,7 @@ def of_tiles(problem: Problem, x: Operands, tiles: Blocks, w: Walk, members: int
     """What every kernel that visits tiles reads beside their rows: bias, dropout's numbers, lists of tiles."""
     read = {}
     if x.bias is not None:
-        read["bias"] = w.visits * tiles.q * tiles.k * x.bias.itemsize      # rows and columns beyond the end are clamped, not hidden
+        read["bias"] = w.visits * tiles.q * tiles.k * x.bias.itemsize      # beyond the end indices are clamped, not hidden
     if problem.dropout:
         read["rng"] = w.visits * 3 * 8
     if problem.graphs.listed:
@@ -155,7 +154,8 @@ def lookups(problem: Problem, x: Operands) -> list[tuple[str, Tensor, bool, bool
                 if isinstance(argument, (str, Node)):
                     visit(argument)
 
-    visit(problem.graphs.mask)
+    if problem.graphs.mask is not None:
+        visit(problem.graphs.mask)
     result = []
     for node in found:
         number = int("".join(c for c in str(node.args[0]) if c.isdigit()))

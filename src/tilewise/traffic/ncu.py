@@ -2,7 +2,7 @@
 
     ncu --metrics dram__bytes_read.sum,dram__bytes_write.sum --csv python -m tilewise.traffic.ncu SHAPE
 
-The measured bytes lie between every tensor once and the counted bytes: what the counter calls a request, the L2 cache may serve.
+The measured bytes lie between every tensor once and the counted bytes: what the counter counts, the L2 cache may serve.
 Needs an NVIDIA GPU, `ncu` on the path, and leave to read performance counters. Not yet run on a GPU.
 """
 from __future__ import annotations
@@ -40,8 +40,8 @@ def measure(shape: dict[str, Any], backward: bool) -> list[dict[str, Any]]:
     reason = missing()
     if reason is not None:
         raise RuntimeError(reason)
-    command = ["ncu", "--metrics", ",".join(METRICS), "--csv", "--nvtx", "--nvtx-include", f"{RANGE}/", "--cache-control", "all",
-               sys.executable, "-m", __name__, json.dumps(shape), str(int(backward))]
+    command = ["ncu", "--metrics", ",".join(METRICS), "--csv", "--nvtx", "--nvtx-include", f"{RANGE}/", "--cache-control",
+               "all", sys.executable, "-m", __name__, json.dumps(shape), str(int(backward))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         said = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]

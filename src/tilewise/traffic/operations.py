@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from tilewise.costs import Extras, Sizes
+from tilewise.costs import PLAIN, Extras, Sizes
 
 
 class Counting(TorchDispatchMode):
@@ -65,7 +65,7 @@ def size(tensor: Tensor) -> int:
     return math.prod(n for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step) * tensor.itemsize
 
 
-def counted_standard(s: Sizes, extras: Extras = Extras(), backward: bool = True) -> Counting:
+def counted_standard(s: Sizes, extras: Extras = PLAIN, backward: bool = True) -> Counting:
     """Standard attention (Algorithm 0), and its backward pass by autograd (Algorithm 3), counted.
 
     The mask, if any, is one of padding: [batch, 1, 1, S_k], boolean or of q's dtype.

@@ -1,4 +1,4 @@
-"""The FlashAttention paper's numbers of memory traffic and memory beside ours: Figure 2 and Table 21, from closed forms and counts.
+"""The FlashAttention paper's traffic and memory beside ours, Figure 2 and Table 21, from closed forms and counts.
 
 Nothing here runs attention. Times are a roofline's (`roofline.py`), printed numbers are in `published.tsv`.
 """
@@ -56,8 +56,8 @@ def flash_accounts(s: Sizes, fast: int) -> list[Account]:
     for blocks, words in ((of_paper, f"B_c = M / 4d = {of_paper.k}"), (KERNELS, f"B_c = {KERNELS.k}, of its CUDA kernels")):
         for zeroed in (False, True):
             moved = costs.flash1_forward(s, blocks, zeroed=zeroed) + costs.flash1_backward(s, blocks, zeroed=zeroed)
-            accounts.append(Account(f"FlashAttention, B_c {blocks.k}{', zeroed' if zeroed else ''}", "flash",
-                                    words + ("; O, l, m and dQ set first" if zeroed else ""), moved, None))
+            name, first = (", zeroed", "; O, l, m and dQ set first") if zeroed else ("", "")
+            accounts.append(Account(f"FlashAttention, B_c {blocks.k}{name}", "flash", words + first, moved, None))
     return accounts
 
 
@@ -66,7 +66,8 @@ def our_account(s: Sizes, device: devices.Device) -> Account:
     config = choose("forward", problem, device.arch)
     kernels = predicted(problem, x, Blocks(config.BLOCK_M, config.BLOCK_N), backward=True)
     moved = sum((Moved(kernel.read, kernel.written) for kernel in kernels), Moved())
-    return Account("Tilewise (triton)", "flash", f"tiles of {config.BLOCK_M} x {config.BLOCK_N}, keys inside; no cache", moved, None)
+    words = f"tiles of {config.BLOCK_M} x {config.BLOCK_N}, keys inside; no cache"
+    return Account("Tilewise (triton)", "flash", words, moved, None)
 
 
 def table(device: devices.Device) -> dict[str, Any]:
@@ -80,12 +81,14 @@ def table(device: devices.Device) -> dict[str, Any]:
     rows, lines = [], [["GB, forward and backward", "read", "written", "total", "counted", "assumes"]]
     for a in accounts:
         read, written = sum(a.moved.read.values()), sum(a.moved.written.values())
-        lines.append([a.name, giga(read), giga(written), giga(a.moved.total), "-" if a.counted is None else giga(a.counted), a.assumes])
+        counted = "-" if a.counted is None else giga(a.counted)
+        lines.append([a.name, giga(read), giga(written), giga(a.moved.total), counted, a.assumes])
         near = {p.version: {"bytes": round(p.value * 1e9), "hardware": p.hardware} for p in printed
                 if p.unit == "GB" and p.method == a.method}
         known = {"closed form": {"count": a.moved.total}} | ({} if a.counted is None else {"counted": {"count": a.counted}})
-        rows.append(row("table", a.name, {"mode": "forward+backward", "batch": s.batch, "seqlen": s.seqlen_q, "heads": s.heads,
-                                          "head_dim": s.head_dim, "dtype": "float16", "assumes": a.assumes}, known, published=near))
+        setting = {"mode": "forward+backward", "batch": s.batch, "seqlen": s.seqlen_q, "heads": s.heads, "head_dim": s.head_dim,
+                   "dtype": "float16", "assumes": a.assumes}
+        rows.append(row("table", a.name, setting, known, published=near))
     text = aligned(lines)
     text += ["", f"printed: standard {shown['standard']} GB; FlashAttention {shown['flash']} GB (A100)",
              f"every tensor once, the least there is: {giga(once)} GB"]
@@ -125,18 +128,20 @@ def block_sizes(device: devices.Device) -> dict[str, Any]:
         blocks = Blocks(min(columns, s.head_dim), columns)
         moved, work = costs.flash1_forward(s, blocks), costs.flash1_work(s, blocks)
         memory = moved.total / device.bandwidth
-        compute = work.products / device.rate("half") + work.exponentials / device.exponentials + work.arithmetic / device.arithmetic
+        compute = (work.products / device.rate("half") + work.exponentials / device.exponentials
+                   + work.arithmetic / device.arithmetic)
         if knee is None and memory <= compute:
             knee = columns
-        rows.append(row("block size", f"B_c {columns}", {"mode": "forward", "block_k": columns, "device": device.name,
-                                                         "slow_memory_s": memory, "arithmetic_s": compute, "fits": columns <= limit},
+        setting = {"mode": "forward", "block_k": columns, "device": device.name, "slow_memory_s": memory,
+                   "arithmetic_s": compute, "fits": columns <= limit}
+        rows.append(row("block size", f"B_c {columns}", setting,
                         {"closed form": {"count": moved.total, "seconds": max(memory, compute)}}))
         lines.append([str(columns), giga(moved.total), f"{memory * 1e3:.2f}", f"{compute * 1e3:.2f}",
                       "slow memory" if memory > compute else "arithmetic", "yes" if columns <= limit else "no"])
     where = f"at B_c {knee}" if knee else "beyond these"
     return result(rows, ["FlashAttention forward, GPT-2 medium, against the block size", *aligned(lines),
-                         f"knee {where} on {device.name}: from there arithmetic bounds, and traffic no longer decides; the paper "
-                         f"measured 256. M / 4d = {limit}"])
+                         f"knee {where} on {device.name}: from there arithmetic bounds, and traffic no longer decides (the "
+                         f"paper measured 256); M / 4d = {limit}"])
 
 
 def densities(device: devices.Device) -> dict[str, Any]:
@@ -178,13 +183,13 @@ def memory() -> dict[str, Any]:
         peak = counted_standard(s).peak
         problem, _ = Shape(n, batch=16, heads=8).described()
         ours = s.q + s.k + s.v + 2 * s.out + s.q + s.k + s.v + workspace(problem)[1]
-        theirs = [printed.get((method, n)) for method in ("standard", "flash")]
-        both = theirs[0] is not None and theirs[1] is not None
+        theirs = {name: printed[method, n] for name, method in (("PyTorch", "standard"), ("FlashAttention", "flash"))
+                  if (method, n) in printed}
         lines.append([str(n), f"{peak / 1e6:,.0f}", f"{ours / 1e6:,.0f}", f"{peak / ours:.1f}",
-                      *("-" if t is None else f"{t:,.0f}" for t in theirs), f"{theirs[0] / theirs[1]:.1f}" if both else "-"])
-        near = {name: {"bytes": round(t * 1e6), "hardware": "A100-40"} for name, t in zip(("PyTorch", "FlashAttention"), theirs,
-                                                                                         strict=True) if t is not None}
+                      *(f"{theirs[name]:,.0f}" if name in theirs else "-" for name in ("PyTorch", "FlashAttention")),
+                      f"{theirs['PyTorch'] / theirs['FlashAttention']:.1f}" if len(theirs) == 2 else "-"])
+        near = {name: {"bytes": round(value * 1e6), "hardware": "A100-40"} for name, value in theirs.items()}
         rows.append(row("memory", f"N {n}", {"mode": "forward+backward", "seqlen": n, "batch": 16, "heads": 8, "head_dim": 64,
                                              "dtype": "float16"}, {"tilewise": {"bytes": ours}, "standard": {"bytes": peak}},
                         published=near))
-    return result(rows, ["Memory of attention at its peak, batch 16, 8 heads, d 64, fp16, forward and backward", *aligned(lines)])
+    return result(rows, ["Peak memory of attention, batch 16, 8 heads, d 64, fp16, forward and backward", *aligned(lines)])

@@ -12,7 +12,8 @@ from tilewise.bench import record
 PUBLISHED = Path(__file__).with_name("published.tsv")
 
 
-def row(part: str, case: str, setting: Mapping[str, Any], contenders: Mapping[str, Mapping[str, Any]], **more: Any) -> dict[str, Any]:
+def row(part: str, case: str, setting: Mapping[str, Any], contenders: Mapping[str, Mapping[str, Any]],
+        **more: Any) -> dict[str, Any]:
     """A case of a result. contenders: by name what is known of each, such as count (bytes of traffic) or seconds."""
     entries = {name: {"state": "timed", "reason": ""} | dict(known) for name, known in contenders.items()}
     return {"part": part, "case": case, "setting": dict(setting), "contenders": entries, "times_faster": {}} | more
@@ -38,14 +39,15 @@ class Printed(NamedTuple):
 def published(figure: str) -> tuple[Printed, ...]:
     """The published numbers of a figure or table (`published.tsv`)."""
     with PUBLISHED.open(newline="") as file:
-        return tuple(Printed(r["version"], r["method"], int(r["x"] or 0), float(r["value"]), r["unit"], r["hardware"], r["source"])
-                     for r in csv.DictReader(file, delimiter="\t") if r["figure"] == figure)
+        rows = [r for r in csv.DictReader(file, delimiter="\t") if r["figure"] == figure]
+    return tuple(Printed(r["version"], r["method"], int(r["x"] or 0), float(r["value"]), r["unit"], r["hardware"], r["source"])
+                 for r in rows)
 
 
 def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
     """Lines of a table: the first column to the left, the others to the right; the first row is its head."""
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(r, widths, strict=True))).rstrip()
+    first, *others = (max(len(r[i]) for r in rows) for i in range(len(rows[0])))
+    return ["  ".join([r[0].ljust(first), *(cell.rjust(w) for cell, w in zip(r[1:], others, strict=True))]).rstrip()
             for r in rows]
 
 

@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 THEORY = {"N": 2.0, "d": 2.0, "M": -1.0}
+QUICK = (128, 256), (16, 32), (1024, 2048)     # N, d and M
+FULL = (128, 256, 512), (16, 32, 64), (2048, 4096, 8192)
 STREAMED = {"forward": ("k", "v"), "key_gradients": ("q", "do"), "query_gradients": ("k", "v")}
 
 
@@ -35,8 +37,8 @@ class Fit(NamedTuple):
 
 
 def grid(quick: bool) -> list[tuple[int, int, int]]:
-    """(N, d, B): each N, d and M that fit together, M at most N d / 4, so that tensors pass at least 16 times."""
-    lengths, dims, memories = ((128, 256), (16, 32), (1024, 2048)) if quick else ((128, 256, 512), (16, 32, 64), (2048, 4096, 8192))
+    """(N, d, B): each N, d and M that fit together, M at most N d / 2, so that tensors pass at least 8 times."""
+    lengths, dims, memories = QUICK if quick else FULL
     sides = [(n, d, m // (4 * d)) for n in lengths for d in dims for m in memories]
     return [(n, d, side) for n, d, side in sides if side >= 16 and n >= 8 * side]
 

@@ -1,10 +1,10 @@
 """Which tiles the Triton kernels visit for a problem, and how many rows they load there: numbers, without running a kernel.
 
-The arithmetic of `gpu_math/masking.py`, on whole grids at once: O(N + tiles) for masks with bands, O(tiles in lists) for others.
+The arithmetic of `gpu_math/masking.py`, on whole grids at once: O(N) for masks with bands, O(tiles in lists) for others.
 """
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,8 +44,8 @@ def sequences(problem: Problem, x: Operands) -> Iterator[tuple[int, int, int, in
     if not problem.unequal:
         yield 0, problem.batch, problem.seqlen_q, problem.seqlen_k
         return
-    rows = zip(hosted(x.q_rows, problem.batch, problem.seqlen_q), hosted(x.k_rows, problem.batch, problem.seqlen_k), strict=True)
-    for b, (q, k) in enumerate(rows):
+    of_q, of_k = hosted(x.q_rows, problem.batch, problem.seqlen_q), hosted(x.k_rows, problem.batch, problem.seqlen_k)
+    for b, (q, k) in enumerate(zip(of_q, of_k, strict=True)):
         yield b, 1, q[2], k[2]
 
 
@@ -88,17 +88,16 @@ def along_bands(problem: Problem, x: Operands, tiles: Blocks, sizes: tuple[int, 
     members = problem.group if of_keys else 1                               # heads that each program walks for
     repeats = batch * heads * members // (shape[0] * shape[1])
 
-    def total(per_block: Tensor) -> int:
-        return int(per_block.expand(shape).sum()) * repeats
+    def total(of_span: Callable[[Tensor, Tensor], Tensor]) -> int:
+        return sum(int(of_span(s, e).expand(shape).sum()) for s, e in spans) * repeats
 
-    overlap = sum((torch.minimum(e * other, end) - torch.maximum(s * other, begin)).clamp(min=0) * (e > s) for s, e in spans)
-    whole = sum((torch.clamp(e * other, max=others) - s * other) * (e > s) for s, e in spans)
-    visits = sum(e - s for s, e in spans)
-    assert isinstance(overlap, Tensor) and isinstance(whole, Tensor) and isinstance(visits, Tensor)
     parts = 0
     if splits > 1:
         parts = seen_parts(spans, shown, live, splits, other, others) * (batch * heads // (shape[0] * shape[1]))
-    return Walk(0, batch * heads * own * per_row, total(visits), total(overlap), total(whole), parts)
+    return Walk(
+        0, batch * heads * own * per_row, total(lambda s, e: e - s),
+        total(lambda s, e: (torch.minimum(e * other, end) - torch.maximum(s * other, begin)).clamp(min=0) * (e > s)),
+        total(lambda s, e: ((e * other).clamp(max=others) - s * other) * (e > s)), parts)
 
 
 def seen_parts(spans: list, shown: list, live: Tensor, splits: int, other: int, others: int) -> int:
@@ -119,6 +118,7 @@ def seen_parts(spans: list, shown: list, live: Tensor, splits: int, other: int, 
 
 def listed(problem: Problem, x: Operands, tiles: Blocks, of_keys: bool) -> Walk:
     """Under a mask without bands: the tiles in the kernel's own list."""
+    assert problem.graphs.mask is not None
     found = tile_list(Question(problem.program, problem.graphs.mask, tuple(x.ints), tuple(x.floats), problem.batch,
                                problem.heads, (problem.seqlen_q, problem.seqlen_k), (tiles.q, tiles.k), of_keys, False,
                                problem.device), x.captured)
