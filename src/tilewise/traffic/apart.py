@@ -23,7 +23,8 @@ def apart(function: str, **arguments: Any) -> Any:
                           env=os.environ | THREADS | {"TRITON_INTERPRET": "1"})
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise RuntimeError(lines[-1] if lines else f"the counting process ended with status {done.returncode}")
+        said = lines[-1] if lines else ""
+        raise RuntimeError(said.partition("Error: ")[2] or said or f"the counting process ended with status {done.returncode}")
     return json.loads(done.stdout)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from tilewise.backends.triton import supports
 from tilewise.costs import Blocks
 from tilewise.traffic.kernels import counted, predicted
 from tilewise.traffic.shapes import Shape
@@ -15,10 +16,12 @@ def count(shape: dict[str, Any], tiles: tuple[int, int], backward: bool) -> list
     """For each launch what was counted and what the closed forms say, None where there is none."""
     of, blocks = Shape(**shape), Blocks(*tiles)
     problem, x = of.described(real=True)
+    if reason := supports(problem):
+        raise NotImplementedError(reason)
     try:
         forms: list[Any] = [asdict(kernel) for kernel in predicted(problem, x, blocks, backward, of.splits)]
-    except NotImplementedError as reason:
-        forms = [str(reason)]
+    except NotImplementedError as error:
+        forms = [str(error)]
     visits = problem.batch * problem.heads * -(-problem.seqlen_q // blocks.q) * -(-problem.seqlen_k // blocks.k)
     if visits * (3 if backward else 1) > MOST_VISITS:
         raise ValueError(f"tiles: expected at most {MOST_VISITS:,} visited, which take minutes to interpret, got "

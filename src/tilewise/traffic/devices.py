@@ -1,6 +1,6 @@
 """What devices can do at most: `devices.tsv` for GPUs, with the source of each row, and this machine's CPU, measured.
 
-    arch                whose tile sizes it takes (`backends/triton/configs.tsv`); a T4 those of its nearest, it has no kernels
+    arch                whose tile sizes it takes (`backends/triton/configs.tsv`); a T4, which has no kernels, those of sm_80
     half, tf32, fp32    10^12 FLOP/s of products of 16-bit inputs, of fp32 rounded to tf32, and of plain fp32 arithmetic
     special_per_clock   exponentials per clock of each of `units` multiprocessors, at `clock` 10^9 per second
     bandwidth           10^12 bytes per second of slow memory
@@ -25,10 +25,7 @@ ROUNDS = 5
 
 @dataclass(frozen=True)
 class Device:
-    """Rates per second; fast, l2 and capacity in bytes, 0: not known. products: by the width of inputs, "half", "tf32", "fp32".
-
-    arch "interpreter": no GPU's, whose tiles are 32 x 32.
-    """
+    """Rates per second; sizes in bytes, 0: not known. products: by the width of inputs, "half", "tf32" or "fp32"."""
     name: str
     arch: str
     products: dict[str, float]
@@ -130,7 +127,7 @@ def this_cpu() -> Device:
     caches = cache_sizes()
     last = max(caches.values(), default=32 << 20)
     products = {"fp32": products_per_second(torch.float32), "half": products_per_second(torch.bfloat16, 512)}
-    return Device("cpu", "interpreter", products, 2 * elements_per_second(lambda x, out: torch.addcmul(x, x, x, out=out)),
+    return Device("cpu", "", products, 2 * elements_per_second(lambda x, out: torch.addcmul(x, x, x, out=out)),
                   elements_per_second(lambda x, out: torch.exp(x, out=out)), bytes_per_second(4 * last),
                   caches.get("L2", 1 << 20), last, 0, f"measured now with {torch.get_num_threads()} threads of torch")
 

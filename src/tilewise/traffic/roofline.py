@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from tilewise import costs
+from tilewise.backends import cpu
 from tilewise.backends.triton.configs import choose, forward_row
 from tilewise.costs import Blocks
 from tilewise.problem import Operands, Problem
@@ -71,20 +72,22 @@ def standard(problem: Problem, device: Device, backward: bool) -> Estimate:
 
 
 def tilewise(problem: Problem, x: Operands, device: Device, backward: bool, splits: int = 1) -> Estimate:
-    """The Triton kernels, in the forward tiles shipped for the device's architecture.
+    """The Triton kernels, in the forward tiles shipped for the device's architecture; on a CPU in its backend's tiles.
 
     Raises KeyError where none is shipped, NotImplementedError for what has no closed form.
     """
-    config = choose(forward_row(problem), problem, device.arch)
-    found = predicted(problem, x, Blocks(config.BLOCK_M, config.BLOCK_N), backward, splits)
+    tiles = Blocks(*cpu.tile_sizes(problem)) if device.name == "cpu" else Blocks(*choose(
+        forward_row(problem), problem, device.arch)[:2])
+    found = predicted(problem, x, tiles, backward, splits)
     work = tuple(sum(getattr(kernel, unit) or 0 for kernel in found) for unit in UNITS[:3])
     s = sizes(problem)
     most = sum(kernel.bytes for kernel in found)
     least = least_bytes(s, backward) + sum(n for kernel in found for table in (kernel.read, kernel.written)
                                            for name, n in table.items() if name in ("parts", "part_lse"))
     cached = (s.k + s.v) // max(1, s.batch * s.kv_heads) <= device.l2 // 2
-    return timed(device, width_of(problem), "tilewise", (work[0], work[1], work[2]), min(least, most), most,
-                 min(least, most) if cached else most)
+    least = min(least, most)
+    return timed(device, width_of(problem), f"Tilewise, tiles of {tiles.q} x {tiles.k}", (work[0], work[1], work[2]), least, most,
+                 least if cached else most)
 
 
 def least_bytes(s: costs.Sizes, backward: bool) -> int:

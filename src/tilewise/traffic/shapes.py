@@ -7,9 +7,9 @@ from typing import Any
 import torch
 
 from tilewise.costs import Blocks
-from tilewise.problem import DTYPES, Operands, Problem, make
+from tilewise.problem import Operands, Problem, make
 
-WIDTHS = {"float16": "half", "bfloat16": "half", "float32": "fp32"}
+DTYPES = ("float16", "bfloat16", "float32")     # of the Triton kernels
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,9 @@ class Shape:
         """
         from tilewise.mask_text import read_mask
 
-        dtype = getattr(torch, self.dtype, None)
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype: expected one of {', '.join(str(d)[6:] for d in DTYPES)}, got {self.dtype!r}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        dtype = getattr(torch, self.dtype)
 
         def tensor(length: int, heads: int) -> torch.Tensor:
             of_row = torch.zeros(self.head_dim, dtype=dtype).expand(self.batch, length, heads, self.head_dim)
