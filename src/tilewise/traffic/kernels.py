@@ -15,7 +15,7 @@ from tilewise import costs
 from tilewise.backends import Needs
 from tilewise.backends.gpu_math.arguments import padded
 from tilewise.backends.gpu_math.splits import folds
-from tilewise.backends.triton.configs import Config, parts
+from tilewise.backends.triton.configs import Config, choose, forward_row, parts
 from tilewise.costs import Blocks, Moved, Sizes, Walk
 from tilewise.problem import Operands, Problem
 from tilewise.trace.graph import Graph, Node, leaves
@@ -111,6 +111,16 @@ def predicted(problem: Problem, x: Operands, tiles: Blocks, backward: bool = Fal
                             rows.programs, ("q_rows", "work")))
         found += [of_keys(problem, x, tiles, keys, part) for part in parts(problem)]
         found.append(of_queries(problem, x, tiles, rows))
+    return found
+
+
+def shipped(problem: Problem, x: Operands, arch: str, backward: bool = False, splits: int = 1) -> list[Kernel]:
+    """As `predicted`, each kernel in the tiles shipped for an architecture (`configs.tsv`). Raises KeyError if none are."""
+    found, config = [], choose(forward_row(problem), problem, arch)
+    for i, kernel in enumerate(predicted(problem, x, Blocks(config.BLOCK_M, config.BLOCK_N), backward, splits)):
+        own = config if kernel.name == "forward" else choose(kernel.name, problem, arch)
+        found.append(kernel if own[:2] == config[:2] else predicted(problem, x, Blocks(own.BLOCK_M, own.BLOCK_N), backward,
+                                                                    splits)[i])
     return found
 
 

@@ -15,7 +15,7 @@ from tilewise.backends.triton.configs import choose
 from tilewise.costs import PLAIN, Blocks, Extras, Moved, Sizes
 from tilewise.problem import make
 from tilewise.traffic import devices
-from tilewise.traffic.kernels import predicted
+from tilewise.traffic.kernels import predicted, shipped
 from tilewise.traffic.operations import counted_standard
 from tilewise.traffic.result import aligned, giga, published, result, row
 from tilewise.traffic.shapes import Shape
@@ -64,9 +64,9 @@ def flash_accounts(s: Sizes, fast: int) -> list[Account]:
 def our_account(s: Sizes, device: devices.Device) -> Account:
     problem, x = Shape(s.seqlen_q, batch=s.batch, heads=s.heads, head_dim=s.head_dim).described()
     config = choose("forward", problem, device.arch)
-    kernels = predicted(problem, x, Blocks(config.BLOCK_M, config.BLOCK_N), backward=True)
+    kernels = shipped(problem, x, device.arch, backward=True)
     moved = sum((Moved(kernel.read, kernel.written) for kernel in kernels), Moved())
-    words = f"tiles of {config.BLOCK_M} x {config.BLOCK_N}, keys inside; no cache"
+    words = f"forward in tiles of {config.BLOCK_M} x {config.BLOCK_N}, keys inside; no cache"
     return Account("Tilewise (triton)", "flash", words, moved, None)
 
 

@@ -13,11 +13,10 @@ import torch
 
 from tilewise import costs
 from tilewise.backends import cpu
-from tilewise.backends.triton.configs import choose, forward_row
 from tilewise.costs import Blocks
 from tilewise.problem import Operands, Problem
 from tilewise.traffic.devices import Device
-from tilewise.traffic.kernels import predicted, sizes
+from tilewise.traffic.kernels import predicted, shipped, sizes
 
 UNITS = ("products", "exponentials", "arithmetic", "slow memory")
 
@@ -72,13 +71,14 @@ def standard(problem: Problem, device: Device, backward: bool) -> Estimate:
 
 
 def tilewise(problem: Problem, x: Operands, device: Device, backward: bool, splits: int = 1) -> Estimate:
-    """The Triton kernels, in the forward tiles shipped for the device's architecture; on a CPU in its backend's tiles.
+    """The Triton kernels in the tiles shipped for the device's architecture; on a CPU in its backend's tiles.
 
     Raises KeyError where none is shipped, NotImplementedError for what has no closed form.
     """
-    tiles = Blocks(*cpu.tile_sizes(problem)) if device.name == "cpu" else Blocks(*choose(
-        forward_row(problem), problem, device.arch)[:2])
-    found = predicted(problem, x, tiles, backward, splits)
+    if device.name == "cpu":
+        found = predicted(problem, x, Blocks(*cpu.tile_sizes(problem)), backward, splits)
+    else:
+        found = shipped(problem, x, device.arch, backward, splits)
     work = tuple(sum(getattr(kernel, unit) or 0 for kernel in found) for unit in UNITS[:3])
     s = sizes(problem)
     most = sum(kernel.bytes for kernel in found)
@@ -86,7 +86,7 @@ def tilewise(problem: Problem, x: Operands, device: Device, backward: bool, spli
                                            for name, n in table.items() if name in ("parts", "part_lse"))
     cached = (s.k + s.v) // max(1, s.batch * s.kv_heads) <= device.l2 // 2
     least = min(least, most)
-    return timed(device, width_of(problem), f"Tilewise, tiles of {tiles.q} x {tiles.k}", (work[0], work[1], work[2]), least, most,
+    return timed(device, width_of(problem), "Tilewise", (work[0], work[1], work[2]), least, most,
                  least if cached else most)
 
 
