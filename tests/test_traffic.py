@@ -9,6 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
+import tilewise as tw
 from tilewise import costs
 from tilewise.cli import app
 from tilewise.costs import PLAIN, Blocks, Extras, Moved, Sizes, dense_walk
@@ -150,6 +151,10 @@ def test_figure_2_middle_and_right():
 
 def test_memory_is_linear_and_many_times_less():
     rows = {row["setting"]["seqlen"]: row["contenders"] for row in paper.memory()["rows"]}
+    q = torch.empty(64, dtype=torch.float16).expand(16, 4096, 8, 64)
+    inputs_and_results = 8 * 16 * 4096 * 8 * 64 * 2
+    own = tw.explain(q, q, q, backend="tiled").workspace[1]
+    assert rows[4096]["tilewise"]["bytes"] <= inputs_and_results + own                      # tiled holds tiles too
     assert rows[65536]["tilewise"]["bytes"] == 512 * rows[128]["tilewise"]["bytes"]
     assert rows[2048]["standard"]["bytes"] > 10 * rows[2048]["tilewise"]["bytes"]
     assert rows[4096]["standard"]["bytes"] > 20 * rows[4096]["tilewise"]["bytes"]

@@ -16,7 +16,8 @@ import triton.language as tl
 
 import tilewise as tw
 from tilewise.api import _of_cache, _of_packed
-from tilewise.costs import Blocks, Sizes, dense_walk, flash2_backward, flash2_forward
+from tilewise.backends.triton import workspace
+from tilewise.costs import STATISTIC, Blocks, Sizes, dense_walk, flash2_backward, flash2_forward
 from tilewise.packing import cu_seqlens
 from tilewise.problem import make
 from tilewise.traffic.counter import counting
@@ -194,6 +195,11 @@ def test_what_has_no_closed_form_says_so():
     with pytest.raises(NotImplementedError, match="captured tensors: counted, not in closed form"):
         predicted(problem, x, Blocks(32, 32))
     assert counted(problem, x, Blocks(32, 32))[0].read["t0"] > 0
+
+
+def test_memory_beside_inputs_and_gradients_is_lse_and_delta():
+    problem, _ = make(*inputs(64, heads=3))
+    assert workspace(problem)[1] == 2 * 3 * 64 * STATISTIC
 
 
 def test_exponents_of_what_is_counted():
