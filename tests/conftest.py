@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from support.backends import INTERPRETING
 
 if INTERPRETING:
-    from support import interpreter
+    from tilewise.inspect import interpreter
     interpreter.install()
 
 UNINITIALISED = ("empty", "empty_like", "empty_permuted", "empty_strided")

@@ -16,7 +16,7 @@ SOURCE = ROOT / "src" / "tilewise"
 # Rooms from the bottom up: a module imports from its own row or rows above it in this table, never below.
 LAYERS = [
     ["trace"],
-    ["rng", "masks", "score_mods", "block_sparse", "patterns", "state", "draw", "packing", "rotary"],
+    ["rng", "masks", "score_mods", "block_sparse", "patterns", "state", "draw", "packing", "rotary", "costs"],
     ["kv_cache", "paged_cache", "statistics"],
     ["problem"],
     ["sequences", "sharding"],
@@ -29,7 +29,7 @@ LAYERS = [
     ["__init__"],
     ["models", "inspect", "doctor", "compat", "terminal"],
     ["train", "bench"],
-    ["demo", "mask_text"],
+    ["demo", "mask_text", "traffic"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}

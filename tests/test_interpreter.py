@@ -12,8 +12,9 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 import numpy as np
 import torch
 import triton.language as tl
-from support import interpreter
 from triton.runtime.errors import InterpreterError
+
+from tilewise.inspect import interpreter
 
 interpreter.install()
 INF, NAN = float("inf"), float("nan")

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from tilewise.bench.cli import app as bench
 from tilewise.terminal import console, plain_errors, stage_bars
+from tilewise.traffic.cli import app as traffic
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,7 @@ app = typer.Typer(
     help="Exact attention, computed tile by tile.\n\nStart with `tilewise demo`.",
 )
 app.add_typer(bench, name="bench")
+app.add_typer(traffic, name="traffic")
 CELLS = (("·", "grey50"), ("■", "orange1"), ("■", "dodger_blue1"))     # hidden, visible in a partial tile, in a full one
 MOST_DRAWN = 64             # queries and keys, as text that is not on a terminal
 MOST_TILES = 2**13          # on a side, when only counting

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tilewise import backends
+from tilewise import backends, costs
 from tilewise.problem import Operands, Problem
 from tilewise.sequences import hosted
 from tilewise.trace.bounds import EMPTY, FULL, tile_classes
@@ -105,9 +105,8 @@ def plan(problem: Problem, x: Operands, backend: str) -> Plan:
     tiles = module.tile_sizes(problem)
     slots = slot_values([t.cpu() for t in x.captured], x.ints, x.floats)
     mask, bands = (None, ()) if name == "reference" else (problem.graphs.mask, problem.graphs.keys)
-    size, dims = torch.finfo(problem.dtype).bits // 8, problem.head_dim + problem.head_dim_v
-    stored = x.k.itemsize
-    visited = full = in_all = flops = rows = keys = inputs = matrix = 0
+    visited = full = in_all = flops = standard = matrix = 0
+    moved = costs.Moved()
     for first, batch, nq, nk in groups(problem, x):
         values = leaf_values(slots, batch, problem.heads, nq, nk, first=first)
         classes = tile_classes(mask, bands, values, batch, problem.heads, (nq, nk), tiles)
@@ -115,17 +114,20 @@ def plan(problem: Problem, x: Operands, backend: str) -> Plan:
         here = int((classes != EMPTY).sum()) * repeats
         visited, full = visited + here, full + int((classes == FULL).sum()) * repeats
         in_all += classes.shape[2] * classes.shape[3] * batch * problem.heads
-        flops += 2 * here * min(tiles[0], nq) * min(tiles[1], nk) * dims
-        keys += here * min(tiles[1], nk) * dims * stored
-        rows += batch * problem.heads * nq
-        matrix += batch * problem.heads * nq * nk * size
-        inputs += batch * (problem.heads * nq * problem.head_dim * size + problem.kv_heads * nk * dims * stored)
+        s = costs.Sizes(batch, problem.heads, problem.kv_heads, nq, nk, problem.head_dim, problem.head_dim_v,
+                        problem.dtype.itemsize, x.k.itemsize)
+        keys = here * min(tiles[1], nk)
+        flops += costs.products(keys * min(tiles[0], nq), problem.head_dim + problem.head_dim_v)
+        moved += costs.flash2_forward(s, costs.Walk(here, s.rows, here, keys, keys))
+        standard += costs.standard_forward(s).total
+        matrix += s.scores * s.itemsize
     return Plan(
-        problem, name, passed_over, tiles, visited, full, in_all, module.splits(problem), flops=(flops, int(2.5 * flops)),
-        read=rows * problem.head_dim * size + keys, written=rows * (problem.head_dim_v * size + 4),
+        problem, name, passed_over, tiles, visited, full, in_all, module.splits(problem),
+        flops=(flops, costs.backward_products(flops)),
+        read=sum(moved.read.values()), written=sum(moved.written.values()),
         workspace=module.workspace(problem), repeatable=module.repeatable(problem), products=module.precision(problem),
         tables=tuple((x.captured[lookup.slot].shape, lookup.pattern) for lookup in problem.graphs.learned),
-        standard_traffic=4 * matrix + inputs + rows * problem.head_dim_v * size, standard_workspace=2 * matrix)
+        standard_traffic=standard, standard_workspace=2 * matrix)
 
 
 def groups(problem: Problem, x: Operands) -> Iterator[tuple[int, int, int, int]]:

@@ -41,7 +41,12 @@ def run(kernel: Any, problem: Problem, programs: Callable[[Config], tuple[int, .
 
     values: the kernel's arguments by name, except the sizes that problem and configuration give.
     """
-    config = choose(config_name(kernel, values), problem, architecture(problem.device))
+    run_in(choose(config_name(kernel, values), problem, architecture(problem.device)), kernel, problem, programs, values)
+
+
+def run_in(config: Config, kernel: Any, problem: Problem, programs: Callable[[Config], tuple[int, ...]],
+           values: Mapping[str, Any]) -> None:
+    """The same in a configuration of the caller's."""
     grid = programs(config)
     if 0 in grid:
         return

@@ -4,7 +4,7 @@ TRITON_INTERPRET=1 runs kernels on the CPU, one program after another, in numpy.
 faults, several of which give wrong numbers without an error. Each function below repairs one and says which.
 
     TRITON_INTERPRET=1 python ...      # read when a kernel is decorated: set it for the process, never in Python
-    from support.interpreter import install
+    from tilewise.inspect.interpreter import install
     install()                          # once, before the first kernel runs
 
 After `install` the interpreter stays patched for the rest of the process. Still missing: libdevice, inline assembly,

@@ -1,0 +1,96 @@
+"""How long attention takes at least, and what bounds it: the model of a roofline with four roofs.
+
+Products, exponentials, other arithmetic and slow memory have a unit each; all can work at the same time, so the time is that of
+the busiest. A real kernel is slower: its units wait for each other. Bytes are between two numbers: every tensor moved once, as
+if a cache held the rest, and every request to slow memory (`docs/traffic.md`). The lower one decides where a head's keys and
+values fit into half of the last cache, the higher one elsewhere.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from tilewise import costs
+from tilewise.backends import cpu
+from tilewise.costs import Blocks
+from tilewise.problem import Operands, Problem
+from tilewise.traffic.devices import Device
+from tilewise.traffic.kernels import predicted, shipped, sizes
+
+UNITS = ("products", "exponentials", "arithmetic", "slow memory")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """name: of the algorithm. seconds: of each unit by itself, in the order of `UNITS`. least, most: bytes; moved: those that
+    decide."""
+    name: str
+    flops: int
+    least: int
+    most: int
+    moved: int
+    seconds: dict[str, float]
+
+    @property
+    def time(self) -> float:
+        return max(self.seconds.values())
+
+    @property
+    def bound(self) -> str:
+        return max(self.seconds, key=lambda unit: self.seconds[unit])
+
+    @property
+    def intensity(self) -> float:
+        """FLOPs of products per byte."""
+        return self.flops / max(1, self.moved)
+
+
+def timed(device: Device, width: str, name: str, work: tuple[int, int, int], least: int, most: int, moved: int) -> Estimate:
+    products, exponentials, arithmetic = work
+    return Estimate(name, products, least, most, moved, dict(zip(UNITS, (
+        products / device.rate(width), exponentials / device.exponentials, arithmetic / device.arithmetic,
+        moved / device.bandwidth), strict=True)))
+
+
+def width_of(problem: Problem) -> str:
+    if problem.dtype == torch.float32:
+        return "tf32" if problem.precision == "tf32" else "fp32"
+    return "half"
+
+
+def standard(problem: Problem, device: Device, backward: bool) -> Estimate:
+    """Standard attention without mask kernels: every pass over the scores from and to slow memory."""
+    s = sizes(problem)
+    moved = costs.standard_forward(s)
+    work = costs.standard_work(s)
+    if backward:
+        moved += costs.standard_backward(s)
+        work += costs.Work(2 * work.products, 0, 4 * s.scores)          # four products; dP - sum, P *, and the sum
+    return timed(device, width_of(problem), "standard", work, moved.total, moved.total, moved.total)
+
+
+def tilewise(problem: Problem, x: Operands, device: Device, backward: bool, splits: int = 1) -> Estimate:
+    """The Triton kernels in the tiles shipped for the device's architecture; on a CPU in its backend's tiles.
+
+    Raises KeyError where none is shipped, NotImplementedError for what has no closed form.
+    """
+    if device.name == "cpu":
+        found = predicted(problem, x, Blocks(*cpu.tile_sizes(problem)), backward, splits)
+    else:
+        found = shipped(problem, x, device.arch, backward, splits)
+    work = tuple(sum(getattr(kernel, unit) or 0 for kernel in found) for unit in UNITS[:3])
+    s = sizes(problem)
+    most = sum(kernel.bytes for kernel in found)
+    least = least_bytes(s, backward) + sum(n for kernel in found for table in (kernel.read, kernel.written)
+                                           for name, n in table.items() if name in ("parts", "part_lse"))
+    cached = (s.k + s.v) // max(1, s.batch * s.kv_heads) <= device.l2 // 2
+    least = min(least, most)
+    return timed(device, width_of(problem), "Tilewise", (work[0], work[1], work[2]), least, most,
+                 least if cached else most)
+
+
+def least_bytes(s: costs.Sizes, backward: bool) -> int:
+    """Every tensor once: q, k, v, out and lse; backward q, k, v, out, dout, lse, and three gradients written."""
+    once = s.q + s.k + s.v + s.out + s.rows * costs.STATISTIC
+    return once + (2 * (s.q + s.k + s.v) + 2 * s.out + s.rows * costs.STATISTIC if backward else 0)
