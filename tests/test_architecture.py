@@ -26,7 +26,7 @@ LAYERS = [
     ["ops"],
     ["api"],
     ["__init__"],
-    ["models", "inspect", "doctor", "compat"],
+    ["models", "inspect", "doctor", "compat", "terminal"],
     ["train", "bench"],
     ["demo", "mask_text"],
     ["cli"],
