@@ -38,38 +38,42 @@ def gaps(rows: Sequence[Row]) -> list[str]:
     return [f"{name}: {state}: {reason}"[:128] for name, state, reason in reasons]
 
 
+def markdown(rows: Sequence[Row]) -> str:
+    """A table for each part; each chooses what is telling, of all that was measured."""
+    parts = [part for part in TABLES if any(row["part"] == part for row in rows)]
+    return "\n\n".join(TABLES[part]([row for row in rows if row["part"] == part]) for part in parts)
+
+
 def of_inputs(rows: Sequence[Row]) -> str:
     """A line for each kind of inputs, in bf16."""
-    chosen = [row for row in rows if row["part"] == "inputs" and row["setting"]["dtype"] == "bfloat16"]
+    chosen = [row for row in rows if row["setting"]["dtype"] == "bfloat16"]
     columns = product(("out", "dq"), ("cpu", "sdpa flash", "sdpa math", "standard"))
-    return markdown(chosen, columns, "inputs", lambda s: s["kind"])
+    return one_table(chosen, columns, "inputs", lambda s: s["kind"])
 
 
 def of_causes(rows: Sequence[Row]) -> str:
     """A line for each kind of inputs, in bf16, of what one rounding costs."""
-    chosen = [row for row in rows if row["part"] == CAUSES]
     columns = [*product(("out",), causes.CAUSES[:3]), *product(("dq",), causes.CAUSES)]
-    return markdown(chosen, columns, "inputs", lambda s: s["kind"])
+    return one_table(rows, columns, "inputs", lambda s: s["kind"])
 
 
-def of_dtypes(rows: Sequence[Row]) -> str:
-    """A line for each dtype of the rows that Triton's interpreter took part in."""
-    chosen = [row for row in rows if row["part"] == INTERPRETED and row["setting"]["kind"] in ("normal", "scores x 64")]
-    return markdown(chosen, product(("out", "dq"), ("triton (interpreter)", "cpu", "sdpa flash", "standard")), "inputs",
-                    lambda s: f"{s['kind']}, {SHORT[s['dtype']]}")
+def of_interpreted(rows: Sequence[Row]) -> str:
+    """A line for each dtype and two kinds of inputs."""
+    chosen = [row for row in rows if row["setting"]["kind"] in ("normal", "scores x 64")]
+    return one_table(chosen, product(("out", "dq"), ("triton (interpreter)", "cpu", "sdpa flash", "standard")), "inputs",
+                     lambda s: f"{s['kind']}, {SHORT[s['dtype']]}")
 
 
 def of_lengths(rows: Sequence[Row]) -> str:
     """A line for each number of keys and dtype."""
-    chosen = [row for row in rows if row["part"] == "lengths"]
-    return markdown(chosen, product(("out", "dq"), ("cpu", "sdpa flash", "standard")), "keys",
-                    lambda s: f"{s['seqlen_k']:,}, {SHORT[s['dtype']]}")
+    return one_table(rows, product(("out", "dq"), ("cpu", "sdpa flash", "standard")), "keys",
+                     lambda s: f"{s['seqlen_k']:,}, {SHORT[s['dtype']]}")
 
 
-TABLES = {"inputs": of_inputs, "causes": of_causes, "dtypes": of_dtypes, "lengths": of_lengths}     # of docs/numerics.md
+TABLES = {"inputs": of_inputs, CAUSES: of_causes, INTERPRETED: of_interpreted, "lengths": of_lengths}
 
 
-def markdown(rows: Sequence[Row], columns: Iterable[tuple[str, str]], head: str, label: Callable[[Any], str]) -> str:
+def one_table(rows: Sequence[Row], columns: Iterable[tuple[str, str]], head: str, label: Callable[[Any], str]) -> str:
     """Root mean square errors over those of the truth; columns: (tensor, contender)."""
     columns = [(tensor, name) for tensor, name in columns if any(of(row, tensor, name) for row in rows)]
     found = [[head, *(f"{tensor}: {name}" for tensor, name in columns)], ["---"] * (1 + len(columns))]
