@@ -34,7 +34,7 @@ def pair(entry: Entry, tensor: str) -> str:
 def gaps(rows: Sequence[Row]) -> list[str]:
     """Who has no number, or a wrong one, and why: a line for each."""
     reasons = dict.fromkeys((name, entry["state"], entry["reason"]) for row in rows for name, entry in row["contenders"].items()
-                            if entry["state"] != "right")
+                            if entry["state"] not in ("right", "timed"))
     return [f"{name}: {state}: {reason}"[:128] for name, state, reason in reasons]
 
 
