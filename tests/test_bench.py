@@ -280,6 +280,7 @@ def test_commands_share_their_options(trials, tmp_path):
         done = bench(name, "--quick", "--device", "cpu", "--out", out)
         assert done.exit_code == 0, done.output
         assert json.loads(out.read_text())["benchmark"] == name
+    bench("serving", "--quick", "--device", "cpu", "--out", out)
     assert "a fwd" in bench("show", out).output
     assert "| a forward | 1 s |" in bench("show", out, "--markdown").output
     done = bench("serving", "--quick", "--device", "cpu", "--out", out, "--resume")

@@ -1,8 +1,5 @@
 """The numerics study: truth is the reference's, bad implementations show, and the docs' tables are those of the results."""
-import importlib.machinery
-import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +7,8 @@ import torch
 from support.backends import AVAILABLE
 
 import tilewise as tw
-from tilewise.bench import suite
-from tilewise.bench.numerics import errors, inputs, methods, plot, study, table
+from tilewise.bench import record, suite
+from tilewise.bench.numerics import causes, errors, inputs, methods, plot, study, table
 from tilewise.bench.numerics.inputs import KINDS, QUICK, Setting, draw, settings
 from tilewise.bench.numerics.methods import Method
 from tilewise.bench.suite import Wanted
@@ -82,8 +79,9 @@ def test_end_to_end(monkeypatch, tmp_path):
     monkeypatch.setattr(study, "settings", lambda device, sizes: {"inputs": [SQUARE], "lengths": [LATE]})
     result = suite.run("numerics", Wanted(CPU), out=tmp_path / "numerics.json")
     assert result["complete"]
-    assert [row["case"] for row in result["rows"]] == [f"{s} forward+backward" for s in (SQUARE, LATE)]
-    for row in result["rows"]:
+    assert [row["case"] for row in result["rows"]] == [
+        f"{words} forward+backward" for words in (SQUARE, LATE, f"one rounding, {SQUARE}")]
+    for row in result["rows"][:2]:
         states = {name: entry["state"] for name, entry in row["contenders"].items()}
         assert {states["tiled"], states["sdpa math"], states["standard"]} == {"right"}
         assert states["hopper"] == states["flash_attn"] == "absent"
@@ -94,8 +92,9 @@ def test_end_to_end(monkeypatch, tmp_path):
     rows = json.loads((tmp_path / "numerics.json").read_text())["rows"]
     assert max(map(len, result["lines"])) <= 128
     assert any(line.startswith("hopper: absent") for line in result["lines"])
-    assert table.of_lengths(rows).splitlines()[2].startswith("| 80, bf16 | ")
-    assert table.of_inputs(rows).splitlines()[2].startswith("| normal | ")
+    tables = [lines.splitlines() for lines in table.markdown(rows).split("\n\n")]
+    assert [lines[2].split(" | ")[0] for lines in tables] == ["| normal", "| normal", "| 80, bf16"]
+    assert len({line.count("|") for line in tables[0]}) == 1
     pytest.importorskip("matplotlib")
     plot.save(rows, tmp_path / "x.svg", "a CPU")
     assert "long causal rows" in (tmp_path / "x.svg").read_text()
@@ -126,13 +125,26 @@ def test_settings():
     assert torch.get_float32_matmul_precision() == before
 
 
-def test_the_docs_show_the_results():
-    loader = importlib.machinery.SourceFileLoader("scripts_numerics", str(ROOT / "scripts" / "numerics"))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    loader.exec_module(module)
-    sys.dont_write_bytecode = writes
-    page = module.PAGE.read_text()
-    assert page.count("<!-- table: ") == len(table.TABLES)
-    assert module.rewritten(page) == page
-    assert "e-0" in module.rewritten("<!-- table: inputs -->\n<!-- end -->")
+def test_what_one_rounding_costs():
+    """Rounding scores ruins a softmax that is one-hot; rounding delta or dS ruins dq where terms cancel."""
+    def relative(kind, cause, tensor):
+        setting = Setting(kind, "bfloat16", 80, 80, 2, 16)
+        error, truth = study.of_causes(setting, CPU)["forward+backward"]["contenders"][cause]["rms"][tensor]
+        return error / truth
+
+    for kind in KINDS:
+        assert relative(kind, "results alone", "out") < 2**-8
+        assert relative(kind, "results alone", "dq") < 2**-8
+    assert relative("scores x 64", causes.SCORES, "out") > 5 * relative("scores x 64", causes.PROBABILITIES, "out")
+    for cause in (causes.OUT, causes.GRADIENTS):
+        assert relative("near-constant keys", cause, "dq") > 10 * relative("near-constant keys", "results alone", "dq")
+
+
+def test_the_results_in_the_repository():
+    """Ours are right in all that was measured."""
+    rows = record.load(ROOT / "results" / "numerics_cpu.json")["rows"]
+    assert {row["part"] for row in rows} == set(table.TABLES)
+    ours = [row["contenders"][name]["state"] for row in rows for name in ("cpu", "tiled", "triton (interpreter)")
+            if name in row["contenders"] and row["contenders"][name]["state"] != "absent"]
+    assert set(ours) == {"right"}
+    assert len(ours) > 100

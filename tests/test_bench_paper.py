@@ -161,7 +161,7 @@ def test_what_does_not_fit_is_refused(monkeypatch):
     assert {e.state for e in passes.entrants(FUSED, CPU)} == {"refused"}
     monkeypatch.setattr(flash_decoding, "lack", lambda *_: "keys and values need more")
     trial = flash_decoding.trial((1, 131072), flash_decoding.Setting(1, 64, "float32"), CPU, 0.02)
-    (row,) = suite.attempt(trial, CPU.device)
+    (row,) = suite.attempt(trial, CPU)
     assert row["contenders"]["tilewise"] == {"state": "refused", "reason": "MemoryError: keys and values need more"}
     assert row["published"]
 

@@ -80,6 +80,12 @@ HELP = {
     About twelve minutes on two CPU cores.""",
     "serving": """Packed sequences of unequal length, prompts in chunks, drafted tokens.
 
+    About two minutes on two CPU cores.""",
+    "paper": """The papers' own tables, theirs beside ours: FlashAttention 1 to 3 and Flash-Decoding; on a CPU cut to its size.
+
+    About five minutes on two CPU cores. Figure 3: `python -m tilewise.bench.paper --plot figure3.svg`""",
+    "numerics": """Errors against fp64 of all backends and peers, on inputs that are hard in different ways; nothing is timed.
+
     About two minutes on two CPU cores."""}
 
 

@@ -1,6 +1,6 @@
 """Runs a benchmark: case after case, written as each is done, continued where it was left.
 
-A benchmark is a module with `trials(wanted)`, and with `lines(rows, wanted)` if it has tables of its own.
+A benchmark is a module with `trials(wanted)`, and with `lines(rows, wanted)` and `markdown(rows)` if it has tables of its own.
 """
 from __future__ import annotations
 
@@ -87,19 +87,19 @@ def run(name: str, wanted: Wanted, *, out: Path | None = None, seconds: float = 
     """
     deadline = time.monotonic() + seconds
     result = record.new(name, wanted.device.type, wanted.quick)
-    every = trials(name, wanted)
+    every, lines = trials(name, wanted), table_of(name, wanted)
     rows = {row["case"]: row for row in kept(out, result)} if resume and out is not None and out.exists() else {}
-    done, totals, table = Counter[str](), Counter(trial.part for trial in every), table_of(name, wanted)
+    done, totals = Counter[str](), Counter(trial.part for trial in every)
     for trial in every:
         if any(trial.named(mode) not in rows for mode in trial.modes):
             if time.monotonic() > deadline:
                 continue
             progress(trial.part, done[trial.part], totals[trial.part], trial.case)
             rows |= {row["case"]: row for row in attempt(trial, wanted)}
-            publish(result, every, rows, out, table)
+            publish(result, every, rows, out, lines)
         done[trial.part] += 1
         progress(trial.part, done[trial.part], totals[trial.part], "")
-    publish(result, every, rows, out, table)
+    publish(result, every, rows, out, lines)
     return result
 
 
@@ -109,7 +109,7 @@ def kept(path: Path, result: Result) -> list[Row]:
     if words := record.differences(old, result):
         raise ValueError(f"--resume: {path} was measured under other conditions ({'; '.join(words)}); without --resume it is "
                          "replaced")
-    return [row for row in old["rows"] if any(entry["state"] == "timed" for entry in row["contenders"].values())]
+    return [row for row in old["rows"] if any(entry["state"] in ("timed", "right") for entry in row["contenders"].values())]
 
 
 def attempt(trial: Trial, wanted: Wanted) -> list[Row]:

@@ -8,3 +8,4 @@
 """
 from tilewise.bench.numerics.study import lines as lines
 from tilewise.bench.numerics.study import trials as trials
+from tilewise.bench.numerics.table import markdown as markdown

@@ -1,7 +1,8 @@
 """Results as lines of plain text, and as tables in Markdown."""
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from typing import Any
 
 from tilewise.bench.contest import BOTH
@@ -33,48 +34,52 @@ def pair(entry: Entry, tensor: str) -> str:
 def gaps(rows: Sequence[Row]) -> list[str]:
     """Who has no number, or a wrong one, and why: a line for each."""
     reasons = dict.fromkeys((name, entry["state"], entry["reason"]) for row in rows for name, entry in row["contenders"].items()
-                            if entry["state"] != "right")
+                            if entry["state"] not in ("right", "timed"))
     return [f"{name}: {state}: {reason}"[:128] for name, state, reason in reasons]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """A table for each part; each chooses what is telling, of all that was measured."""
+    parts = [part for part in TABLES if any(row["part"] == part for row in rows)]
+    return "\n\n".join(TABLES[part]([row for row in rows if row["part"] == part]) for part in parts)
 
 
 def of_inputs(rows: Sequence[Row]) -> str:
     """A line for each kind of inputs, in bf16."""
-    chosen = [row for row in rows if row["part"] == "inputs" and row["setting"]["dtype"] == "bfloat16"]
-    return markdown(chosen, ("out", "dq", "dk"), ("cpu", "sdpa flash", "sdpa math", "standard"), "inputs", lambda s: s["kind"])
-
-
-def of_lengths(rows: Sequence[Row]) -> str:
-    """A line for each number of keys and dtype."""
-    chosen = [row for row in rows if row["part"] == "lengths"]
-    return markdown(chosen, ("out", "lse", "dq"), ("cpu", "sdpa flash", "standard"), "keys",
-                    lambda s: f"{s['seqlen_k']:,}, {SHORT[s['dtype']]}")
-
-
-def of_dtypes(rows: Sequence[Row]) -> str:
-    """A line for each dtype of the rows that Triton's interpreter took part in."""
-    chosen = [row for row in rows if row["part"] == INTERPRETED and row["setting"]["kind"] in ("normal", "scores x 16")]
-    return markdown(chosen, ("out", "dq"), ("triton (interpreter)", "cpu", "sdpa flash", "standard"), "inputs",
-                    lambda s: f"{s['kind']}, {SHORT[s['dtype']]}")
+    chosen = [row for row in rows if row["setting"]["dtype"] == "bfloat16"]
+    columns = product(("out", "dq"), ("cpu", "sdpa flash", "sdpa math", "standard"))
+    return one_table(chosen, columns, "inputs", lambda s: s["kind"])
 
 
 def of_causes(rows: Sequence[Row]) -> str:
     """A line for each kind of inputs, in bf16, of what one rounding costs."""
-    chosen = [row for row in rows if row["part"] == CAUSES]
-    return markdown(chosen, ("out", "dq"), causes.CAUSES, "inputs", lambda s: s["kind"])
+    columns = [*product(("out",), causes.CAUSES[:3]), *product(("dq",), causes.CAUSES)]
+    return one_table(rows, columns, "inputs", lambda s: s["kind"])
 
 
-TABLES = {"inputs": of_inputs, "causes": of_causes, "dtypes": of_dtypes, "lengths": of_lengths}     # of docs/numerics.md
+def of_interpreted(rows: Sequence[Row]) -> str:
+    """A line for each dtype and two kinds of inputs."""
+    chosen = [row for row in rows if row["setting"]["kind"] in ("normal", "scores x 64")]
+    return one_table(chosen, product(("out", "dq"), ("triton (interpreter)", "cpu", "sdpa flash", "standard")), "inputs",
+                     lambda s: f"{s['kind']}, {SHORT[s['dtype']]}")
 
 
-def markdown(rows: Sequence[Row], tensors: Sequence[str], names: Sequence[str], head: str, label: Callable[[Any], str]) -> str:
-    """Root mean square errors over those of the truth."""
-    pairs = [[of(row, tensor, name) for tensor in tensors for name in names] for row in rows]
-    heads = [f"{tensor}: {name}" for tensor in tensors for name in names]
-    shown = [i for i in range(len(heads)) if any(line[i] for line in pairs)]
-    found = [[head, *(heads[i] for i in shown)], ["---"] * (1 + len(shown))]
-    for row, line in zip(rows, pairs, strict=True):
-        cells = [line[i] for i in shown]
-        found.append([label(row["setting"]), *(f"{pair[0] / pair[1]:.1e}" if pair else "" for pair in cells)])
+def of_lengths(rows: Sequence[Row]) -> str:
+    """A line for each number of keys and dtype."""
+    return one_table(rows, product(("out", "dq"), ("cpu", "sdpa flash", "standard")), "keys",
+                     lambda s: f"{s['seqlen_k']:,}, {SHORT[s['dtype']]}")
+
+
+TABLES = {"inputs": of_inputs, CAUSES: of_causes, INTERPRETED: of_interpreted, "lengths": of_lengths}
+
+
+def one_table(rows: Sequence[Row], columns: Iterable[tuple[str, str]], head: str, label: Callable[[Any], str]) -> str:
+    """Root mean square errors over those of the truth; columns: (tensor, contender)."""
+    columns = [(tensor, name) for tensor, name in columns if any(of(row, tensor, name) for row in rows)]
+    found = [[head, *(f"{tensor}: {name}" for tensor, name in columns)], ["---"] * (1 + len(columns))]
+    for row in rows:
+        pairs = [of(row, tensor, name) for tensor, name in columns]
+        found.append([label(row["setting"]), *(f"{pair[0] / pair[1]:.1e}" if pair else "" for pair in pairs)])
     return "\n".join(f"| {' | '.join(cells)} |" for cells in found)
 
 

@@ -55,7 +55,7 @@ def trial(table: int, setting: Setting, wanted: Wanted, seconds: float) -> Trial
     of = {mode: published.flash_attention(table + i, setting.seqlen) for i, mode in enumerate(modes)}
     facts = asdict(setting) | {"table": table, "density": butterfly(setting.seqlen).float().mean().item()}
     name = f"table {table}" if table == MEMORY else f"tables {table}-{table + 2}"
-    return published.Trial(TITLE, f"{name} N {setting.seqlen}", facts, modes, measure, of)
+    return published.Trial(TITLE, f"{name} N {setting.seqlen}", facts, modes, measure, published=of)
 
 
 def fusion(row: Row) -> str:

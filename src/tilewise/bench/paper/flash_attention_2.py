@@ -47,7 +47,7 @@ def trials(wanted: Wanted) -> list[Trial]:
 def trial(shape: Shape, wanted: Wanted, seconds: float) -> Trial:
     of = {mode: published.flash_attention_2(mode, shape.head_dim, shape.causal, shape.seqlen) for mode in PASSES}
     name, facts = f"D {shape.head_dim} {shape.mask} N {shape.seqlen}", asdict(shape) | {"mask": shape.mask}
-    return published.Trial(TITLE, name, facts, PASSES, partial(measure, shape, wanted, seconds), of)
+    return published.Trial(TITLE, name, facts, PASSES, partial(measure, shape, wanted, seconds), published=of)
 
 
 def measure(shape: Shape, wanted: Wanted, seconds: float) -> dict[str, Outcome]:

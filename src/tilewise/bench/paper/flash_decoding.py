@@ -62,7 +62,7 @@ def trial(paper: tuple[int, int], setting: Setting, wanted: Wanted, seconds: flo
     """paper: batch and seqlen there."""
     facts = asdict(setting) | {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "paper": list(paper)}
     return published.Trial(TITLE, "B {} N {}".format(*paper), facts, (FORWARD,), partial(measure, setting, wanted, seconds),
-                           {FORWARD: published.flash_decoding(*paper)})
+                           published={FORWARD: published.flash_decoding(*paper)})
 
 
 @torch.inference_mode()

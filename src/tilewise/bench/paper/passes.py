@@ -24,8 +24,6 @@ TWICE = 2.0             # between 1/2 and 2: of what dropout changes, measured o
 
 def measure(setting: Setting, wanted: Wanted, seconds: float) -> dict[str, Outcome]:
     """By pass: states and times of all methods, and how many times faster than each other ours is."""
-    if wanted.device.type == "cuda":
-        torch.compiler.reset()      # settings are compiled apart, and torch.compile gives up after a few
     return race(entrants(setting, wanted), wanted.device, PASSES, seconds=seconds)
 
 

@@ -21,8 +21,9 @@ class Trial(suite.Trial):
     """One whose rows say, by mode, what a paper printed."""
     published: Mapping[str, Published] = field(default_factory=dict)
 
-    def rows(self, found: dict[str, Outcome]) -> list[Row]:
-        return [row | Row(published=self.published[mode]) for row, mode in zip(super().rows(found), self.modes, strict=True)]
+    def rows(self, found: dict[str, Outcome], promised: bool = True) -> list[Row]:
+        rows = super().rows(found, promised)
+        return [row | Row(published=self.published[mode]) for row, mode in zip(rows, self.modes, strict=True)]
 
 
 @cache
