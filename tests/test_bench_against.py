@@ -40,6 +40,7 @@ def test_a_result_is_the_same_as_itself():
     (timed(1.0), timed(1.30), "slower"), (timed(1.0), timed(0.70), "faster"),
     (timed(1.0), timed(1.30, spread=0.4), "same"),                          # noise as large as the change
     (timed(1.0, spread=0.4), timed(1.30), "same"),                          # likewise when it was in the old one
+    (timed(1.0, spread=0.9, rounds=3), timed(1.0, spread=0.9, rounds=3), "same"),   # a notch that reaches below 0
     (timed(1.0), timed(1.30, rounds=2), "same"),                            # nothing is known of its noise
     (timed(1.0), timed(1.05, rounds=100), "slower"), (timed(1.0), timed(1.05, rounds=3), "same"),
 ])

@@ -72,7 +72,7 @@ def lines(old: Result, new: Result, *, anyway: bool = False, tolerance: float = 
     found.append(f"{'':{width}} {'old':>10} {'new':>10} {'ratio':>6} {'interval':>13}")
     found += [_line(change, width, change in failed) for change in changes]
     counts = {verdict: sum(change.verdict == verdict for change in changes) for verdict in ORDER}
-    found.append(", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count) or "nothing to compare")
+    found.append(", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count) or "nothing was timed in either")
     none = f"none fails: no case is slower by over {tolerance:.0%} beyond its spread, none has become wrong or refused"
     return [*found, f"{len(failed)} fail" if failed else none]
 
@@ -153,4 +153,4 @@ def _spread(entry: Mapping[str, Any], median: float, unit: str) -> Spread:
         return 0.0, math.inf
     q1, q3 = entry["quartiles"]
     notch = 1.57 * (q3 - q1) / math.sqrt(rounds)
-    return min(q1, median - notch), max(q3, median + notch)
+    return max(0.0, min(q1, median - notch)), max(q3, median + notch)
