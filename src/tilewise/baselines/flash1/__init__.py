@@ -96,7 +96,10 @@ def _blocks(problem: Problem, block_sizes: tuple[int, int] | None, sram: int | N
         raise ValueError(f"sram: expected None or a number of elements >= 1, got {sram!r}")
     if backend == "torch":
         return (of_memory(SRAM_OF_A100 // itemsize if sram is None else sram, d),) * 2
-    return in_registers(d, itemsize) if sram is None else (of_kernels(of_memory(sram, d)),) * 2
+    if sram is not None:
+        return (of_kernels(of_memory(sram, d)),) * 2
+    major = torch.cuda.get_device_capability(problem.device)[0] if problem.device.type == "cuda" else 9
+    return in_registers(d, itemsize, major)
 
 
 def _checked(block_sizes: tuple[int, int], backend: str) -> Blocks:

@@ -6,24 +6,25 @@ from typing import Any
 
 import torch
 
-from tilewise import masks
 from tilewise.backends.gpu_math import gradients, philox, rows, scoring, softmax
 from tilewise.backends.gpu_math.cases import Case, key, sources_hash, typed
 from tilewise.backends.gpu_math.entry import entry, flatten, source_of
 from tilewise.baselines.flash1 import kernels, launch
 from tilewise.baselines.flash1.blocks import Blocks, in_registers
+from tilewise.masks import Mask
 from tilewise.problem import make
 from tilewise.rng import Rng
 
+TARGETS = {"sm_80": 8, "sm_90": 9}      # major compute capabilities
 SOURCES = (gradients, philox, rows, scoring, softmax, kernels)
 
 
-def cases(arch: str, dtype: torch.dtype, head_dim: int, *, dropout_p: float = 0.1,
+def cases(arch: str, dtype: torch.dtype, head_dim: int, *, mask: Mask | None = None, dropout_p: float = 0.1,
           blocks: Blocks | None = None) -> Iterator[Case]:
-    """Forward and backward with a causal mask and dropout, by default in the blocks that a call has."""
-    of_forward, of_backward = (blocks, blocks) if blocks else in_registers(head_dim, dtype.itemsize)
+    """Forward and backward, by default in the blocks that a call has. arch: a key of `TARGETS`."""
+    of_forward, of_backward = (blocks, blocks) if blocks else in_registers(head_dim, dtype.itemsize, TARGETS[arch])
     q = torch.zeros(2, 64, 2, head_dim, dtype=dtype)
-    problem, x = make(q, q, q, mask=masks.causal(), dropout_p=dropout_p, rng=Rng(0))
+    problem, x = make(q, q, q, mask=mask, dropout_p=dropout_p, rng=Rng(0))
     recorded: list[tuple[Any, Mapping[str, Any]]] = []
 
     def record(kernel, problem, values):

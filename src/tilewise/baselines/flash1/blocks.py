@@ -47,12 +47,15 @@ def of_kernels(blocks: Blocks) -> Blocks:
     return Blocks(max(Br, LEAST_QUERIES), max(Bc, LEAST_KEYS))
 
 
-def in_registers(d: int, itemsize: int) -> tuple[Blocks, Blocks]:
-    """(forward, backward) for Triton, without spills in 16 bits on sm_80 and sm_90: the published blocks, in the backward with
-    fewer keys, as Triton holds K_j and V_j in registers where CUDA kernels have them in shared memory. fp32: half the keys."""
+def in_registers(d: int, itemsize: int, major: int) -> tuple[Blocks, Blocks]:
+    """(forward, backward) for Triton on GPUs of a major compute capability, without spills in 16 bits on sm_80 and sm_90.
+
+    The published blocks; in the backward fewer keys, as Triton holds in registers what the CUDA kernels have in shared memory:
+    all of K_j and V_j before sm_90, whose products take operands from registers alone. fp32: half the keys, at least 32.
+    """
     Br, Bc = published(d)
     wide = itemsize // 2
-    return of_kernels(Blocks(Br, Bc // wide)), of_kernels(Blocks(Br, min(64, Bc // 2) // wide))
+    return of_kernels(Blocks(Br, Bc // wide)), of_kernels(Blocks(Br, min(64 if major == 9 else 32, Bc // 2) // wide))
 
 
 def leaves(problem: Problem, x: Operands) -> dict[str, Any]:

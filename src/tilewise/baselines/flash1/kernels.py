@@ -95,7 +95,6 @@ def backward(Q, K, V, O, l, m, dO, dQ, dK, dV, M, RNG, scale, heads, nq, nk, dro
                 q_i = load_rows(Q, D, i * BR, nq, BR, D, BLOCK_D)              # 10  [BR, BLOCK_D]
                 o_i = load_rows(O, DV, i * BR, nq, BR, DV, BLOCK_DV)           #     [BR, BLOCK_DV]
                 do_i = load_rows(dO, DV, i * BR, nq, BR, DV, BLOCK_DV)
-                dq_i = load_rows(dQ, D, i * BR, nq, BR, D, BLOCK_D)
                 l_i = tl.load(l + rows, mask=rows < nq, other=0.0)             #     [BR]
                 m_i = tl.load(m + rows, mask=rows < nq, other=float("-inf"))
                 s = tl.dot(k_j, tl.trans(q_i), input_precision=PRECISION) * scale              # 11  [BC, BR]
@@ -111,6 +110,7 @@ def backward(Q, K, V, O, l, m, dO, dQ, dK, dV, M, RNG, scale, heads, nq, nk, dro
                 dv_j = tl.dot(p_dropped.to(do_i.dtype), do_i, dv_j, input_precision=PRECISION)                         # 16
                 d_i = tl.sum(do_i.to(tl.float32) * o_i.to(tl.float32), 1)      # 19
                 ds = tl.where(p == 0.0, 0.0, p * (dp - d_i[None, :])).to(q_i.dtype)            # 20
+                dq_i = load_rows(dQ, D, i * BR, nq, BR, D, BLOCK_D)            # 10, where it is needed
                 dq_i += tl.dot(tl.trans(ds), k_j, input_precision=PRECISION) * scale
                 store_rows(dQ, D, i * BR, nq, dq_i, BR, D, BLOCK_D)            # 21
                 dk_j = tl.dot(ds, q_i, dk_j, input_precision=PRECISION)        # 22, times scale below

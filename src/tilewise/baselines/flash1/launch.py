@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
-from tilewise.backends.gpu_math import NOT_INSTALLED, triton_version
 from tilewise.backends.gpu_math.arguments import padded
 from tilewise.backends.gpu_math.entry import entry, flatten, start
 from tilewise.baselines.flash1 import kernels
@@ -60,13 +60,10 @@ def arguments(problem: Problem, x: Operands, state: State, blocks: Blocks) -> di
 
 def missing(problem: Problem) -> str | None:
     """Why the kernels cannot compute a problem; None: they can."""
-    if triton_version() is None:
-        return NOT_INSTALLED
     if problem.dtype == torch.float64:
         return "fp64 inputs (its kernels take fp16, bf16 and fp32)"
     if max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM:
         return f"head dims over {MAX_HEAD_DIM}"
-    import triton
     if problem.device.type != "cuda" and not triton.knobs.runtime.interpret:
         return f"inputs are on {problem.device.type}; Triton kernels run on GPUs"
     return None
