@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import tilewise as tw
 from tilewise import calls
@@ -32,18 +31,20 @@ OURS, THEIRS = "tilewise", "torch SDPA"
 WHOLE = "whole call"
 CPU = torch.device("cpu")
 Call = Callable[[], Any]
+sdpa: Callable[..., Tensor] = torch.nn.functional.scaled_dot_product_attention
 
 
 class Case(NamedTuple):
     """One call and PyTorch's for the same; truth: PyTorch's in fp64.
 
-    recorded: gradients are wanted, otherwise the calls are made under `torch.no_grad`; turned: PyTorch's results are [B, H, S, D].
+    recorded: gradients are wanted, otherwise the calls are made under `torch.no_grad`.
+    turned: PyTorch's results are [B, H, S, D].
     """
     name: str
     ours: Call
     theirs: Call
     truth: Call
-    setting: dict[str, Any] = {}
+    setting: dict[str, Any]
     recorded: bool = False
     turned: bool = False
 
@@ -162,7 +163,8 @@ def row(case: Case, seconds: float) -> dict[str, Any]:
                 call()
         return several
 
-    timed = timing.compare({OURS: repeated(case.ours), THEIRS: repeated(case.theirs)}, CPU, seconds=seconds, least=20, most=20000)
+    turns = {OURS: repeated(case.ours), THEIRS: repeated(case.theirs)}
+    timed = timing.compare(turns, CPU, seconds=seconds, least=20, most=20000)
     each = {name: timing.Timing([t / TOGETHER for t in one.rounds], [t / TOGETHER for t in one.host])
             for name, one in timed.items()}
     contenders = {name: {"state": "timed", "reason": ""} | one.summary() for name, one in each.items()}
@@ -205,6 +207,7 @@ def stages() -> dict[str, Call]:
     launch, (out, lse) = known.launch, known.run(x)
     assert isinstance(launch, Launch)
     frame = launch.new_frame()
+    assert lse is not None
     for name, t in dict(q=q, k=k, v=v, out=out, lse=lse).items():
         setattr(frame.told, name, t.data_ptr())
     return {

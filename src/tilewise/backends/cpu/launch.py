@@ -105,7 +105,8 @@ class Launch:
             frame = self.new_frame()
         told = frame.told
         for name, at in self.names:
-            setattr(told, name, x[at].data_ptr())
+            operand: Any = x[at]
+            setattr(told, name, operand.data_ptr())
         told.lse = frame.lse
         for name, t in results.items():
             setattr(told, name, None if t is None else t.data_ptr())
