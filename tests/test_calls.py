@@ -42,7 +42,7 @@ def reference(q, k, v, **options):
 # `python -m tilewise.bench.overhead --profile` shows at which stage, `python -m tilewise.bench.instructions` how much.
 MOST_CALLS = {"forward": (25, 33), "causal": (25, 33), "window": (36, 41), "mask function": (31, 40),
               "boolean mask": (34, 43), "forward, recorded": (46, 55), "forward and backward": (90, 138),
-              "packed": (110, 106), "decoding step": (96, 132)}
+              "packed": (110, 106), "decoding step": (104, 140)}
 
 
 @NEEDS_CPU
@@ -199,6 +199,27 @@ def test_a_mask_of_lists_follows_its_tensor():
     close(tw.attention(q, k, v, mask=mask), reference(q, k, v, mask=mask))
     allowed[:70] = False
     close(tw.attention(q, k, v, mask=mask), reference(q, k, v, mask=mask))
+
+
+def test_a_growing_cache_and_a_mask_of_lists():
+    """Which tiles a step visits follows from how many keys there are then."""
+    keys, values = torch.randn(2, 1, 200, 2, 8).unbind(0)
+    far = tw.mask_mod(lambda b, h, q_idx, kv_idx: q_idx - kv_idx < 20)
+    cache = tw.KVCache(1, 256, 2, 8, dtype=torch.float32)
+    cache.append(keys[:, :90], values[:, :90])
+    for end in range(91, 200, 12):
+        first, q = cache.lengths.item(), torch.randn(1, 1, 2, 8)
+        ours = tw.attention_with_kv_cache(q, cache, keys[:, first:end], values[:, first:end], mask=far)
+        close(ours, reference(q, keys[:, :end], values[:, :end], mask=tw.window(19, 0)))
+
+
+def test_a_growing_cache_is_one_problem_for_many_steps():
+    cache = tw.KVCache(2, 256, 2, 8, dtype=torch.float32)
+    cache.append(*(torch.randn(2, 3, 2, 8) for _ in range(2)))
+    with torch.no_grad():
+        for _ in range(70):
+            tw.attention_with_kv_cache(torch.randn(2, 1, 2, 8), cache, *(torch.randn(2, 1, 2, 8) for _ in range(2)))
+    assert len(calls._known) == 2       # up to 64 keys and up to 128
 
 
 def test_values_are_checked_when_they_change():

@@ -342,7 +342,8 @@ def _appended(q: Any, cache: Any, k_new: Any, v_new: Any, options: Options, back
     else:
         turned = cache.append_to(stored, k_new, v_new, cache_batch_idx=cache_batch_idx, **how)
     if turned is not q:                 # turned to its positions, it may lie in another way
-        found, x = calls.find_any(turned, stored.k, stored.v, options, found.backend, where)
+        found, again = calls.find_any(turned, stored.k, stored.v, options, found.backend, where)
+        x = again._replace(rng=x.rng)
     stored = cache.stored(cache_batch_idx)
     return found, x._replace(k_rows=stored.rows, pages=stored.pages)
 

@@ -171,7 +171,9 @@ def row(case: Case, seconds: float) -> dict[str, Any]:
     contenders[OURS]["errors"] = errors
     if any(not error <= allowed for error, allowed in errors.values()):
         contenders[OURS] |= {"state": "wrong", "reason": "not within the tolerance of PyTorch in fp64"}
-    ratios = timing.Timing([b / a for a, b in zip(each[OURS].rounds, each[THEIRS].rounds, strict=True)], [1.0])
+    same = len(each[OURS].rounds) == len(each[THEIRS].rounds)      # not where one call took longer than all should
+    pairs = zip(each[OURS].rounds, each[THEIRS].rounds, strict=True) if same else [(each[OURS].median, each[THEIRS].median)]
+    ratios = timing.Timing([b / a for a, b in pairs], [1.0])
     setting = dict(batch=B, seqlen=S, heads=H, kv_heads=H, head_dim=D, dtype="float32", threads=1) | case.setting
     return {"part": "call", "case": case.name, "setting": setting, "contenders": contenders, "bar": 1 / BAR,
             "times_faster": {THEIRS: {"median": ratios.median, "quartiles": ratios.quartiles}}}
@@ -207,16 +209,21 @@ def stages() -> dict[str, Call]:
     launch, (out, lse) = known.launch, known.run(x)
     assert isinstance(launch, Launch)
     frame = launch.new_frame()
-    assert lse is not None
-    for name, t in dict(q=q, k=k, v=v, out=out, lse=lse).items():
+    told: dict[str, Any] = dict(q=q, k=k, v=v, out=out, lse=lse)        # alive as long as the kernel may run
+    for name, t in told.items():
         setattr(frame.told, name, t.data_ptr())
+
+    def kernel() -> None:
+        assert told
+        launch.kernel(frame.address)
+
     return {
         WHOLE: lambda: tw.attention(q, k, v, backend="cpu"),
         "is it plain": lambda: calls.plain(q, k, v, None, None),
         "known by its key": lambda: calls.find(q, k, v, options, "cpu", DENSE),
         "out allocated": lambda: torch.empty_like(known.out),
         "kernel told": lambda: launch(x, out=out),
-        "kernel run": lambda: launch.kernel(frame.address),
+        "kernel run": kernel,
     }
 
 
