@@ -14,7 +14,7 @@ from tilewise.kv_cache import KVCache, Stored, check_tensor
 from tilewise.masks import Mask
 from tilewise.packing import from_nested, to_nested
 from tilewise.paged_cache import PagedKVCache
-from tilewise.plan import Plan, choose, plan
+from tilewise.plan import Plan, plan
 from tilewise.problem import DTYPES, Layout, Operands, Problem, make, make_unequal
 from tilewise.rng import Rng
 from tilewise.rotary import Rotary
@@ -23,7 +23,6 @@ from tilewise.sequences import packed_rows
 from tilewise.state import AttentionState, merge_states
 from tilewise.statistics import Statistics
 from tilewise.trace.graph import leaves
-
 
 STEPS = 64                              # a cache's longest sequence is told in multiples of so many keys
 
@@ -119,11 +118,11 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | Non
     Raises:
         TypeError, ValueError, NotImplementedError: as `attention`.
     """
-    where, *packed = _packed_rows(
+    where, in_q, in_k, in_v = _packed_rows(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_q=seqused_q,
         seqused_k=seqused_k, check=check)
     options = Options(causal, mask, score_mod, bias, sinks, scale, dropout_p, rng, deterministic, batch_invariant, return_stats)
-    out, lse, found = calls.attention(*packed, options, backend, return_lse, where)
+    out, lse, found = calls.attention(in_q, in_k, in_v, options, backend, return_lse, where)
     if q.is_nested:
         out = to_nested(out, q)
     return _results(out, lse, found, return_lse)
@@ -307,7 +306,7 @@ def _in_cache(q: Any, cache: Any, stored: Stored, k_new: Tensor | None, options:
         lowest = min(0, int((keys - (q.shape[1] if q_rows is None else q_rows[:, 2])).min()))
     elif not extended:
         longest = min(longest + (new if isinstance(new, int) else longest_q), capacity)
-    if not options.as_long_as_keys():   # then any bound will do, and a growing cache is one problem for many steps
+    if cache.device.type == "cpu" and not options.as_long_as_keys():    # any bound will do: one problem for many steps
         longest = max(longest, min(-(-longest // STEPS) * STEPS, capacity))
     if q.dtype != cache.dtype and stored.k_scale is None:
         raise TypeError(f"q: expected the cache's dtype {cache.dtype}, got {q.dtype}")
@@ -336,14 +335,17 @@ def _appended(q: Any, cache: Any, k_new: Any, v_new: Any, options: Options, back
             if given is not None:
                 raise ValueError(f"{name}: expected None without k_new")
         return found, x
-    how: dict[str, Any] = dict(cu_seqlens=cu_seqlens_q, q=q, rotary=rotary, check=check, writer=backends.load(found.backend).write)
+    how: dict[str, Any] = dict(cu_seqlens=cu_seqlens_q, q=q, rotary=rotary, check=check,
+                               writer=backends.load(found.backend).write)
     if isinstance(cache, PagedKVCache):
-        turned = cache.append(k_new, v_new, sequences=cache_batch_idx, extended=extended, **how)
+        turned: Any = cache.append(k_new, v_new, sequences=cache_batch_idx, extended=extended, **how)
     else:
         turned = cache.append_to(stored, k_new, v_new, cache_batch_idx=cache_batch_idx, **how)
-    if isinstance(cache, PagedKVCache) or stored.lengths is None:
-        stored = cache.stored(cache_batch_idx)
-    return found, x._replace(q=turned, k_rows=stored.rows, pages=stored.pages)
+    if turned is not q:                 # turned to its positions, it may lie in another way
+        found, again = calls.find_any(turned, stored.k, stored.v, options, found.backend, where)
+        x = again._replace(rng=x.rng)
+    stored = cache.stored(cache_batch_idx)
+    return found, x._replace(k_rows=stored.rows, pages=stored.pages)
 
 
 def _as_given(state: AttentionState, packed: bool, return_lse: bool, found: Statistics | None = None) -> Any:

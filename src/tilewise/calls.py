@@ -2,9 +2,9 @@
 
 Checking a call, describing its problem, choosing a backend and settling what its kernel is told takes ten times as long as
 launching it. All of that follows from how tensors lie in memory, from options and from PyTorch's settings, never from what
-q, k, v, bias and sinks hold. `find` remembers it by all that decides: shapes, strides, dtypes, devices and alignment of tensors; options
-with their types; deterministic algorithms, the precision of fp32 products, the number of threads; masks and score functions by
-identity, together with the layout and `_version` of what they captured.
+q, k, v, bias and sinks hold. `find` remembers it by all that decides: shapes, strides, dtypes, devices, alignment of tensors;
+options with their types; deterministic algorithms, the precision of fp32 products, the number of threads; masks and score
+functions by identity, together with the layout and `_version` of what they captured.
 
 The memory is bounded and keeps nothing alive: entries refer weakly to masks and captured tensors and go with them. A result
 never depends on it. What is not plain is described anew: subclasses of Tensor, tensors that a compiler, a mode or a transform
@@ -109,9 +109,9 @@ def find(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, where:
     held = () if mask is None and score_mod is None and where is DENSE else named(mask, score_mod, where)
     known = captured = None
     if held is not None:
-        key = (layout(q), layout(k), layout(v), None if bias is None else layout(bias), None if sinks is None else layout(sinks),
-               causal, type(causal), scale, type(scale), dropout, type(dropout), deterministic, invariant, statistics, order,
-               splits, type(splits),    # 1 is True and 0.0 is 0 to a dictionary, but not to the checks
+        key = (layout(q), layout(k), layout(v), None if bias is None else layout(bias),
+               None if sinks is None else layout(sinks), causal, type(causal), scale, type(scale), dropout, type(dropout),
+               deterministic, invariant, statistics, order, splits, type(splits),  # types: 1 is True to a dictionary
                backend, fp32_products(), torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(),
                None if where is DENSE else placed(where), *map(id, held))
         known = remembered(key)
@@ -176,6 +176,8 @@ class Found:
         self.captured: tuple[tuple[Callable[[], Tensor | None], tuple | None], ...] = ()
         self.backwards: dict[tuple, Callable[..., None] | None] = {}    # by all strides
         self.launch: Callable[..., None] | None = None
+        self.out: Tensor
+        self.lse: Tensor
         if settled and hasattr(module, "prepared") and not problem.statistics:
             packed = problem.packed_q is not None
             out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
@@ -211,7 +213,7 @@ class Found:
         for (at, before), given in zip(self.held, held, strict=True):
             if at() is not given or state(given) != before:
                 return None
-        found = []
+        found: list[Tensor] = []
         for at, before in self.captured:
             x = at()
             if x is None or state(x) != before:
@@ -220,7 +222,7 @@ class Found:
         return found
 
     def compute(self, x: Operands, with_lse: bool) -> tuple[Tensor, Tensor | None, Statistics | None]:
-        """out, lse and statistics, differentiable, in the shapes of the caller's q; x with q, k and v as the caller gave them."""
+        """out, lse and statistics, differentiable, in the shapes of the caller's q; q, k and v of x as the caller gave them."""
         if self.launch is None:
             return through_ops(self.problem, self.heads_first(x), self.backend)
         if ops.tracked(x):
@@ -232,6 +234,7 @@ class Found:
         out, packed = torch.empty_like(self.out), self.problem.packed_q is not None
         if packed:                      # what no sequence holds
             out.zero_()
+        assert self.launch is not None
         if not with_lse:
             self.launch(x, out=out)
             return out, None
@@ -258,7 +261,7 @@ class Found:
         """dq, dk, dv, None for the bias, dsinks."""
         packed = self.problem.packed_q is not None
         x, delta = self.call.operands(tensors), torch.zeros_like(lse)
-        dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors[:3])
+        dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x.q, x.k, x.v))
         if packed:                      # what no sequence holds
             for t in (dq, dk, dv):
                 t.zero_()
@@ -306,7 +309,7 @@ class Recorded(torch.autograd.Function):
         q, k, v, out = (heads_first(x, order) for x in (q, k, v, out))
         dout = torch.zeros_like(out) if dout is None else heads_first(dout, order)
         dq, dk, dv, dbias, dsinks, *captured = gradients(found.call, needs, out, lse, dout, dlse, [q, k, v, *others])
-        dq, dk, dv = (given_order(x, order, packed) for x in (dq, dk, dv))
+        dq, dk, dv = (given_order(x, order, packed) for x in (dq, dk, dv) if x is not None)
         return None, dq, dk, dv, dbias, dsinks, *[None] * (TENSORS - 5), *captured
 
 

@@ -119,7 +119,7 @@ def gradients(of: Call, needs: Needs, out: Tensor, lse: Tensor, dout: Tensor, dl
 
 
 def followed() -> bool:
-    """Whether what is computed now may be differentiated or transformed; a Function's `apply` costs more than a small kernel."""
+    """Whether what is computed now may be differentiated or transformed; `apply` costs more than a small kernel."""
     return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 

@@ -257,7 +257,6 @@ class Storage:
         turned = writer(stored, tokens.rows, tokens.k, tokens.v, tokens.q, tokens.q_rows, rotary)
         if stored.lengths is not None:  # then it was checked that all find room
             self.lengths.index_add_(0, index, tokens.rows[:, 2])
-            stored.rows[:, 2] += tokens.rows[:, 2]
         else:
             self.lengths.index_copy_(0, index, torch.minimum(stored.rows[:, 2] + tokens.rows[:, 2], stored.limits()).int())
         if turned is None or rotary is None:
@@ -328,14 +327,14 @@ class KVCache(Storage):
 
     def stored(self, cache_batch_idx: Tensor | None = None, *, check: bool = False) -> Stored:
         """What a backend reads. cache_batch_idx: integer tensor [B] of sequences; None: all in order."""
-        if cache_batch_idx is None and self.slots is None and self.left_padding is None and self.device.type == "cpu":
-            rows, known = _in_order(self.batch, 0).clone(), self.lengths.tolist()
+        if cache_batch_idx is None and self.slots is None and self.left_padding is None and self._readable(check=False):
+            rows, counts = _in_order(self.batch, 0).clone(), self.lengths.tolist()
             rows[:, 2] = self.lengths
             return Stored(self.k.transpose(1, 2), self.v.transpose(1, 2), rows, None, self.k_scale, self.v_scale,
-                          max(known, default=0), lengths=known)
+                          max(counts, default=0), lengths=counts)
         index = self._sequences(cache_batch_idx, check)
         lengths = self.lengths[index]
-        known = lengths.tolist() if self.device.type == "cpu" else None
+        known: list[int] | None = lengths.tolist() if self._readable(check=False) else None
         longest = self.capacity if known is None else max(known, default=0)
         rows = torch.stack([self._slots(index).int(), self._first(index), lengths], -1)
         return Stored(self.k.transpose(1, 2), self.v.transpose(1, 2), rows, None, self.k_scale, self.v_scale, longest,
@@ -355,8 +354,9 @@ class KVCache(Storage):
                               cu_seqlens=cu_seqlens, q=q, rotary=rotary, check=check, writer=writer)
 
     def append_to(self, stored: Stored, k_new: Tensor, v_new: Tensor | None, *, cache_batch_idx: Tensor | None,
-                  cu_seqlens: Tensor | None, q: Tensor | None, rotary: Rotary | None, check: bool, writer: Writer) -> Tensor | None:
-        """`append` for one who has asked `stored` about these sequences just now. On the CPU its rows then count the new keys."""
+                  cu_seqlens: Tensor | None, q: Tensor | None, rotary: Rotary | None, check: bool,
+                  writer: Writer) -> Tensor | None:
+        """`append` for one who has just asked what is `stored` of these sequences."""
         index = self._sequences(cache_batch_idx, check)
         tokens = self._tokens(len(index), k_new, v_new, cu_seqlens, q, check)
         if self._readable(check):
@@ -429,8 +429,7 @@ def check_tensor(name: str, x, shape: Sequence[int | str], dtypes: Sequence[torc
         raise TypeError(f"{name}: expected {_names(dtypes)}, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     if device is not None and x.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got {x.device}")
-    found = x.shape
-    if len(found) != len(shape) or any([isinstance(want, int) and want != size for want, size in zip(shape, found, strict=True)]):
+    if x.dim() != len(shape) or any([want != size for want, size in zip(shape, x.shape, strict=True) if isinstance(want, int)]):
         raise ValueError(f"{name}: expected [{', '.join(map(str, shape))}], got {list(x.shape)}")
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"{name}: expected a contiguous last dimension (stride 1), got stride {x.stride(-1)}")

@@ -17,7 +17,7 @@ A backend is a module with
 if what it tells its kernels can be settled once for operands and results that lie in memory alike (`tilewise/calls.py`),
 
     prepared(problem, operands, out) -> run                  run(operands, out=.., lse=..); without lse it is not kept
-    prepared_backward(problem, operands, out, dout) -> run   run(operands, out=.., lse=.., dout=.., dlse=.., delta=.., dq=.., ..);
+    prepared_backward(problem, operands, out, dout) -> run   run(operands, out=.., lse=.., dout=.., dlse=.., delta=.., dq=..);
                                                              None where gradients of bias or captured tensors are sums
 
 `run` writes results and looks only at where tensors begin, whatever views of that memory they are. `delta` [.., heads, ..] like

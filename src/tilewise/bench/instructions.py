@@ -2,9 +2,10 @@
 
     python -m tilewise.bench.instructions [--quick] [--out FILE]
 
-A call's count is that of 2 n calls less that of n, divided by n, so that what comes before cancels; a second count of n tells the
-spread. Counted by `perf stat` where the processor lends its counters, otherwise by valgrind's callgrind, which knows no AVX-512:
-kernels are then compiled without, and PyTorch takes its own code for such a processor. One thread, hashes and garbage collection fixed.
+A call's count is that of 2 n calls less that of n, divided by n, so that what comes before cancels; a second count of n tells
+the spread. Counted by `perf stat` where the processor lends its counters, otherwise by valgrind's callgrind, which knows no
+AVX-512: kernels are then compiled without, and PyTorch takes its own code for such a processor. One thread, hashes and garbage
+collection fixed.
 """
 from __future__ import annotations
 
@@ -30,7 +31,9 @@ from tilewise.problem import Operands, Problem, make
 OURS, THEIRS = overhead.OURS, overhead.THEIRS
 CALLS = 10                              # n, of tiny calls; of kernels 1
 WARM = 20
+DIM = 64                                # of kernels
 LIMIT = 1500                            # seconds that all may take
+MODULE = "tilewise.bench.instructions"
 Counted = dict[str, tuple[int, int]]    # of each job: instructions of a call, spread
 MARKS = """#include <valgrind/callgrind.h>
 void begin(void) { CALLGRIND_START_INSTRUMENTATION; CALLGRIND_ZERO_STATS; }
@@ -71,11 +74,11 @@ def kernels() -> list[Job]:
     """CPU kernels alone: many queries, their backward, and one query of a decoding step."""
     torch.manual_seed(0)
     found = []
-    for case, rows, keys, heads, dim in (("forward", 128, 128, 1, 64), ("backward", 128, 128, 1, 64), ("decode", 1, 1024, 2, 64)):
-        q, k = torch.randn(1, rows, heads, dim), torch.randn(1, keys, heads, dim)
+    for case, rows, keys, heads in (("forward", 128, 128, 1), ("backward", 128, 128, 1), ("decode", 1, 1024, 2)):
+        q, k = torch.randn(1, rows, heads, DIM), torch.randn(1, keys, heads, DIM)
         problem, x = make(q, k, k)
         run = backward_of(problem, x) if case == "backward" else forward_of(problem, x)
-        setting = dict(mode=case, batch=1, seqlen_q=rows, seqlen_k=keys, heads=heads, head_dim=dim, dtype="float32")
+        setting = dict(mode=case, batch=1, seqlen_q=rows, seqlen_k=keys, heads=heads, head_dim=DIM, dtype="float32")
         found.append(Job("kernel", case, OURS, run, setting, heads * rows * keys))
     return found
 
@@ -147,8 +150,9 @@ def environment() -> dict[str, str]:
 def by_perf(counted: list[Job]) -> Counted:
     """A process for each number of calls."""
     def process(job: Job, times: int) -> int:
-        done = subprocess.run(["perf", "stat", "-x,", "-e", "instructions:u", sys.executable, "-m", __spec__.name, "--work", job.name,
-                               "--times", str(times)], capture_output=True, text=True, env=environment(), timeout=LIMIT)
+        command = [sys.executable, "-m", MODULE, "--work", job.name, "--times", str(times)]
+        done = subprocess.run(["perf", "stat", "-x,", "-e", "instructions:u", *command], capture_output=True, text=True,
+                              env=environment(), timeout=LIMIT)
         found = re.search(r"^(\d+),", done.stderr, re.M)
         if done.returncode or found is None:
             raise RuntimeError(f"perf: {job.name}: {done.stderr[-500:]}")
@@ -172,15 +176,16 @@ def by_callgrind(counted: list[Job]) -> Counted:
             raise RuntimeError(f"instructions: cc could not compile what uses valgrind/callgrind.h:\n{built.stderr[-1000:]}")
         names = [argument for job in counted for argument in ("--work", job.name)]
         compiler = os.environ.get("CXX", "c++") + " -mno-avx512f -mprefer-vector-width=256"
-        done = subprocess.run(["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={out}", sys.executable, "-m",
-                               __spec__.name, *names, "--marks", str(marks)],
+        command = [sys.executable, "-m", MODULE, *names, "--marks", str(marks)]
+        done = subprocess.run(["valgrind", "--tool=callgrind", "--instr-atstart=no", f"--callgrind-out-file={out}", *command],
                               capture_output=True, text=True, env=environment() | dict(CXX=compiler), timeout=LIMIT)
         if done.returncode:
             raise RuntimeError(f"valgrind: {done.stdout[-500:]}{done.stderr[-1500:]}")
         found: dict[str, list[int]] = {}
         for path in sorted(Path(directory).glob("out.*"), key=lambda path: int(path.suffix[1:])):
             text = path.read_text()
-            name, total = (re.search(pattern, text, re.M) for pattern in (r"^desc: Trigger: Client Request: (.*)$", r"^totals: (\d+)"))
+            name = re.search(r"^desc: Trigger: Client Request: (.*)$", text, re.M)
+            total = re.search(r"^totals: (\d+)", text, re.M)
             if name and total:
                 found.setdefault(name[1], []).append(int(total[1]))
     result = {}
@@ -232,8 +237,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="one call and the kernels")
     parser.add_argument("--out", type=Path, help="JSON file for the result")
-    for name in ("--work", "--times", "--marks"):       # in the process that is counted
-        parser.add_argument(name, action="append" if name == "--work" else None, help=argparse.SUPPRESS)
+    parser.add_argument("--work", action="append", help=argparse.SUPPRESS)      # in the process that is counted
+    parser.add_argument("--times", help=argparse.SUPPRESS)
+    parser.add_argument("--marks", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.work:
         work(arguments.work, None if arguments.times is None else int(arguments.times), arguments.marks)

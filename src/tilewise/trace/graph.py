@@ -47,7 +47,7 @@ class Expr:
 
     def __init__(self, op: str, kind: str, *args: Expr, value: Any = None):
         self.op, self.kind, self.args, self.value = op, kind, args, value
-        self.reads = op == "captured" or any([a.reads for a in args])
+        self.reads: bool = op == "captured" or any([a.reads for a in args])
 
     def __add__(self, other): return arithmetic("add", self, other)
     def __radd__(self, other): return arithmetic("add", other, self)

@@ -17,8 +17,8 @@ from tilewise.backends.cpu.append import write
 from tilewise.problem import Operands, Problem
 from tilewise.statistics import Statistics
 
-__all__ = ["backward", "forward", "forward_with_statistics", "precision", "prepared", "prepared_backward", "repeatable", "splits",
-           "supports", "tile_sizes", "volunteers", "workspace", "write"]
+__all__ = ["backward", "forward", "forward_with_statistics", "precision", "prepared", "prepared_backward", "repeatable",
+           "splits", "supports", "tile_sizes", "volunteers", "workspace", "write"]
 
 
 def supports(problem: Problem) -> str | None:

@@ -18,8 +18,9 @@ def write(stored: Stored, new: Tensor, k_new: Tensor, v_new: Tensor | None, q: T
     """`kv_cache.write`, which serves where numbers have to be computed: turned, scaled, or dropped because memory ends."""
     if rotary is None and stored.k_scale is None and len(new) <= MOST_COPIES:
         copies = list(itertools.islice(places(stored, new), MOST_COPIES + 1))
-        if len(copies) <= MOST_COPIES and None not in copies:
-            for slot, row, source, first, count in copies:
+        whole = [copy for copy in copies if copy is not None]
+        if len(whole) == len(copies) <= MOST_COPIES:
+            for slot, row, source, first, count in whole:
                 stored.k[slot, :, row:row + count] = k_new.detach()[source, :, first:first + count]
                 if v_new is not None:
                     stored.v[slot, :, row:row + count] = v_new.detach()[source, :, first:first + count]

@@ -73,7 +73,8 @@ class Launch:
     Calls do not look at strides again, nor at the order of dimensions: operands may come in any view of the same memory.
     Frames are kept for the next call, unless they are large; calls at the same time take one each.
     """
-    __slots__ = ("arrays", "captured", "frames", "kernel", "lists", "lse", "names", "order", "scratch", "template")
+    __slots__ = ("arrays", "block_rows", "captured", "frames", "kernel", "listed", "lists", "lse", "names", "order",
+                 "problem", "scratch", "template")
 
     def __init__(self, kernel: str, problem: Problem, x: Operands, strides: dict[str, Tensor | None], numbers: dict[str, int],
                  arrays: dict[str, Any] | None = None, compiled: Compiled = compiler.PLAIN):
@@ -88,10 +89,9 @@ class Launch:
             setattr(told, name, ctypes.addressof(array))
         self.captured = ctypes.c_void_p * len(x.captured) if x.captured else None
         self.order = order_of(x.k_rows) if x.k_rows is not None and not problem.cached else None
-        self.lists = visited(problem, x, numbers["block_rows"]) if problem.graphs.listed else None
-        if self.lists is not None:
-            told.list, told.list_batch, told.list_heads = self.lists.tiles.data_ptr(), self.lists.per_batch, self.lists.per_head
-            told.list_rows = -(-problem.seqlen_q // numbers["block_rows"])
+        self.problem, self.block_rows, self.listed = problem, numbers["block_rows"], problem.graphs.listed
+        self.lists = visited(problem, x, self.block_rows) if self.listed and not problem.cached else None
+        told.list_rows = -(-problem.seqlen_q // self.block_rows)
         self.kernel, self.template = getattr(library, kernel), bytes(told)
         self.kernel.argtypes = [ctypes.c_void_p]
         self.lse = problem.heads * problem.queries * 4
@@ -105,7 +105,8 @@ class Launch:
             frame = self.new_frame()
         told = frame.told
         for name, at in self.names:
-            setattr(told, name, x[at].data_ptr())
+            operand: Any = x[at]
+            setattr(told, name, operand.data_ptr())
         told.lse = frame.lse
         for name, t in results.items():
             setattr(told, name, None if t is None else t.data_ptr())
@@ -118,6 +119,9 @@ class Launch:
         if x.pages is not None:
             pages = x.pages.contiguous()
             told.pages, told.pages_row = pages.data_ptr(), pages.shape[1]      # a table grows with the cache
+        if self.listed:                 # of a cache's lengths anew
+            lists = visited(self.problem, x, self.block_rows) if self.lists is None else self.lists
+            told.list, told.list_batch, told.list_heads = lists.tiles.data_ptr(), lists.per_batch, lists.per_head
         self.kernel(frame.address)
         if self.scratch <= KEPT_BYTES:
             self.frames.append(frame)
