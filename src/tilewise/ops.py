@@ -6,22 +6,37 @@ with a registered backward. Otherwise it is an `autograd.Function` that torch.fu
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tilewise import backends, reference, sharding
+from tilewise import backends, fp8, reference, sharding
 from tilewise.backends import Gradients, Needs
 from tilewise.derivatives import differentiable
-from tilewise.plan import choose
+from tilewise.plan import choose, takes_fp8
 from tilewise.problem import TENSORS, Graphs, Operands, Problem, Settings, describe
 from tilewise.statistics import Statistics
 from tilewise.trace.memo import abstract
 
 
+def taking_fp8(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """`compute` with fp8 inputs for all backends: those that do not take them compute with copies in bf16 (`fp8.py`)."""
+    @functools.wraps(compute)
+    def computed(problem: Problem, x: Operands, backend: str) -> Any:
+        if not problem.quantized or takes_fp8(problem, backend):
+            return compute(problem, x, backend)
+        out, *others = compute(*fp8.widened(problem, x), backend)
+        return fp8.rescaled(problem, x, out), *others
+
+    return computed
+
+
+@taking_fp8
 def attention(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse) of a problem on a backend, "auto" or a name; differentiable."""
     if sharding.sharded(x.q, x.k, x.v):
@@ -39,6 +54,7 @@ def attention(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tens
     return differentiable(module, problem, x)
 
 
+@taking_fp8
 def attention_with_statistics(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor, Statistics]:
     """The same, and what `problem.statistics` names, which has no gradient."""
     if sharding.sharded(x.q, x.k, x.v):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from tilewise import backends
+from tilewise import backends, fp8
 from tilewise.problem import Operands, Problem
 from tilewise.sequences import hosted
 from tilewise.trace.bounds import EMPTY, FULL, tile_classes
@@ -30,6 +30,11 @@ def choose(problem: Problem, backend: str) -> str:
     if reason is not None:
         raise NotImplementedError(f'backend={backend!r} cannot compute this: {reason}; backend="auto" picks one that can')
     return backend
+
+
+def takes_fp8(problem: Problem, backend: str) -> bool:
+    """Whether the backend that serves multiplies fp8 inputs as they are; others are given copies in bf16."""
+    return backend != "reference" and getattr(backends.load(choose(problem, backend)), "FP8", False)
 
 
 PATTERNS = {"rows": "sums over keys", "cols": "sums over queries", "diagonal": "sums along diagonals",
