@@ -10,10 +10,11 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilewise.backends import Gradients, Needs
-from tilewise.backends.gpu_math.arguments import arguments, in_all, padded, strides, visits, work
+from tilewise.backends.gpu_math.arguments import arguments, blocks, in_all, padded, strides, visits, work
 from tilewise.backends.gpu_math.entry import entry, flatten
 from tilewise.backends.gpu_math.entry import start as begin
 from tilewise.backends.gpu_math.splits import multiprocessors
+from tilewise.backends.hopper import configs
 from tilewise.backends.hopper.backward_kernel import backward as backward_kernel
 from tilewise.backends.hopper.configs import Config, choose, passes
 from tilewise.backends.hopper.forward_kernel import forward as forward_kernel
@@ -37,7 +38,7 @@ def start(kernel: Any, problem: Problem, programs: int, values: Mapping[str, Any
 
 def forward(problem: Problem, x: Operands, start: Start = start) -> tuple[Tensor, Tensor]:
     out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
-    c = choose(kernel_of(problem), problem)
+    c = choose(configs.forward(problem), problem)
     told = arguments(problem, x)
     values = turned(problem, x, c, start) if problem.quantized else x.v
     (pieces, columns), (pieces_v, columns_v) = pieces_of(problem.head_dim), pieces_of(problem.head_dim_v)
@@ -56,11 +57,6 @@ def forward(problem: Problem, x: Operands, start: Start = start) -> tuple[Tensor
     return out, lse
 
 
-def kernel_of(problem: Problem) -> str:
-    """The name of the forward kernel in the table of configurations."""
-    return "forward fp8" if problem.quantized else "forward"
-
-
 def scales(problem: Problem, x: Operands) -> dict[str, Tensor | None]:
     """Of fp8 inputs, [B, H_kv] each."""
     given = dict(Q_SCALE=x.q_scale, K_SCALE=x.k_scale, V_SCALE=x.v_scale)
@@ -71,17 +67,20 @@ def scales(problem: Problem, x: Operands) -> dict[str, Tensor | None]:
     return {name: ones if s is None else s.contiguous() for name, s in given.items()}
 
 
+def turned_shape(problem: Problem, block: int) -> tuple[int, int, int, int]:
+    """[slots, H_kv, D_v, columns]: rows of TMA are multiples of 16 bytes, sequences of packed ones begin at multiples of a tile."""
+    columns = blocks(problem.seqlen_k, 16) * 16 if problem.packed_k is None else (
+        (problem.packed_k // block + problem.batch) * block)
+    return problem.rows_k[0], problem.kv_heads, problem.head_dim_v, columns
+
+
 def turned(problem: Problem, x: Operands, c: Config, start: Start) -> Tensor:
     """Values as `turned_values.py` says, for tiles of a configuration."""
-    columns = -(-problem.seqlen_k // 16) * 16           # TMA's rows are multiples of 16 bytes
-    if problem.packed_k is not None:
-        columns = (problem.packed_k // c.BLOCK_N + problem.batch) * c.BLOCK_N
-    slots = problem.rows_k[0]
-    new = torch.empty((slots, problem.kv_heads, problem.head_dim_v, columns), dtype=x.v.dtype, device=problem.device)
-    blocks = in_all(problem.packed_k, problem.seqlen_k, problem.batch, 1, c.BLOCK_N) * problem.kv_heads
-    start(turn_values, problem, blocks, dict(
+    new = torch.empty(turned_shape(problem, c.BLOCK_N), dtype=x.v.dtype, device=problem.device)
+    programs = in_all(problem.packed_k, problem.seqlen_k, problem.batch, 1, c.BLOCK_N) * problem.kv_heads
+    start(turn_values, problem, programs, dict(
         V=x.v.view(torch.uint8), TURNED=new.view(torch.uint8), K_ROWS=x.k_rows, v_strides=strides(x.v),
-        turned_strides=strides(new), heads=problem.kv_heads, nk=problem.seqlen_k, columns=columns, DV=problem.head_dim_v,
+        turned_strides=strides(new), heads=problem.kv_heads, nk=problem.seqlen_k, columns=new.shape[3], DV=problem.head_dim_v,
         BLOCK_N=c.BLOCK_N, BLOCK_DV=padded(problem.head_dim_v), **work(problem, x, "BLOCK_N", keys=True)(c)), 4)
     return new
 
