@@ -25,12 +25,15 @@ from tilewise.trace.memo import abstract
 
 
 def taking_fp8(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """`compute` with fp8 inputs for all backends: those that do not take them compute with copies in bf16 (`fp8.py`)."""
+    """`compute` with fp8 inputs for all backends: those that do not take them compute with copies in bf16 (`fp8.py`).
+
+    While tracing nothing is copied: the custom op does so when it runs.
+    """
     @functools.wraps(compute)
     def computed(problem: Problem, x: Operands, backend: str) -> Any:
         if problem.quantized and sharding.sharded(x.q, x.k, x.v):
             raise NotImplementedError("q: expected no DTensor of float8_e4m3fn: give tw.attention .to_local() of each")
-        if not problem.quantized or takes_fp8(problem, backend):
+        if not problem.quantized or (abstract(x.q, x.k, x.v) and backend != "reference") or takes_fp8(problem, backend):
             return compute(problem, x, backend)
         out, *others = compute(*fp8.widened(problem, x), backend)
         return fp8.rescaled(problem, x, out), *others
@@ -98,10 +101,20 @@ def described(arguments: Sequence) -> tuple[Problem, Operands, str]:
     return describe(x, Settings(*arguments[count:-1])), x, arguments[-1]
 
 
+@taking_fp8
+def forward(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor]:
+    return backends.load(choose(problem, backend)).forward(problem, x)
+
+
+@taking_fp8
+def forward_with_statistics(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor, Statistics]:
+    return backends.load(choose(problem, backend)).forward_with_statistics(problem, x)
+
+
 @torch.library.custom_op("tilewise::attention", mutates_args=(), schema=f"({ARGUMENTS}, str backend) -> (Tensor, Tensor)")
 def attention_op(*arguments) -> tuple[Tensor, Tensor]:
     problem, x, backend = described(arguments)
-    out, lse = backends.load(choose(problem, backend)).forward(problem, x)
+    out, lse = forward(problem, x, backend)
     return arranged(out, problem.new_q(problem.head_dim_v)), lse
 
 
@@ -110,7 +123,7 @@ def attention_op(*arguments) -> tuple[Tensor, Tensor]:
 def attention_with_statistics_op(*arguments) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The same, and the statistics that are named, in that order."""
     problem, x, backend = described(arguments)
-    out, lse, found = backends.load(choose(problem, backend)).forward_with_statistics(problem, x)
+    out, lse, found = forward_with_statistics(problem, x, backend)
     return arranged(out, problem.new_q(problem.head_dim_v)), lse, [t for t in found if t is not None]
 
 
