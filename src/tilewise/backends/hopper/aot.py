@@ -45,7 +45,7 @@ SOURCES = (elementary, gradients, masking, philox, places, preprocess, rows, sco
            backward_producer, decode_kernel, dropout, forward_kernel, gluon_names, merge_kernel, messages, narrow, pieces,
            products, queries_kernel, shared_tiles, turned_values, with_lse)
 N = 256
-DIRECTIONS = {"forward": "forward", "query_gradients": "dq", "decode": "decode", "merge": "decode"}
+DIRECTIONS = {"forward": "forward", "turn_values": "forward", "query_gradients": "dq", "decode": "decode", "merge": "decode"}
 
 
 def problems(dtype: torch.dtype, head_dim: int, head_dim_v: int) -> Iterator[tuple[str, Problem, Operands]]:
@@ -76,6 +76,21 @@ def shipped(dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> Iterator[Cas
         for head_dim, _ in configs.head_dims("decode"):
             for name, problem, x in cached(dtype, head_dim):
                 yield from decode_cases(name, problem, x)
+    for dims in configs.head_dims("forward fp8"):
+        for name, problem, x in problems(FP8, *dims):
+            if not problem.dropout:
+                yield from narrow_cases(name, problem, x)
+
+
+def narrow_cases(name: str, problem: Problem, x: Operands) -> Iterator[Case]:
+    """The kernels of a forward pass of fp8 inputs; values are turned alike in all programs."""
+    recorded: list[Case] = []
+
+    def record(kernel, problem, programs, values, warps):
+        recorded.append(case(f"fp8 {name}", kernel, problem, values, warps))
+
+    launch.forward(problem, x, start=record)
+    return (case for case in recorded if case.kernel.fn.__name__ != "turn_values_entry" or name in ("full", "packed"))
 
 
 def cached(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, Problem, Operands]]:
@@ -134,7 +149,7 @@ def case(name: str, kernel: Any, problem: Problem, values: Mapping[str, Any], wa
     dims = "x".join(str(d) for d in dict.fromkeys((problem.head_dim, problem.head_dim_v)))
     return Case(" ".join(["hopper", called, *values.get("PART", "").split(), f"d{dims}", name]).strip(),
                 DIRECTIONS.get(called, "backward"), ARCH, point, signature, constants, warps, 1,
-                called not in ("preprocess", "merge"),
+                called not in ("preprocess", "merge", "turn_values"),
                 key(sources(), source_of(kernel, problem.program), sorted(signature.items()),
                     sorted(constants.items(), key=str), warps, maxnreg), maxnreg=maxnreg)
 
