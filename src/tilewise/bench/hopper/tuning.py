@@ -26,6 +26,7 @@ from tilewise.bench.peers import discover
 from tilewise.bench.run import WORK, Shape
 from tilewise.bench.timing import Timing, alive, compare, finish
 from tilewise.bench.tuning import CHANNELS, LENGTHS, TOKENS, deviation, geometric_mean
+from tilewise.fp8 import FP8
 from tilewise.problem import Problem, make
 
 SECONDS = 1.5                           # for one kernel at one length, all variants and peers together
@@ -36,13 +37,14 @@ CONSUMERS = {2: (240, 24), 3: (160, 32)}        # registers of a consumer's thre
 FORWARD_TILES = {                               # by the wider of D and D_v
     64: ((128, 128), (128, 64), (192, 128), (192, 64)), 128: ((128, 128), (128, 64), (192, 64)),
     192: ((128, 128), (128, 64)), 256: ((128, 64), (128, 32))}
+FORWARDS = "forward", "forward fp8"
 
 
 def candidates(kernel: str, head_dim: int) -> list[Config]:
     """The table's variant of the forward, or of a pass of the backward, then the others to try, for D = D_v. Those of the
     forward all wait early: without that nothing overlaps in the machine code."""
     shipped = configs.table()[kernel, head_dim, head_dim, "plain"]
-    if kernel == "forward":
+    if kernel in FORWARDS:
         others = [Config(m, n, stages, ping, 1, *CONSUMERS[m // 64], persistent) for (m, n), stages, ping, persistent in
                   itertools.product(FORWARD_TILES[head_dim], (2, 3), (1, 0), (1, 0))]
     elif kernel == "dq":
@@ -70,10 +72,12 @@ def configured(kernel: str, config: Config) -> Iterator[None]:
 
 
 def measure(shape: Shape, device: torch.device) -> Iterator[dict[str, Any]]:
-    """A row for the forward kernel, one for each pass of the backward, with dQ added in any order, then repeatable: seconds of
-    all of the forward or backward by variant of this kernel and by peer, what came of the others."""
+    """A row for the forward kernel, one for that of fp8 inputs, beside peers in the shape's dtype, one for each pass of the
+    backward, with dQ added in any order, then repeatable: seconds of all of the forward or backward by variant of this kernel
+    and by peer, what came of the others."""
     q, k, v, dout = shape.draw(device, 0)
     problem, x = make(*(t.detach() for t in (q, k, v)), causal=shape.causal)
+    of_fp8 = make(*(t.detach().to(FP8) for t in (q, k, v)), causal=shape.causal)
     out, lse = launch.forward(problem, x)
     peers = {c.name: c.attend for c in discover(device) if c.name in PEERS and c.attend is not None}
     outs = {name: attend(q, k, v, shape.causal) for name, attend in peers.items()}
@@ -82,13 +86,14 @@ def measure(shape: Shape, device: torch.device) -> Iterator[dict[str, Any]]:
     def backward(asked: Problem) -> Callable[[], Sequence[torch.Tensor]]:
         return lambda: launch.backward(asked, x, out, lse, dout.transpose(1, 2), None, Needs(False, False))[:3]
 
-    runs: dict[str, Callable[[], Sequence[torch.Tensor]]] = {"forward": lambda: launch.forward(problem, x)}
+    runs: dict[str, Callable[[], Sequence[torch.Tensor]]] = {
+        "forward": lambda: launch.forward(problem, x), "forward fp8": lambda: launch.forward(*of_fp8)}
     runs |= {kernel: backward(asked) for asked in (problem, repeatable) for kernel in configs.passes(asked)}
     of_peers: dict[str, Callable[[str], object]] = {
         "forward": lambda name: peers[name](q, k, v, shape.causal),
         "backward": lambda name: torch.autograd.grad(outs[name], (q, k, v), dout, retain_graph=True)}
     for kernel, run in runs.items():
-        direction = "forward" if kernel == "forward" else "backward"
+        direction = "forward" if kernel in FORWARDS else "backward"
         shipped = configs.table().get((kernel, shape.head_dim, shape.head_dim, "plain"))
         if shipped is None:
             continue
