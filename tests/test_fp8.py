@@ -1,4 +1,6 @@
 """fp8 inputs with scales: what the front door takes and refuses, what `explain` says, and flash-attn 3's names for it."""
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -38,7 +40,7 @@ def test_without_scales_they_are_1():
 def test_scales_of_heads_are_those_of_all_sequences(case):
     call = fp8.drawn(case, per_sequence=False)
     of_each = {name: call.options[name].expand(case.batch, 2).clone() for name in fp8.SCALES}
-    found = [fp8.run(fp8.replace(call, options=call.options | scales), "tiled") for scales in ({}, of_each)]
+    found = [fp8.run(replace(call, options=call.options | scales), "tiled") for scales in ({}, of_each)]
     for a, b in zip(*found, strict=True):
         assert torch.equal(a, b)
 
@@ -62,8 +64,9 @@ def test_statistics():
 
 def test_compiled():
     q, k, v, scales = tensors()
-    compiled = torch.compile(lambda *x: tw.attention(*x, **scales, causal=True, backend="tiled"), fullgraph=True, backend="eager")
-    assert torch.equal(compiled(q, k, v), tw.attention(q, k, v, **scales, causal=True, backend="tiled"))
+    options = scales | dict(causal=True, backend="tiled")
+    compiled = torch.compile(lambda *x: tw.attention(*x, **options), fullgraph=True, backend="eager")
+    assert torch.equal(compiled(q, k, v), tw.attention(q, k, v, **options))
 
 
 def test_explain_says_what_is_copied():
@@ -117,17 +120,17 @@ def test_there_are_no_gradients():
 def test_scales_come_with_fp8_alone():
     q, k, v, scales = tensors()
     wide = [x.bfloat16() for x in (q, k, v)]
-    with pytest.raises(ValueError, match="q_scale: expected None: only float8_e4m3fn tensors come with scales, not torch.bfloat16"):
+    with pytest.raises(ValueError, match="q_scale: expected None: only float8_e4m3fn tensors come with scales"):
         tw.attention(*wide, **scales)
-    with pytest.raises(TypeError, match="k: expected q's dtype torch.float8_e4m3fn"):
+    with pytest.raises(TypeError, match=r"k: expected q's dtype torch\.float8_e4m3fn"):
         tw.attention(q, wide[1], v)
-    with pytest.raises(TypeError, match="q: expected float16, bfloat16, float32, float64 or float8_e4m3fn, got torch.float8_e5m2"):
+    with pytest.raises(TypeError, match="q: expected float16, bfloat16, float32, float64 or float8_e4m3fn, got"):
         tw.attention(*(x.to(torch.float8_e5m2) for x in wide))
 
 
 def test_caches_take_queries_in_16_bits():
     cache = tw.KVCache(2, 8, 2, 32, dtype=FP8)
-    with pytest.raises(TypeError, match="q: expected float16, bfloat16, float32 or float64, got torch.float8_e4m3fn"):
+    with pytest.raises(TypeError, match="q: expected float16, bfloat16, float32 or float64, got"):
         tw.attention_with_kv_cache(torch.zeros(2, 1, 4, 32).to(FP8), cache)
 
 
@@ -154,4 +157,4 @@ def test_flash_attn_3_calls_them_descales(case):
     else:
         of_each = call.options["cu_seqlens_q"], call.options["cu_seqlens_k"]
         found = flash3.flash_attn_varlen_func(q, k, v, *of_each, case.seqlen_q, case.seqlen_k, **descales, **options)
-    assert torch.equal(found, fp8.run(fp8.replace(call, options=call.options | dict(causal=True)), "tiled")[0])
+    assert torch.equal(found, fp8.run(replace(call, options=call.options | dict(causal=True)), "tiled")[0])

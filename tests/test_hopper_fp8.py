@@ -14,12 +14,14 @@ from tilewise.backends.hopper import launch
 from tilewise.bench import fp8
 from tilewise.bench.cases import CASES, Case
 from tilewise.bench.hopper.correctness import LONGER
+from tilewise.fp8 import FP8
 
 NAMED = ("causal bhsd", "key lengths", "scale negative", "scale zero", "sinks rows without keys", "table of keys", "one query",
          "packed used", "packed no sequences in use", "packed alibi per sequence", "values wider")
 SHORT = [case for case in CASES if case.name in NAMED]
 LONG = [case for case in LONGER if "dropout" not in case.name and "repeatable" not in case.name and case.head_dim % 16 == 0]
-CAUSAL = Case("causal", batch=2, seqlen_q=130, seqlen_k=200, heads=2, kv_heads=2, head_dim=64, options=lambda m: dict(causal=True))
+CAUSAL = Case("causal", batch=2, seqlen_q=130, seqlen_k=200, heads=2, kv_heads=2, head_dim=64,
+              options=lambda m: dict(causal=True))
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def test_probabilities_use_the_range_of_e4m3(simulated):
     keys = 2000
     q, k, v = (torch.zeros(1, n, 1, 64) for n in (1, keys, keys))
     q[..., 0], k[:, 0, :, 0], v[:, 1:] = 8, 8, 1
-    out = tw.attention(*(x.to(fp8.FP8) for x in (q, k, v)), backend="hopper")
+    out = tw.attention(*(x.to(FP8) for x in (q, k, v)), backend="hopper")
     rest = (keys - 1) * torch.tensor(-8.0).exp()
     assert (out - rest / (1 + rest)).abs().max() < 0.02
 
@@ -74,7 +76,7 @@ def test_padding_may_hold_nan(simulated, poisoned):
     padding = (torch.arange(200) >= lengths[:, None])[:, :, None, None]
     found = []
     for filling in (torch.nan, 0.0):
-        k, v = (torch.where(padding, filling, x.float()).to(fp8.FP8) for x in (call.k, call.v))
+        k, v = (torch.where(padding, filling, x.float()).to(FP8) for x in (call.k, call.v))
         found.append(tw.attention(call.q, k, v, mask=tw.key_lengths(lengths.int()), scale=1e-5, backend="hopper"))
     assert torch.equal(*found)
 
@@ -92,7 +94,7 @@ def test_visible_nan_shows(simulated):
 def planted_order(monkeypatch):
     """Keys in their own order."""
     def turned(problem, x, c, start):
-        new = torch.zeros(launch.turned_shape(problem, c.BLOCK_N)).to(fp8.FP8)
+        new = torch.zeros(launch.turned_shape(problem, c.BLOCK_N)).to(FP8)
         new[..., :problem.seqlen_k] = x.v.mT
         return new
 

@@ -69,8 +69,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ma
         backend: "auto", "hopper", "triton", "cpu", "tiled" or "reference"; a backend named runs or raises.
 
     Returns:
-        out [B, S_q, H, D_v] (or [B, H, S_q, D_v]) in q's dtype (bf16 for fp8); with return_lse, (out, lse), lse [B, H, S_q] in fp32
-        (fp64 for fp64), natural logarithm, differentiable. A row that sees no key gives out 0, lse -inf (with a sink: the
+        out [B, S_q, H, D_v] (or [B, H, S_q, D_v]) in q's dtype, bf16 for fp8; with return_lse, (out, lse), lse [B, H, S_q] in
+        fp32 (fp64 for fp64), natural logarithm, differentiable. A row that sees no key gives out 0, lse -inf (with a sink: the
         sink) and gradients 0. With return_stats, a `tw.Statistics` comes last; it has no gradient. Other results stay as they
         are, to the bit unless `triton` has a configuration of its own for the entropy.
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tilewise import backends, fp8, reference, sharding
+from tilewise import backends, reference, sharding, widening
 from tilewise.backends import Gradients, Needs
 from tilewise.derivatives import differentiable
 from tilewise.plan import choose, takes_fp8
@@ -25,7 +25,7 @@ from tilewise.trace.memo import abstract
 
 
 def taking_fp8(compute: Callable[..., Any]) -> Callable[..., Any]:
-    """`compute` with fp8 inputs for all backends: those that do not take them compute with copies in bf16 (`fp8.py`).
+    """`compute` with fp8 inputs for all backends: those that do not take them compute with copies in bf16 (`widening.py`).
 
     While tracing nothing is copied: the custom op does so when it runs.
     """
@@ -35,8 +35,8 @@ def taking_fp8(compute: Callable[..., Any]) -> Callable[..., Any]:
             raise NotImplementedError("q: expected no DTensor of float8_e4m3fn: give tw.attention .to_local() of each")
         if not problem.quantized or (abstract(x.q, x.k, x.v) and backend != "reference") or takes_fp8(problem, backend):
             return compute(problem, x, backend)
-        out, *others = compute(*fp8.widened(problem, x), backend)
-        return fp8.rescaled(problem, x, out), *others
+        out, *others = compute(*widening.widened(problem, x), backend)
+        return widening.rescaled(problem, x, out), *others
 
     return computed
 

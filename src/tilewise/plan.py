@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tilewise import backends, fp8
+from tilewise import backends, widening
+from tilewise.fp8 import FP8
 from tilewise.problem import Operands, Problem
 from tilewise.sequences import hosted
 from tilewise.trace.bounds import EMPTY, FULL, tile_classes
@@ -82,7 +83,7 @@ class Plan:
                   f"k [{rows_of(p.batch, p.seqlen_k, p.packed_k)}, H {p.kv_heads}, D {p.head_dim}]  D_v {p.head_dim_v}")
         if p.cached:
             shapes += f", from {'pages of ' + str(p.page_size) if p.page_size else 'a cache'}"
-        dtype = fp8.FP8 if p.quantized else p.dtype
+        dtype = FP8 if p.quantized else p.dtype
         rows = [("problem", f"{shapes}, {str(dtype)[6:]} on {p.device}"), ("backend", self.backend)]
         rows += [("", f"not {name}: {reason}") for name, reason in self.passed_over.items()]
         share, forward_only = self.visited / max(1, self.tiles_in_all), p.cached or p.quantized
@@ -92,7 +93,8 @@ class Plan:
             ("FLOPs", f"{si(self.flops[0])} forward" + ("" if forward_only else f", {si(self.flops[1])} backward")),
             ("traffic", f"{si(self.read)}B read, {si(self.written)}B written forward; standard attention "
                         f"{si(self.standard_traffic)}B"),
-            ("extra memory", f"{si(self.workspace[0])}B forward" + ("" if forward_only else f", {si(self.workspace[1])}B backward")
+            ("extra memory", f"{si(self.workspace[0])}B forward"
+                             + ("" if forward_only else f", {si(self.workspace[1])}B backward")
                              + f"; standard attention {si(self.standard_workspace)}B")]
         if p.quantized:
             rows.append(("fp8", f"q, k and v are copied in bfloat16, {si(self.copied)}B" if self.copied else
@@ -116,8 +118,8 @@ def plan(problem: Problem, x: Operands, backend: str) -> Plan:
     passed_over = {other: backends.load(other).volunteers(problem) for other in earlier}
     asked, copied = problem, 0
     if problem.quantized and not takes_fp8(problem, name):
-        copied = fp8.copied(x)
-        problem, x = fp8.widened(problem, x)
+        copied = widening.copied(x)
+        problem, x = widening.widened(problem, x)
     tiles = module.tile_sizes(problem)
     slots = slot_values([t.cpu() for t in x.captured], x.ints, x.floats)
     mask, bands = (None, ()) if name == "reference" else (problem.graphs.mask, problem.graphs.keys)
@@ -139,7 +141,8 @@ def plan(problem: Problem, x: Operands, backend: str) -> Plan:
     return Plan(
         asked, name, passed_over, tiles, visited, full, in_all, module.splits(problem), flops=(flops, int(2.5 * flops)),
         read=rows * problem.head_dim * x.q.itemsize + keys, written=rows * (problem.head_dim_v * size + 4),
-        workspace=(workspace[0] + copied, 0 if asked.quantized else workspace[1]), copied=copied, repeatable=module.repeatable(problem), products=module.precision(problem),
+        workspace=(workspace[0] + copied, 0 if asked.quantized else workspace[1]), copied=copied,
+        repeatable=module.repeatable(problem), products=module.precision(problem),
         tables=() if asked.quantized else tuple(
             (x.captured[lookup.slot].shape, lookup.pattern) for lookup in problem.graphs.learned),
         standard_traffic=4 * matrix + inputs + rows * problem.head_dim_v * size, standard_workspace=2 * matrix)

@@ -68,7 +68,7 @@ class Operands(NamedTuple):
     Of sequences of unequal length: q_rows, k_rows int32 [B, 3], slot, first row and number of rows of each in q, and in k and
     v; slots are what q [slots, H, rows, D] counts first. With pages int32 [B, n], k and v are [pages, H_kv, page size, D] and
     row j of sequence b is in pages[b, j // page size]. k_scale, v_scale fp32 [H_kv]: of keys and values stored in fp8. Where q
-    is fp8 too, all three scales are [B, H_kv], or None for 1 (`fp8.py`).
+    is fp8 too, all three scales are [B, H_kv], or None for 1 (`widening.py`).
     """
     q: Tensor
     k: Tensor
@@ -256,9 +256,9 @@ def make_unequal(where: Layout, q: Tensor, k: Tensor, v: Tensor, *, causal: bool
     operands = Operands(q, k, v, bias, sinks, _rng_tensor(rng, settings.dropout, q.device), *where[:5], None, program.captured,
                         program.ints, program.floats)
     if not where.cached:
-        given = dict(q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
-        operands = operands._replace(**{name: checked_scale(name, scale, q.dtype, batch, k.shape[1], q.device)
-                                        for name, scale in given.items()})
+        of_q, of_k, of_v = (checked_scale(name, scale, q.dtype, batch, k.shape[1], q.device) for name, scale in (
+            ("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale)))
+        operands = operands._replace(q_scale=of_q, k_scale=of_k, v_scale=of_v)
     if q.dtype == FP8:
         _check_forward_only(operands)
     return describe(operands, settings), operands
@@ -273,8 +273,9 @@ def describe(x: Operands, settings: Settings) -> Problem:
         batch=x.q.shape[0] if x.q_rows is None else x.q_rows.shape[0], heads=x.q.shape[1], kv_heads=x.k.shape[1],
         seqlen_q=x.q.shape[2] if x.q_rows is None else settings.max_seqlen_q,
         seqlen_k=settings.max_seqlen_k if unequal else x.k.shape[2], head_dim=x.q.shape[3], head_dim_v=x.v.shape[3],
-        dtype=WIDE if x.q.dtype == FP8 else x.q.dtype, device=x.q.device, bias_shape=None if x.bias is None else tuple(x.bias.shape),
-        has_sinks=x.sinks is not None, settings=settings, packed_q=packed_q, packed_k=packed_k,
+        dtype=WIDE if x.q.dtype == FP8 else x.q.dtype, device=x.q.device,
+        bias_shape=None if x.bias is None else tuple(x.bias.shape), has_sinks=x.sinks is not None, settings=settings,
+        packed_q=packed_q, packed_k=packed_k,
         page_size=None if x.pages is None else x.k.shape[2], unequal=unequal, quantized=x.q.dtype == FP8,
         stored=None if x.k_scale is None or x.q.dtype == FP8 else x.k.dtype,
         learning=any(t.requires_grad for t in x.captured), aligned=all(aligned(t) for t in (x.q, x.k, x.v)))
@@ -344,8 +345,8 @@ def _to_bhsd(q: Tensor, k: Tensor, v: Tensor, layout: str) -> list[Tensor]:
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, where: Layout) -> None:
     batch, heads, _, head_dim = q.shape
     if q.dtype not in DTYPES and (where.cached or q.dtype != FP8):
-        most = "float32 or float64" if where.cached else "float32, float64 or float8_e4m3fn"
-        raise TypeError(f"q: expected float16, bfloat16, {most}, got {q.dtype}")
+        others = "float32 or float64" if where.cached else "float32, float64 or float8_e4m3fn"
+        raise TypeError(f"q: expected float16, bfloat16, {others}, got {q.dtype}")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype and where.k_scale is None:
             raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
@@ -375,8 +376,8 @@ def _check_forward_only(x: Operands) -> None:
     of_captured = {f"captured tensor {list(t.shape)}": t for t in x.captured}
     for name, t in dict(q=x.q, k=x.k, v=x.v, bias=x.bias, sinks=x.sinks, **scales, **of_captured).items():
         if torch.is_grad_enabled() and t is not None and t.requires_grad:
-            raise ValueError(f"{name}: expected no gradient: attention of float8_e4m3fn inputs has a forward pass only: call it "
-                             "under torch.no_grad(), or pass bfloat16")
+            raise ValueError(f"{name}: expected no gradient: attention of float8_e4m3fn inputs has a forward pass only: call "
+                             "it under torch.no_grad(), or pass bfloat16")
 
 
 def _check_bias(bias: Tensor, q: Tensor, full: tuple[int, int, int, int]) -> Tensor:

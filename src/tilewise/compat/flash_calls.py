@@ -1,6 +1,6 @@
 """flash-attn's three ways to hold sequences - dense, packed, in a cache - in terms of `tilewise.attention` and its siblings.
 
-What its generations add to them is done here once: fp8 caches with scales of their own, and qv, scores from two pairs of tensors,
+What its generations add to them is done here once: scales of fp8 inputs, and qv, scores from two pairs of tensors,
 
     softmax(scale * (q k^T + qv v^T)) v
 
@@ -82,8 +82,9 @@ def packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[Tensor, Tensor], m
     scales = checked_scales(k, len(cu_seqlens[0]) - 1, descale)
     if qv is not None:
         q, k = torch.cat([q, qv], -1), torch.cat([k, v], -1)
+    scales |= given
     return attention_varlen(q, k, v, *cu_seqlens, max_seqlen_q=integer(max_seqlen[0]), max_seqlen_k=integer(max_seqlen[1]),
-                            seqused_q=seqused[0], seqused_k=seqused[1], return_lse=True, **scales, **given)
+                            seqused_q=seqused[0], seqused_k=seqused[1], return_lse=True, **scales)
 
 
 def cached(q: Tensor, k_cache: Tensor, v_cache: Tensor, place: Place, given: dict[str, Any], new: New = NOTHING_NEW,
@@ -259,7 +260,7 @@ def side_by_side(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, bool]:
 
 # ---- fp8 ------------------------------------------------------------------------------------------------------------
 
-def checked_scales(k: Any, batch: int, descale: Descale) -> dict[str, Tensor]:
+def checked_scales(k: Any, batch: int, descale: Descale) -> dict[str, Any]:
     """q_scale, k_scale and v_scale for keys k, where any is given."""
     given = {name: scale for name, scale in descale._asdict().items() if scale is not None}
     for name, scale in given.items():

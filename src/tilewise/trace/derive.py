@@ -23,9 +23,9 @@ def curved(text: str, floats: int) -> tuple[str, tuple[float, ...]]:
 
 @functools.lru_cache(maxsize=512)
 def multiplied(text: str, captured: int, ints: int) -> str:
-    """The text of a program, of so many captured tensors and integers, whose score is first multiplied by one more tensor [B, H].
+    """The text of a program, of so many captured tensors and integers, with the score first multiplied by one more tensor.
 
-    Its two strides follow the integers. For forward passes: what the score's derivatives would be is left out.
+    It is [B, H]; its two strides follow the integers. For forward passes: what the score's derivatives would be is left out.
     """
     score, *_ = parse(text)
     factor = Expr("load", "f", Expr("var", "f", value=f"tf{captured}"), var("b"), Expr("var", "i", value=f"n{ints}"), var("h"),

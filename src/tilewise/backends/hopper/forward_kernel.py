@@ -27,6 +27,8 @@ t // STAGES % 2; items likewise: phase of item i: i % 2
 Q [slots, H, rows, D]  K [slots, H_kv, rows, D]  V [.., DV]  O like Q with DV columns: TMA descriptors, whose blocks have 64
 rows, BLOCK_N rows for K and V, and BLOCK_D or BLOCK_DV columns: D_PIECES, DV_PIECES of them make up a row. Other names as in
 `triton/forward_kernel.py`. Partial tiles come first.
+In fp8, with Q_SCALE, K_SCALE and V_SCALE [B, H_kv], O is bf16 and V comes transposed, [slots, H_kv, DV, keys] in the order of
+`narrow.py`, in blocks of BLOCK_DV rows and BLOCK_N columns.
 HIDES: there may be keys, another sequence's or padding, whose values must not reach a sum even times 0.
 """
 from dataclasses import dataclass
@@ -393,13 +395,14 @@ def write(given, parity, m_i, l_i, acc, C: gl.constexpr, WARPGROUP: gl.constexpr
 
 
 @gluon.jit
-def forward(q_desc, k_desc, v_desc, o_desc, OUT, LSE, SINKS, RNG, LIST, Q_ROWS, K_ROWS, WORK, COUNTER, Q_SCALE, K_SCALE, V_SCALE, out_strides, scale,
-            heads, group, together, items, nq, nk, lse_rows, dropout, captured, ints, floats, SCORE: gl.constexpr,
-            MASK: gl.constexpr, KEYS: gl.constexpr, VISIT: gl.constexpr, HAS_SINKS: gl.constexpr, RAW: gl.constexpr,
-            DROPOUT: gl.constexpr, HIDES: gl.constexpr, DV: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-            BLOCK_D: gl.constexpr, D_PIECES: gl.constexpr, BLOCK_DV: gl.constexpr, DV_PIECES: gl.constexpr,
-            STAGES: gl.constexpr, PINGPONG: gl.constexpr, EARLY_K_WAIT: gl.constexpr, PERSISTENT: gl.constexpr,
-            O_APART: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):
+def forward(q_desc, k_desc, v_desc, o_desc, OUT, LSE, SINKS, RNG, LIST, Q_ROWS, K_ROWS, WORK, COUNTER, Q_SCALE, K_SCALE,
+            V_SCALE, out_strides, scale, heads, group, together, items, nq, nk, lse_rows, dropout, captured, ints, floats,
+            SCORE: gl.constexpr, MASK: gl.constexpr, KEYS: gl.constexpr, VISIT: gl.constexpr, HAS_SINKS: gl.constexpr,
+            RAW: gl.constexpr, DROPOUT: gl.constexpr, HIDES: gl.constexpr, DV: gl.constexpr, BLOCK_M: gl.constexpr,
+            BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, D_PIECES: gl.constexpr, BLOCK_DV: gl.constexpr,
+            DV_PIECES: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, EARLY_K_WAIT: gl.constexpr,
+            PERSISTENT: gl.constexpr, O_APART: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+            PRODUCER_REGISTERS: gl.constexpr):
     """A program for an item of BLOCK_M queries of a head, or PERSISTENT: for as many as it gets; launched with 4 warps.
 
     COUNTER: how many items have been taken beyond the first of each program; 0 at the launch.
@@ -414,8 +417,8 @@ def forward(q_desc, k_desc, v_desc, o_desc, OUT, LSE, SINKS, RNG, LIST, Q_ROWS, 
     NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     C: gl.constexpr = constants(
-        SCORE, MASK, KEYS, VISIT, HAS_SINKS, RAW, DROPOUT, HIDES, WORK is not None, FP8, DV, BLOCK_M, BLOCK_N, BLOCK_D, D_PIECES,
-        BLOCK_DV, DV_PIECES, STAGES, PINGPONG, EARLY_K_WAIT, PERSISTENT, O_APART)
+        SCORE, MASK, KEYS, VISIT, HAS_SINKS, RAW, DROPOUT, HIDES, WORK is not None, FP8, DV, BLOCK_M, BLOCK_N, BLOCK_D,
+        D_PIECES, BLOCK_DV, DV_PIECES, STAGES, PINGPONG, EARLY_K_WAIT, PERSISTENT, O_APART)
     q_tiles = gl.allocate_shared_memory(TYPE, [WARPGROUPS * D_PIECES, ROWS, BLOCK_D], tile_layout(TYPE, BLOCK_D))
     k_tiles = gl.allocate_shared_memory(TYPE, [STAGES * D_PIECES, BLOCK_N, BLOCK_D], tile_layout(TYPE, BLOCK_D))
     v_tiles = gl.allocate_shared_memory(TYPE, [STAGES * DV_PIECES, V_ROWS, V_COLUMNS], tile_layout(TYPE, V_COLUMNS))

@@ -20,8 +20,8 @@ from tilewise.backends.hopper.configs import Config, choose, passes
 from tilewise.backends.hopper.forward_kernel import forward as forward_kernel
 from tilewise.backends.hopper.preprocess import preprocess
 from tilewise.backends.hopper.products import ROWS
-from tilewise.backends.hopper.turned_values import turn_values
 from tilewise.backends.hopper.query_gradients_kernel import query_gradients
+from tilewise.backends.hopper.turned_values import turn_values
 from tilewise.problem import Operands, Problem, aligned
 from tilewise.state import sink_gradient
 
@@ -68,7 +68,8 @@ def scales(problem: Problem, x: Operands) -> dict[str, Tensor | None]:
 
 
 def turned_shape(problem: Problem, block: int) -> tuple[int, int, int, int]:
-    """[slots, H_kv, D_v, columns]: rows of TMA are multiples of 16 bytes, sequences of packed ones begin at multiples of a tile."""
+    """[slots, H_kv, D_v, columns]. Rows that TMA reads are multiples of 16 bytes; packed sequences begin at multiples of a tile
+    of so many keys."""
     columns = blocks(problem.seqlen_k, 16) * 16 if problem.packed_k is None else (
         (problem.packed_k // block + problem.batch) * block)
     return problem.rows_k[0], problem.kv_heads, problem.head_dim_v, columns
@@ -161,8 +162,8 @@ SHARED_MEMORY = 232448 - 1024           # bytes, without what barriers and messa
 
 
 def output_apart(c: Config, columns: int, columns_v: int, itemsize: int) -> bool:
-    """Whether the forward kernel's output, 16 bits wide, has shared memory of its own: where Q's is too small for it, and where another item
-    can use Q's meanwhile, if there is room."""
+    """Whether the forward kernel's output, in 16 bits, has shared memory of its own: where Q's is too small for it, and where
+    another item can use Q's meanwhile, if there is room. itemsize: bytes of an entry of q, k and v."""
     keys = c.STAGES * c.BLOCK_N * (columns + columns_v)
     fits = itemsize * (keys + c.BLOCK_M * columns) + 2 * c.BLOCK_M * columns_v <= SHARED_MEMORY
     return itemsize * columns < 2 * columns_v or bool(c.PERSISTENT and fits)

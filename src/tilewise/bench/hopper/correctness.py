@@ -2,8 +2,9 @@
 
     python -m tilewise.bench.hopper.correctness [--out FILE] [--seconds 120] [--repeats 200]
 
-Each case, in bf16, fp16 and, forward alone, fp8, is held to the tolerance rule, then repeated with its memory poisoned: a race
-shows as another result. The same bits must come each time; only gradients of q that are added in any order may differ by rounding.
+Each case, in bf16, fp16 and, without gradients, fp8, is held to the tolerance rule, then repeated with its memory poisoned: a
+race shows as another result. The same bits must come each time; only gradients of q that are added in any order may differ by
+rounding.
 """
 from __future__ import annotations
 
