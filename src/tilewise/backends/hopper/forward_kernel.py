@@ -135,8 +135,8 @@ def producer(given, C: gl.constexpr):
             mbarrier.wait(q_empty.index(w), parity ^ 1)
         tell(messages, parity * FIELDS, (b, h, first, q_start + first, q_slot, nq, nk, r[8], r[9], masked, total))
         if C.FP8:
-            of_scores, of_values = scales_of(factors, b * (heads // group) + h_kv, scale, C.RAW)
-            tell(messages, parity * FIELDS + SCALES, (of_scores, of_values))
+            of_head = narrow.factors_of(factors, b * (heads // group) + h_kv, scale, C.RAW)
+            tell(messages, parity * FIELDS + SCALES, of_head)
         thread_barrier()                # all threads have stored before one of them arrives
         for w in gl.static_range(WARPGROUPS):
             if total > 0:
@@ -183,17 +183,6 @@ def load_values(given, of_keys, col, t, C: gl.constexpr):
         load_columns(descs[2], of_keys[0], of_keys[1], of_keys[3] + col, barriers[4].index(slot), tiles[2], slot, C.DV_PIECES)
     else:
         load_pieces(descs[2], of_keys[0], of_keys[1], of_keys[2] + col, barriers[4].index(slot), tiles[2], slot, C.DV_PIECES)
-
-
-@gluon.jit
-def scales_of(factors, place, scale, RAW: gl.constexpr):
-    """What the scores and the output of a key head are multiplied by, as bits. RAW: at least so much that -inf times it is not
-    NaN, and less than any score shows."""
-    Q_SCALE, K_SCALE, V_SCALE = factors
-    of_scores = scale * gl.load(Q_SCALE + place) * gl.load(K_SCALE + place)
-    if RAW:
-        of_scores = gl.where(of_scores < 1e-30, 1e-30, of_scores)
-    return of_scores.to(gl.int32, bitcast=True), gl.load(V_SCALE + place).to(gl.int32, bitcast=True)
 
 
 @gluon.jit

@@ -193,6 +193,6 @@ def heads_together(problem: Problem) -> int:
     """Query heads whose blocks are worked on together: so many that their keys and values stay in the L2 cache; a divisor of
     all of them."""
     heads = problem.batch * problem.heads
-    each = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
+    each = (1 if problem.quantized else 2) * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
     most = max(1, L2 // max(1, each)) * problem.group
     return next(n for n in range(min(most, heads), 0, -1) if heads % n == 0)

@@ -45,6 +45,17 @@ def step(m_i, l_i, s, unit):
 
 
 @gluon.jit
+def factors_of(scales, place, scale, RAW: gl.constexpr):
+    """What the scores and the output of a key head are multiplied by, as bits. RAW: at least so much that -inf times it is not
+    NaN, and less than any score shows."""
+    Q_SCALE, K_SCALE, V_SCALE = scales
+    of_scores = scale * gl.load(Q_SCALE + place) * gl.load(K_SCALE + place)
+    if RAW:
+        of_scores = gl.where(of_scores < 1e-30, 1e-30, of_scores)
+    return of_scores.to(gl.int32, bitcast=True), gl.load(V_SCALE + place).to(gl.int32, bitcast=True)
+
+
+@gluon.jit
 def hide_columns(tile, first, lo, hi, PART: gl.constexpr, PARTS: gl.constexpr):
     """`tiles.hide_rows` of a tile [columns, keys] whose keys are in P V's order."""
     WARPS: gl.constexpr = gl.num_warps()
