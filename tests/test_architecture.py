@@ -16,10 +16,10 @@ SOURCE = ROOT / "src" / "tilewise"
 # Rooms from the bottom up: a module imports from its own row or rows above it in this table, never below.
 LAYERS = [
     ["trace"],
-    ["rng", "masks", "score_mods", "block_sparse", "patterns", "state", "draw", "packing", "rotary", "costs"],
+    ["rng", "masks", "score_mods", "block_sparse", "patterns", "state", "draw", "packing", "rotary", "fp8", "costs"],
     ["kv_cache", "paged_cache", "statistics"],
     ["problem"],
-    ["sequences", "sharding"],
+    ["sequences", "sharding", "widening"],
     ["backends"],
     ["reference", "baselines"],
     ["plan", "derivatives"],

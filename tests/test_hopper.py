@@ -202,6 +202,15 @@ def test_variants_of_the_forward_kernel_are_right(head_dim, simulated):
             assert tuning.deviation(tw.attention(q, k, k, causal=True, backend="hopper"), expected) < 1, config
 
 
+@pytest.mark.parametrize("head_dim", tuning.FORWARD_TILES)
+def test_variants_of_the_fp8_kernel_are_right(head_dim, simulated):
+    q, k = (torch.randn(1, n, 1, head_dim).to(torch.float8_e4m3fn) for n in (150, 200))
+    expected = tw.attention(q, k, k, causal=True, backend="tiled")
+    for config in tuning.candidates("forward fp8", head_dim)[::3]:
+        with tuning.configured("forward fp8", config):
+            assert tuning.deviation(tw.attention(q, k, k, causal=True, backend="hopper"), expected) < 1, config
+
+
 PASSES = {name for way in (*configs.ADDED, *configs.SEPARATE) for name in way}
 
 

@@ -19,6 +19,7 @@ import tilewise as tw
 from tilewise import api
 from tilewise.backends import Needs, tiled
 from tilewise.backends.hopper import decoding, launch
+from tilewise.bench import fp8
 from tilewise.bench.cases import Case, draw, packed
 from tilewise.bench.hopper import cached
 from tilewise.bench.hopper.cached import CachedCase
@@ -26,6 +27,11 @@ from tilewise.bench.hopper.cached import CachedCase
 SEEDS = 6
 WRITTEN = "o_desc", "OUT", "dq_desc", "DQ", "dk_desc", "dv_desc", "DK", "DV_"       # the outputs, and LSE of the forward pass
 SMALL = dict(batch=1, heads=1, kv_heads=1, head_dim=64)
+class OfFp8(NamedTuple):
+    """A case whose inputs are fp8."""
+    case: Case
+
+
 CASES = {                               # each further one for what those before it leave
     "forward": [                        # two programs share the items
         Case("several items", seqlen_q=128, seqlen_k=400, **SMALL | dict(heads=4), options=lambda m: dict(
@@ -33,7 +39,9 @@ CASES = {                               # each further one for what those before
         Case("full", seqlen_q=128, seqlen_k=768, **SMALL),
         Case("one tile", seqlen_q=128, seqlen_k=60, **SMALL | dict(heads=5)),
         Case("output in the place of queries", seqlen_q=128, seqlen_k=64, **SMALL | dict(heads=5, head_dim=256)),
-        Case("without keys", seqlen_q=640, seqlen_k=100, **SMALL, options=lambda m: dict(causal=True))],
+        Case("without keys", seqlen_q=640, seqlen_k=100, **SMALL, options=lambda m: dict(causal=True)),
+        OfFp8(Case("fp8", seqlen_q=128, seqlen_k=400, **SMALL | dict(heads=4), options=lambda m: dict(
+            mask=tw.key_lengths(m.values([390])), causal=True)))],
     "query_gradients": [
         packed("packed grouped", ((150, 330), (70, 40)), heads=2, kv_heads=1, head_dim=64, options=lambda m: dict(
             causal=True, deterministic=True, **m.longest)),
@@ -91,7 +99,8 @@ def launched(case, name):
         call = cached.draw(case, torch.bfloat16)
         decoding.forward(*api._of_cache(call.q, call.cache, None, **call.options), start=start)
         return found
-    problem, x = draw(case, torch.bfloat16).described()
+    call = fp8.drawn(case.case) if isinstance(case, OfFp8) else draw(case, torch.bfloat16)
+    problem, x = call.described()
     if name == "forward":
         launch.forward(problem, x, start=start)
     else:

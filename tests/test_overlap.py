@@ -1,6 +1,7 @@
 """What machine code says of a warp-specialised kernel: whether softmax overlaps with products, which unit is busiest."""
 
 import os
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -71,6 +72,7 @@ def test_loads_and_stores_of_shared_memory(text, bytes_of_a_thread):
 def test_bytes_of_a_descriptors_block():
     assert model.block_bytes("tensordesc<bf16[1, 1, 128, 64],NVMMASharedLayout(rank=4)>") == 128 * 64 * 2
     assert model.block_bytes("tensordesc<fp32[1, 1, 64, 64],NVMMASharedLayout(rank=4)>") == 64 * 64 * 4
+    assert model.block_bytes("tensordesc<fp8e4nv[1, 1, 64, 128],NVMMASharedLayout(rank=4)>") == 64 * 128
     with pytest.raises(ValueError, match="expected the type of a TMA descriptor"):
         model.block_bytes("*bf16")
 
@@ -120,6 +122,23 @@ def test_the_model_of_a_compiled_forward(forward):
     assert whole.cycles["shared"] == (operands + loaded) / 128
     assert whole.cycles["tensor"] == max(whole.cycles.values())
     assert model.table([(case, masked), (case, whole)]).row_count == 2
+
+
+def test_probabilities_in_fp8_stay_in_registers(forward):
+    """Products of 32 columns a step; what shuffles is the maximum and the sum of rows, as without fp8."""
+    case = next(case for case in aot.shipped() if case.name == "hopper forward d128 fp8 full")
+    compiled = inspect.build(case)
+    report = inspect.examine(compiled, case)
+    assert inspect.failures(report, case) == []
+    assert report.overlap[0] == report.overlap[1]
+    whole, plain = (model.trips(of, which)[1] for of, which in ((compiled, case), (forward[1], forward[0])))
+    for narrow, wide in zip(whole.loops, plain.loops, strict=True):
+        count, of_plain = (Counter(i.opcode.split(".")[0] for i in loop.body) for loop in (narrow, wide))
+        assert count["QGMMA"] == of_plain["HGMMA"] / 2 == 128 // 32 + 128 // 32
+        assert count["SHFL"] == of_plain["SHFL"]
+        assert count["STS"] == count["STSM"] == count["LDSM"] == 0
+        assert count["F2FP"] == 64 // 2                 # two numbers each, of which two make up a register
+    assert whole.cycles["tensor"] == plain.cycles["tensor"] / 2
 
 
 def test_the_command_prints_the_model_and_refuses_other_gpus(forward, monkeypatch):

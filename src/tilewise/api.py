@@ -31,7 +31,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ma
               score_mod: Mods = None, bias: Tensor | None = None,
               sinks: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0, return_lse: bool = False,
               rng: Rng | None = None, deterministic: bool | None = None, batch_invariant: bool = False,
-              return_stats: Sequence[str] = (), layout: str = "bshd", backend: str = "auto") -> Any:
+              return_stats: Sequence[str] = (), q_scale: Tensor | None = None, k_scale: Tensor | None = None,
+              v_scale: Tensor | None = None, layout: str = "bshd", backend: str = "auto") -> Any:
     """Exact attention, softmax(scale * q k^T + ...) v, in memory linear in the sequence lengths.
 
     FlashAttention (Dao et al. 2022) with the schedule of FlashAttention-2 (Dao 2023). For query i and key j:
@@ -39,8 +40,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ma
         s = scale * q_i . k_j -> score_mod -> + bias -> mask -> softmax, a sink in its denominator -> dropout -> @ v
 
     Args:
-        q: [B, S_q, H, D] (layout="bshd") or [B, H, S_q, D] (layout="bhsd"); fp16, bf16, fp32 or fp64. Any strides with a
-            contiguous last dimension; nothing is copied.
+        q: [B, S_q, H, D] (layout="bshd") or [B, H, S_q, D] (layout="bhsd"); fp16, bf16, fp32, fp64 or fp8 (float8_e4m3fn).
+            Any strides with a contiguous last dimension; nothing is copied.
         k: like q with S_k keys and H_kv heads; H_kv divides H and query head h reads key head h // (H // H_kv)
             (grouped-query attention; H_kv = 1 is multi-query).
         v: like k; its head dim D_v may differ. D and D_v are 1 to 512.
@@ -63,12 +64,16 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ma
         batch_invariant: a row's bits do not depend on which other queries and sequences share the call.
         return_stats: names of statistics to return as well, among "max_score", "entropy" and "key_mass" (`tw.Statistics`).
             The first two are computed in the same pass, key_mass takes one more product of q and k.
+        q_scale, k_scale, v_scale: of fp8 inputs, positive fp32 [H_kv] or [B, H_kv]: a number is what is stored times its scale;
+            a query head has that of its key head. Default 1. `out` is bf16 then, and there is a forward pass alone. `hopper`
+            multiplies in fp8, and rounds probabilities to it (`docs/numerics.md`); others copy q, k and v in bf16, which holds
+            each number exactly: `tw.explain` says how many bytes.
         layout: "bshd" or "bhsd".
         backend: "auto", "hopper", "triton", "cpu", "tiled" or "reference"; a backend named runs or raises.
 
     Returns:
-        out [B, S_q, H, D_v] (or [B, H, S_q, D_v]) in q's dtype; with return_lse, (out, lse), lse [B, H, S_q] in fp32
-        (fp64 for fp64), natural logarithm, differentiable. A row that sees no key gives out 0, lse -inf (with a sink: the
+        out [B, S_q, H, D_v] (or [B, H, S_q, D_v]) in q's dtype, bf16 for fp8; with return_lse, (out, lse), lse [B, H, S_q] in
+        fp32 (fp64 for fp64), natural logarithm, differentiable. A row that sees no key gives out 0, lse -inf (with a sink: the
         sink) and gradients 0. With return_stats, a `tw.Statistics` comes last; it has no gradient. Other results stay as they
         are, to the bit unless `triton` has a configuration of its own for the entropy.
 
@@ -81,7 +86,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ma
     if torch._C._is_any_autocast_enabled():
         q, k, v = autocast(q, k, v)
     options = Options(causal, mask, score_mod, bias, sinks, scale, dropout_p, rng, deterministic, batch_invariant, return_stats,
-                      layout)
+                      layout, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
     out, lse, found = calls.attention(q, k, v, options, backend, return_lse)
     return _results(out, lse, found, return_lse)
 
@@ -92,6 +97,7 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | Non
                      score_mod: Mods = None, bias: Tensor | None = None, sinks: Tensor | None = None,
                      scale: float | None = None, dropout_p: float = 0.0, return_lse: bool = False, rng: Rng | None = None,
                      deterministic: bool | None = None, batch_invariant: bool = False, return_stats: Sequence[str] = (),
+                     q_scale: Tensor | None = None, k_scale: Tensor | None = None, v_scale: Tensor | None = None,
                      backend: str = "auto", check: bool = False) -> Any:
     """Attention over packed sequences of unequal length, each with itself: no padding is computed or stored.
 
@@ -121,7 +127,8 @@ def attention_varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor | Non
     where, in_q, in_k, in_v = _packed_rows(
         q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, seqused_q=seqused_q,
         seqused_k=seqused_k, check=check)
-    options = Options(causal, mask, score_mod, bias, sinks, scale, dropout_p, rng, deterministic, batch_invariant, return_stats)
+    options = Options(causal, mask, score_mod, bias, sinks, scale, dropout_p, rng, deterministic, batch_invariant, return_stats,
+                      q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
     out, lse, found = calls.attention(in_q, in_k, in_v, options, backend, return_lse, where)
     if q.is_nested:
         out = to_nested(out, q)

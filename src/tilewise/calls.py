@@ -25,6 +25,7 @@ from torch.autograd import forward_ad
 from tilewise import backends, ops
 from tilewise.backends import Needs
 from tilewise.derivatives import Call, followed, gradients
+from tilewise.fp8 import FP8
 from tilewise.masks import Mask
 from tilewise.plan import choose
 from tilewise.problem import DENSE, TENSORS, Layout, Operands, Problem, fp32_products, make, make_unequal, rng_tensor
@@ -51,6 +52,9 @@ class Options(NamedTuple):
     return_stats: Any = ()
     layout: Any = "bshd"
     num_splits: Any = None
+    q_scale: Any = None
+    k_scale: Any = None
+    v_scale: Any = None
 
     def as_long_as_keys(self) -> bool:
         """Whether something goes with each key: columns of a bias, entries of a table, statistics."""
@@ -66,7 +70,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, w
 
     q, k, v: as `options.layout` says, or [total, heads, head_dim] where `where` tells their rows.
     """
-    if plain(q, k, v, options.bias, options.sinks):
+    if plain(q, k, v, options.bias, options.sinks) and not quantized(q, options):
         found, x = find(q, k, v, options, backend, where)
         return found.compute(x, with_lse)
     problem, x = described(q, k, v, options, where)
@@ -75,7 +79,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, w
 
 def find_any(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, where: Layout) -> tuple[Found, Operands]:
     """`find`, also for tensors that are not plain."""
-    if plain(q, k, v, options.bias, options.sinks):
+    if plain(q, k, v, options.bias, options.sinks) and not quantized(q, options):
         return find(q, k, v, options, backend, where)
     problem, x = described(q, k, v, options, where)
     return Found(problem, x, backend, settled=False), x._replace(q=q, k=k, v=v)
@@ -92,6 +96,11 @@ def plain(*tensors: Any) -> bool:
     return True
 
 
+def quantized(q: Tensor, options: Options) -> bool:
+    """Whether these are inputs in fp8, or scales of such; they are described anew, since copying them takes longest."""
+    return q.dtype == FP8 or not options.q_scale is options.k_scale is options.v_scale is None
+
+
 def described(q: Tensor, k: Tensor, v: Tensor, options: Options, where: Layout) -> tuple[Problem, Operands]:
     """The problem, checked, and its operands."""
     if where is DENSE:
@@ -105,7 +114,7 @@ def find(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, where:
 
     Raises what `problem.make` and `plan.choose` raise.
     """
-    causal, mask, score_mod, bias, sinks, scale, dropout, rng, deterministic, invariant, statistics, order, splits = options
+    causal, mask, score_mod, bias, sinks, scale, dropout, rng, deterministic, invariant, statistics, order, splits, *_ = options
     held = () if mask is None and score_mod is None and where is DENSE else named(mask, score_mod, where)
     known = captured = None
     if held is not None:
@@ -128,7 +137,7 @@ def find(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, where:
         sinks = sinks.contiguous()
     if rng is not None or known.problem.dropout:
         rng = rng_tensor(rng, known.problem.dropout, q.device)
-    return known, Operands(q, k, v, bias, sinks, rng, *where[:5], captured, known.ints, known.floats)
+    return known, Operands(q, k, v, bias, sinks, rng, *where[:5], None, captured, known.ints, known.floats)
 
 
 def layout(x: Tensor) -> tuple:

@@ -25,7 +25,7 @@ STATISTIC = 4                           # bytes of a row's maximum, sum, lse or 
 @dataclass(frozen=True)
 class Sizes:
     """One attention problem without a mask. seqlen_q, seqlen_k: of every sequence; itemsize: bytes of an element of q, k, v
-    and out, `stored` of k and v where they lie in a cache with another; all byte counts are over batch and heads."""
+    and out, `stored` of k and v where they have another, `stored_q` of q; all byte counts are over batch and heads."""
     batch: int
     heads: int
     kv_heads: int
@@ -35,6 +35,7 @@ class Sizes:
     head_dim_v: int
     itemsize: int = 2
     stored: int = 0
+    stored_q: int = 0
 
     @classmethod
     def square(cls, batch: int, heads: int, seqlen: int, head_dim: int, itemsize: int = 2) -> Sizes:
@@ -60,7 +61,7 @@ class Sizes:
 
     @property
     def q(self) -> int:
-        return self.rows * self.head_dim * self.itemsize
+        return self.rows * self.head_dim * (self.stored_q or self.itemsize)
 
     @property
     def k(self) -> int:

@@ -21,11 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tilewise.fp8 import FP8, LARGEST
 from tilewise.rotary import Rotary
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-FP8 = torch.float8_e4m3fn
-LARGEST_FP8 = torch.finfo(FP8).max
 INTEGERS = (torch.int32, torch.int64)
 
 
@@ -116,7 +115,7 @@ def _put(memory: Tensor, scale: Tensor | None, x: Tensor, slot: Tensor, row: Ten
     x = x.transpose(1, 2).flatten(0, 1)
     if scale is not None:
         x = x.float() / scale[:, None]
-        x = torch.where(x.isinf(), torch.nan, x.clamp(-LARGEST_FP8, LARGEST_FP8))    # fp8 has no infinities
+        x = torch.where(x.isinf(), torch.nan, x.clamp(-LARGEST, LARGEST))    # fp8 has no infinities
     x, slot, row, wanted = x.to(memory.dtype), slot.flatten(), row.flatten(), wanted.flatten()
     # To drop rows one has to know how many, and wait. Instead those not wanted repeat one that is; if none is, what lies
     # at one place is written back there.

@@ -6,22 +6,42 @@ with a registered backward. Otherwise it is an `autograd.Function` that torch.fu
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from tilewise import backends, reference, sharding
+from tilewise import backends, reference, sharding, widening
 from tilewise.backends import Gradients, Needs
 from tilewise.derivatives import differentiable
-from tilewise.plan import choose
+from tilewise.plan import choose, takes_fp8
 from tilewise.problem import TENSORS, Graphs, Operands, Problem, Settings, describe
 from tilewise.statistics import Statistics
 from tilewise.trace.memo import abstract
 
 
+def taking_fp8(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """`compute` with fp8 inputs for all backends: those that do not take them compute with copies in bf16 (`widening.py`).
+
+    While tracing nothing is copied: the custom op does so when it runs.
+    """
+    @functools.wraps(compute)
+    def computed(problem: Problem, x: Operands, backend: str) -> Any:
+        if problem.quantized and sharding.sharded(x.q, x.k, x.v):
+            raise NotImplementedError("q: expected no DTensor of float8_e4m3fn: give tw.attention .to_local() of each")
+        if not problem.quantized or (abstract(x.q, x.k, x.v) and backend != "reference") or takes_fp8(problem, backend):
+            return compute(problem, x, backend)
+        out, *others = compute(*widening.widened(problem, x), backend)
+        return widening.rescaled(problem, x, out), *others
+
+    return computed
+
+
+@taking_fp8
 def attention(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor]:
     """(out, lse) of a problem on a backend, "auto" or a name; differentiable."""
     if sharding.sharded(x.q, x.k, x.v):
@@ -39,6 +59,7 @@ def attention(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tens
     return differentiable(module, problem, x)
 
 
+@taking_fp8
 def attention_with_statistics(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor, Statistics]:
     """The same, and what `problem.statistics` names, which has no gradient."""
     if sharding.sharded(x.q, x.k, x.v):
@@ -84,10 +105,20 @@ def described(arguments: Sequence) -> tuple[Problem, Operands, str]:
     return describe(x, Settings(*arguments[count:-1])), x, arguments[-1]
 
 
+@taking_fp8
+def forward(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor]:
+    return backends.load(choose(problem, backend)).forward(problem, x)
+
+
+@taking_fp8
+def forward_with_statistics(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor, Statistics]:
+    return backends.load(choose(problem, backend)).forward_with_statistics(problem, x)
+
+
 @torch.library.custom_op("tilewise::attention", mutates_args=(), schema=f"({ARGUMENTS}, str backend) -> (Tensor, Tensor)")
 def attention_op(*arguments) -> tuple[Tensor, Tensor]:
     problem, x, backend = described(arguments)
-    out, lse = backends.load(choose(problem, backend)).forward(problem, x)
+    out, lse = forward(problem, x, backend)
     return arranged(out, problem.new_q(problem.head_dim_v)), lse
 
 
@@ -96,7 +127,7 @@ def attention_op(*arguments) -> tuple[Tensor, Tensor]:
 def attention_with_statistics_op(*arguments) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The same, and the statistics that are named, in that order."""
     problem, x, backend = described(arguments)
-    out, lse, found = backends.load(choose(problem, backend)).forward_with_statistics(problem, x)
+    out, lse, found = forward_with_statistics(problem, x, backend)
     return arranged(out, problem.new_q(problem.head_dim_v)), lse, [t for t in found if t is not None]
 
 

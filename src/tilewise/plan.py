@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from tilewise import backends, costs
+from tilewise import backends, costs, widening
+from tilewise.fp8 import FP8
 from tilewise.problem import Operands, Problem
 from tilewise.sequences import hosted
 from tilewise.trace.bounds import EMPTY, FULL, tile_classes
@@ -32,6 +33,11 @@ def choose(problem: Problem, backend: str) -> str:
     return backend
 
 
+def takes_fp8(problem: Problem, backend: str) -> bool:
+    """Whether the backend that serves multiplies fp8 inputs as they are; others are given copies in bf16."""
+    return backend != "reference" and getattr(backends.load(choose(problem, backend)), "FP8", False)
+
+
 PATTERNS = {"rows": "sums over keys", "cols": "sums over queries", "diagonal": "sums along diagonals",
             "direct": "stored, shared dimensions summed", "any": "added entry by entry"}
 
@@ -45,7 +51,8 @@ class Plan:
     splits          shares of the keys, merged afterwards (Flash-Decoding)
     flops           of the matrix products, forward and backward
     read, written   bytes between slow and fast memory, forward, if nothing stays in a cache between tiles
-    workspace       bytes beside inputs, outputs and gradients, forward and backward
+    workspace       bytes beside inputs, outputs and gradients, forward and backward; copies included
+    copied          bytes of copies of fp8 inputs in bf16; 0 where they are multiplied as they are
     repeatable      whether gradients have the same bits each time
     products        how fp32 inputs are multiplied: "ieee", "tf32x3" or "tf32"
     tables          (shape, pattern) of each lookup of a captured floating tensor: how its gradient is summed
@@ -63,6 +70,7 @@ class Plan:
     read: int
     written: int
     workspace: tuple[int, int]
+    copied: int
     repeatable: bool
     products: str
     tables: tuple[tuple[torch.Size, str], ...]
@@ -75,22 +83,28 @@ class Plan:
                   f"k [{rows_of(p.batch, p.seqlen_k, p.packed_k)}, H {p.kv_heads}, D {p.head_dim}]  D_v {p.head_dim_v}")
         if p.cached:
             shapes += f", from {'pages of ' + str(p.page_size) if p.page_size else 'a cache'}"
-        rows = [("problem", f"{shapes}, {str(p.dtype)[6:]} on {p.device}"), ("backend", self.backend)]
+        dtype = FP8 if p.quantized else p.dtype
+        rows = [("problem", f"{shapes}, {str(dtype)[6:]} on {p.device}"), ("backend", self.backend)]
         rows += [("", f"not {name}: {reason}") for name, reason in self.passed_over.items()]
-        share = self.visited / max(1, self.tiles_in_all)
+        share, forward_only = self.visited / max(1, self.tiles_in_all), p.cached or p.quantized
         rows += [
             ("tiles", f"{self.tiles[0]} queries x {self.tiles[1]} keys; {self.visited:,} of {self.tiles_in_all:,} computed "
                       f"({share:.0%}), {self.full:,} of them without a mask"),
-            ("FLOPs", f"{si(self.flops[0])} forward" + ("" if p.cached else f", {si(self.flops[1])} backward")),
+            ("FLOPs", f"{si(self.flops[0])} forward" + ("" if forward_only else f", {si(self.flops[1])} backward")),
             ("traffic", f"{si(self.read)}B read, {si(self.written)}B written forward; standard attention "
                         f"{si(self.standard_traffic)}B"),
-            ("extra memory", f"{si(self.workspace[0])}B forward" + ("" if p.cached else f", {si(self.workspace[1])}B backward")
+            ("extra memory", f"{si(self.workspace[0])}B forward"
+                             + ("" if forward_only else f", {si(self.workspace[1])}B backward")
                              + f"; standard attention {si(self.standard_workspace)}B")]
+        if p.quantized:
+            rows.append(("fp8", f"q, k and v are copied in bfloat16, {si(self.copied)}B" if self.copied else
+                         "multiplied as it is; probabilities are rounded to it, and v is copied, transposed"))
         if self.splits > 1:
             rows.append(("keys", f"in {self.splits} shares, each by programs of its own, merged afterwards"))
         if p.dtype == torch.float32:
             rows.append(("fp32 products", f"{self.products} (torch.set_float32_matmul_precision decides)"))
-        rows.append(("gradients", "none: a cache is for inference" if p.cached else "bitwise repeatable" if self.repeatable else
+        rows.append(("gradients", "none: a cache is for inference" if p.cached else "none of fp8 inputs" if p.quantized else
+                     "bitwise repeatable" if self.repeatable else
                      "of q are sums in any order; deterministic=True makes them bitwise repeatable"))
         rows += [("", f"captured {list(shape)}: {PATTERNS[pattern]}") for shape, pattern in self.tables]
         return "\n".join(f"{label:13} {text}" for label, text in rows)
@@ -102,9 +116,14 @@ def plan(problem: Problem, x: Operands, backend: str) -> Plan:
     module = backends.load(name)
     earlier = backends.AUTO[:backends.AUTO.index(name)] if backend == "auto" else ()
     passed_over = {other: backends.load(other).volunteers(problem) for other in earlier}
+    asked, copied = problem, 0
+    if problem.quantized and not takes_fp8(problem, name):
+        copied = widening.copied(x)
+        problem, x = widening.widened(problem, x)
     tiles = module.tile_sizes(problem)
     slots = slot_values([t.cpu() for t in x.captured], x.ints, x.floats)
     mask, bands = (None, ()) if name == "reference" else (problem.graphs.mask, problem.graphs.keys)
+    workspace = module.workspace(problem)
     visited = full = in_all = flops = standard = matrix = 0
     moved = costs.Moved()
     for first, batch, nq, nk in groups(problem, x):
@@ -115,18 +134,20 @@ def plan(problem: Problem, x: Operands, backend: str) -> Plan:
         visited, full = visited + here, full + int((classes == FULL).sum()) * repeats
         in_all += classes.shape[2] * classes.shape[3] * batch * problem.heads
         s = costs.Sizes(batch, problem.heads, problem.kv_heads, nq, nk, problem.head_dim, problem.head_dim_v,
-                        problem.dtype.itemsize, x.k.itemsize)
+                        problem.dtype.itemsize, x.k.itemsize, x.q.itemsize)
         keys = here * min(tiles[1], nk)
         flops += costs.products(keys * min(tiles[0], nq), problem.head_dim + problem.head_dim_v)
         moved += costs.flash2_forward(s, costs.Walk(here, s.rows, here, keys, keys))
         standard += costs.standard_forward(s).total
         matrix += s.scores * s.itemsize
     return Plan(
-        problem, name, passed_over, tiles, visited, full, in_all, module.splits(problem),
+        asked, name, passed_over, tiles, visited, full, in_all, module.splits(problem),
         flops=(flops, costs.backward_products(flops)),
         read=sum(moved.read.values()), written=sum(moved.written.values()),
-        workspace=module.workspace(problem), repeatable=module.repeatable(problem), products=module.precision(problem),
-        tables=tuple((x.captured[lookup.slot].shape, lookup.pattern) for lookup in problem.graphs.learned),
+        workspace=(workspace[0] + copied, 0 if asked.quantized else workspace[1]), copied=copied,
+        repeatable=module.repeatable(problem), products=module.precision(problem),
+        tables=() if asked.quantized else tuple(
+            (x.captured[lookup.slot].shape, lookup.pattern) for lookup in problem.graphs.learned),
         standard_traffic=standard, standard_workspace=2 * matrix)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tilewise import masks, rng, statistics
+from tilewise.fp8 import FP8, WIDE, checked_scale
 from tilewise.masks import Mask
 from tilewise.score_mods import Mods, ScoreMod, compose
 from tilewise.statistics import Statistics
@@ -66,7 +67,8 @@ class Operands(NamedTuple):
 
     Of sequences of unequal length: q_rows, k_rows int32 [B, 3], slot, first row and number of rows of each in q, and in k and
     v; slots are what q [slots, H, rows, D] counts first. With pages int32 [B, n], k and v are [pages, H_kv, page size, D] and
-    row j of sequence b is in pages[b, j // page size]. k_scale, v_scale fp32 [H_kv]: of keys and values stored in fp8.
+    row j of sequence b is in pages[b, j // page size]. k_scale, v_scale fp32 [H_kv]: of keys and values stored in fp8. Where q
+    is fp8 too, all three scales are [B, H_kv], or None for 1 (`widening.py`).
     """
     q: Tensor
     k: Tensor
@@ -79,6 +81,7 @@ class Operands(NamedTuple):
     pages: Tensor | None
     k_scale: Tensor | None
     v_scale: Tensor | None
+    q_scale: Tensor | None
     captured: Sequence[Tensor]
     ints: Sequence[int]
     floats: Sequence[float]
@@ -122,7 +125,8 @@ class Problem:
     packed_q: int | None = None         # rows of all sequences in q, if it is packed: q [1, H, rows, D]
     packed_k: int | None = None
     page_size: int | None = None
-    stored: torch.dtype | None = None   # of keys and values, where it is not q's
+    stored: torch.dtype | None = None   # of keys and values in a cache, where it is not q's
+    quantized: bool = False             # q, k and v are fp8; `dtype` is that of results
     unequal: bool = False               # sequences have lengths of their own, in k_rows and, if q is packed, q_rows
     first: int = 0                      # index b of the first sequence
     row: int = 0                        # of dropout's bits, of the first query
@@ -227,7 +231,8 @@ def make_unequal(where: Layout, q: Tensor, k: Tensor, v: Tensor, *, causal: bool
                  mask: Mask | Callable | Tensor | None = None, score_mod: Mods = None, bias: Tensor | None = None,
                  sinks: Tensor | None = None, scale: float | None = None, dropout_p: float = 0.0, rng: Any = None,
                  deterministic: bool | None = None, batch_invariant: bool = False, num_splits: int | None = None,
-                 layout: str = "bshd", return_stats: Sequence[str] = ()) -> tuple[Problem, Operands]:
+                 layout: str = "bshd", return_stats: Sequence[str] = (), q_scale: Tensor | None = None,
+                 k_scale: Tensor | None = None, v_scale: Tensor | None = None) -> tuple[Problem, Operands]:
     """The same for sequences that lie where a checked `Layout` says; q, k, v [slots, heads, rows, head_dim]."""
     _check_tensors(q, k, v, where)
     batch = q.shape[0] if where.q_rows is None else len(where.q_rows)
@@ -248,8 +253,14 @@ def make_unequal(where: Layout, q: Tensor, k: Tensor, v: Tensor, *, causal: bool
         batch_invariant=bool(batch_invariant), max_seqlen_q=where.max_seqlen_q, max_seqlen_k=where.max_seqlen_k,
         cached=where.cached, shared=where.shared, splits=_check_splits(num_splits, batch_invariant),
         statistics=statistics.checked(return_stats))
-    operands = Operands(q, k, v, bias, sinks, rng_tensor(rng, settings.dropout, q.device), *where[:5], program.captured,
+    operands = Operands(q, k, v, bias, sinks, rng_tensor(rng, settings.dropout, q.device), *where[:5], None, program.captured,
                         program.ints, program.floats)
+    if not where.cached:
+        of_q, of_k, of_v = (checked_scale(name, scale, q.dtype, batch, k.shape[1], q.device) for name, scale in (
+            ("q_scale", q_scale), ("k_scale", k_scale), ("v_scale", v_scale)))
+        operands = operands._replace(q_scale=of_q, k_scale=of_k, v_scale=of_v)
+    if q.dtype == FP8:
+        _check_forward_only(operands)
     return describe(operands, settings), operands
 
 
@@ -262,9 +273,11 @@ def describe(x: Operands, settings: Settings) -> Problem:
         batch=x.q.shape[0] if x.q_rows is None else x.q_rows.shape[0], heads=x.q.shape[1], kv_heads=x.k.shape[1],
         seqlen_q=x.q.shape[2] if x.q_rows is None else settings.max_seqlen_q,
         seqlen_k=settings.max_seqlen_k if unequal else x.k.shape[2], head_dim=x.q.shape[3], head_dim_v=x.v.shape[3],
-        dtype=x.q.dtype, device=x.q.device, bias_shape=None if x.bias is None else tuple(x.bias.shape),
-        has_sinks=x.sinks is not None, settings=settings, packed_q=packed_q, packed_k=packed_k,
-        page_size=None if x.pages is None else x.k.shape[2], stored=None if x.k_scale is None else x.k.dtype, unequal=unequal,
+        dtype=WIDE if x.q.dtype == FP8 else x.q.dtype, device=x.q.device,
+        bias_shape=None if x.bias is None else tuple(x.bias.shape), has_sinks=x.sinks is not None, settings=settings,
+        packed_q=packed_q, packed_k=packed_k,
+        page_size=None if x.pages is None else x.k.shape[2], unequal=unequal, quantized=x.q.dtype == FP8,
+        stored=None if x.k_scale is None or x.q.dtype == FP8 else x.k.dtype,
         learning=any(t.requires_grad for t in x.captured), aligned=all(aligned(t) for t in (x.q, x.k, x.v)))
 
 
@@ -332,8 +345,9 @@ def _to_bhsd(q: Tensor, k: Tensor, v: Tensor, layout: str) -> list[Tensor]:
 
 def _check_tensors(q: Tensor, k: Tensor, v: Tensor, where: Layout) -> None:
     batch, heads, _, head_dim = q.shape
-    if q.dtype not in DTYPES:
-        raise TypeError(f"q: expected float16, bfloat16, float32 or float64, got {q.dtype}")
+    if q.dtype not in DTYPES and (where.cached or q.dtype != FP8):
+        others = "float32 or float64" if where.cached else "float32, float64 or float8_e4m3fn"
+        raise TypeError(f"q: expected float16, bfloat16, {others}, got {q.dtype}")
     for name, x in (("k", k), ("v", v)):
         if x.dtype != q.dtype and where.k_scale is None:
             raise TypeError(f"{name}: expected q's dtype {q.dtype}, got {x.dtype}")
@@ -356,6 +370,15 @@ def _check_tensors(q: Tensor, k: Tensor, v: Tensor, where: Layout) -> None:
         if x.stride(3) != 1 and x.shape[3] > 1:
             raise ValueError(f"{name}: expected a contiguous last dimension (stride 1), got stride {x.stride(3)}: "
                              f"call {name}.contiguous()")
+
+
+def _check_forward_only(x: Operands) -> None:
+    scales = dict(q_scale=x.q_scale, k_scale=x.k_scale, v_scale=x.v_scale)
+    of_captured = {f"captured tensor {list(t.shape)}": t for t in x.captured}
+    for name, t in dict(q=x.q, k=x.k, v=x.v, bias=x.bias, sinks=x.sinks, **scales, **of_captured).items():
+        if torch.is_grad_enabled() and t is not None and t.requires_grad:
+            raise ValueError(f"{name}: expected no gradient: attention of float8_e4m3fn inputs has a forward pass only: call "
+                             "it under torch.no_grad(), or pass bfloat16")
 
 
 def _check_bias(bias: Tensor, q: Tensor, full: tuple[int, int, int, int]) -> Tensor:

@@ -67,6 +67,11 @@ def _verdict(name: str, x: Tensor, truth: Tensor, standard: Tensor, dtype: torch
     eps = torch.finfo(torch.float32 if name in IN_FP32 and dtype != torch.float64 else dtype).eps
     if name in ("dsinks", "dtable") or (name == "dbias" and call.options["bias"].numel() < call.scores):
         eps *= rows ** 0.5
+    return verdict(name, x, truth, standard, eps, 2 if name in ("out", *IN_FP32) else 3)
+
+
+def verdict(name: str, x: Tensor, truth: Tensor, standard: Tensor, eps: float, factor: int) -> Verdict:
+    """The rule, for one tensor."""
     if x.shape != truth.shape:
         return Verdict(name, 0.0, 0.0, f"shape {list(x.shape)}, expected {list(truth.shape)}")
     x, standard = x.double(), standard.double()
@@ -77,7 +82,6 @@ def _verdict(name: str, x: Tensor, truth: Tensor, standard: Tensor, dtype: torch
         return Verdict(name, 0.0, 0.0)
     error = (x - truth)[finite].abs().max().item()
     of_standard = (standard - truth)[finite].abs().max().item()
-    factor = 2 if name in ("out", *IN_FP32) else 3
     floor = 4 * eps * max(1.0, truth[finite].abs().max().item())
     return Verdict(name, error, factor * of_standard + floor)
 

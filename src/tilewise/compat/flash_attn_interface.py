@@ -5,8 +5,8 @@ As in `tilewise.compat.flash_attn.flash_attn_interface`, and:
     qv                  [.., S_q, H, D_v]: scores are scale * (q k^T + qv v^T), scale (D + D_v) ** -0.5 by default; D + D_v at
                         most 512, with one key head 576. Costs a copy of q, and of k and v, of a cache all of it, unless they
                         are columns of one tensor there, side by side. Differentiable, where FlashAttention-3 drops its gradient
-    q, k, v_descale     fp32 [B, H_kv], for float8_e4m3fn inputs: what they are multiplied by. q, and k and v outside a cache,
-                        are copied in bf16, which is out's dtype
+    q, k, v_descale     fp32 [B, H_kv], for float8_e4m3fn inputs: what they are multiplied by; `tw.attention`'s q_scale, k_scale
+                        and v_scale. Of a cache q is copied in bf16, which is out's dtype
     attention_chunk     c: query at p sees keys j with j // c == p // c; 0 for none
     num_splits          of a cache: shares of the keys, 0: chosen. Dense and packed keys are not split: accepted, no effect
     pack_gqa, sm_margin, scheduler_metadata    about speed alone: accepted, no effect

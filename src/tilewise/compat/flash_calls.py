@@ -1,6 +1,6 @@
 """flash-attn's three ways to hold sequences - dense, packed, in a cache - in terms of `tilewise.attention` and its siblings.
 
-What its generations add to them is done here once: fp8 inputs with scales, and qv, scores from two pairs of tensors,
+What its generations add to them is done here once: scales of fp8 inputs, and qv, scores from two pairs of tensors,
 
     softmax(scale * (q k^T + qv v^T)) v
 
@@ -9,6 +9,7 @@ which is attention of [q, qv] to keys [k, v]: q, and where they do not lie side 
 """
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -65,11 +66,10 @@ def dense(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any], qv: Tensor | N
     q, k, v = map(rows_contiguous, (q, k, v))
     if qv is not None:
         check_qv(q, qv, k, v)
-    q, k, v, factor = from_fp8(q, k, v, descale, None)
+    scales = checked_scales(k, len(q), descale)
     if qv is not None:
         q, k = torch.cat([q, qv], -1), torch.cat([k, v], -1)
-    out, lse = attention(q, k, v, return_lse=True, **given)
-    return scaled(out, factor), lse
+    return attention(q, k, v, return_lse=True, **scales, **given)
 
 
 def packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[Tensor, Tensor], max_seqlen: tuple[Any, Any],
@@ -79,12 +79,12 @@ def packed(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: tuple[Tensor, Tensor], m
     q, k, v = map(rows_contiguous, (q, k, v))
     if qv is not None:
         check_qv(q, qv, k, v)
-    q, k, v, factor = from_fp8(q, k, v, descale, cu_seqlens[0])
+    scales = checked_scales(k, len(cu_seqlens[0]) - 1, descale)
     if qv is not None:
         q, k = torch.cat([q, qv], -1), torch.cat([k, v], -1)
-    out, lse = attention_varlen(q, k, v, *cu_seqlens, max_seqlen_q=integer(max_seqlen[0]), max_seqlen_k=integer(max_seqlen[1]),
-                                seqused_q=seqused[0], seqused_k=seqused[1], return_lse=True, **given)
-    return scaled(out, factor), lse
+    scales |= given
+    return attention_varlen(q, k, v, *cu_seqlens, max_seqlen_q=integer(max_seqlen[0]), max_seqlen_k=integer(max_seqlen[1]),
+                            seqused_q=seqused[0], seqused_k=seqused[1], return_lse=True, **scales)
 
 
 def cached(q: Tensor, k_cache: Tensor, v_cache: Tensor, place: Place, given: dict[str, Any], new: New = NOTHING_NEW,
@@ -100,7 +100,7 @@ def cached(q: Tensor, k_cache: Tensor, v_cache: Tensor, place: Place, given: dic
     lengths = row_counts(place, batch, k_cache, new)
     if qv is not None:
         check_qv(q, qv, k_cache, v_cache)
-    q, k, v, factor = from_fp8(rows_contiguous(q), new.k, new.v, descale, cu_seqlens_q, k_cache)
+    q, k, v, factor = from_fp8(rows_contiguous(q), new.k, new.v, k_cache, descale, cu_seqlens_q)
     k, v = map(rows_contiguous, (k, v))
     apart = new.cu_seqlens is not cu_seqlens_q or qv is not None        # not one operation with attention
     rotary = None
@@ -260,32 +260,32 @@ def side_by_side(k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, bool]:
 
 # ---- fp8 ------------------------------------------------------------------------------------------------------------
 
-def from_fp8(q: Tensor, k: Any, v: Any, descale: Descale, cu_seqlens: Tensor | None,
-             cache: Tensor | None = None) -> tuple[Tensor, Any, Any, Tensor | None]:
-    """q, k and v in bf16 where they are fp8, q times its scale and that of the keys; and what out must be multiplied by.
+def checked_scales(k: Any, batch: int, descale: Descale) -> dict[str, Any]:
+    """q_scale, k_scale and v_scale for keys k, where any is given."""
+    given = {name: scale for name, scale in descale._asdict().items() if scale is not None}
+    for name, scale in given.items():
+        if not isinstance(k, Tensor) or k.dtype != FP8:
+            raise ValueError(f"{name}_descale: expected None: only float8_e4m3fn tensors come with scales, not "
+                             f"{getattr(k, 'dtype', type(k).__name__)}")
+        check_tensor(f"{name}_descale", scale, (batch, k.shape[-2]), (torch.float32,), k.device)
+    return {f"{name}_scale": scale for name, scale in given.items()}
 
-    bf16 holds every value of fp8; the copies are as large as the inputs are in bf16. A cache stays as it is.
-    """
-    stored = k if cache is None else cache
-    if not isinstance(stored, Tensor) or stored.dtype != FP8:
-        for name, scale in zip(("q_descale", "k_descale", "v_descale"), descale, strict=True):
-            if scale is not None:
-                got = getattr(stored, "dtype", type(stored).__name__)
-                raise ValueError(f"{name}: expected None: only float8_e4m3fn tensors come with scales, not {got}")
-        return q, k, v, None
-    kv_heads = stored.shape[-2]
+
+def from_fp8(q: Tensor, k: Any, v: Any, cache: Any, descale: Descale,
+             cu_seqlens: Tensor | None) -> tuple[Tensor, Any, Any, Tensor | None]:
+    """For a cache in fp8, which stays as it is: q and new k and v in bf16, q times its scale and that of the keys; and what out
+    must be multiplied by."""
     batch = len(q) if cu_seqlens is None else len(cu_seqlens) - 1
+    scales = checked_scales(cache, batch, descale)
+    if not isinstance(cache, Tensor) or cache.dtype != FP8:
+        return q, k, v, None
 
-    def of_rows(*scales: Tensor | None) -> Tensor | None:
+    def of_rows(*names: str) -> Tensor | None:
         """[.., S_q or total, H, 1] from products of [B, H_kv]."""
-        product = None
-        for name, scale in zip(("q_descale", "k_descale") if len(scales) == 2 else ("v_descale",), scales, strict=True):
-            if scale is not None:
-                check_tensor(name, scale, (batch, kv_heads), (torch.float32,), q.device)
-                product = scale if product is None else product * scale
-        if product is None:
+        given = [scales[name] for name in names if name in scales]
+        if not given:
             return None
-        heads = product.repeat_interleave(q.shape[-2] // kv_heads, 1)[..., None]
+        heads = math.prod(given[1:], start=given[0]).repeat_interleave(q.shape[-2] // cache.shape[-2], 1)[..., None]
         if cu_seqlens is None:
             return heads[:, None]
         rows = torch.arange(len(q), device=q.device)
@@ -294,7 +294,7 @@ def from_fp8(q: Tensor, k: Any, v: Any, descale: Descale, cu_seqlens: Tensor | N
     def wide(x: Any) -> Any:
         return x.bfloat16() if isinstance(x, Tensor) and x.dtype == FP8 else x
 
-    return scaled(wide(q), of_rows(descale.q, descale.k)), wide(k), wide(v), of_rows(descale.v)
+    return scaled(wide(q), of_rows("q_scale", "k_scale")), wide(k), wide(v), of_rows("v_scale")
 
 
 def scaled(x: Tensor, factor: Tensor | None) -> Tensor:

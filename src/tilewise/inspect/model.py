@@ -107,7 +107,7 @@ def shared_bytes(instruction: Instruction) -> int:
 
 def block_bytes(kind: str) -> int:
     """Of a descriptor's block: "tensordesc<bf16[1, 1, 128, 64],...>" -> 16384."""
-    match = re.match(r"tensordesc<[a-z]+(\d+)\[([\d, ]+)\]", kind)
+    match = re.match(r"tensordesc<[a-z]+(\d+)\w*\[([\d, ]+)\]", kind)
     if match is None:
         raise ValueError(f"expected the type of a TMA descriptor, got {kind!r}")
     return int(match[1]) // 8 * math.prod(map(int, match[2].split(",")))

@@ -74,7 +74,7 @@ def failures(report: Report, case: KernelCase) -> list[str]:
     """
     found = []
     specialised = report.warps > case.num_warps
-    products = [loop for loop in report.loops if any(opcode.startswith("HGMMA") for opcode in loop.opcodes)]
+    products = [loop for loop in report.loops if any(opcode.startswith(("HGMMA", "QGMMA")) for opcode in loop.opcodes)]
     in_loop = min((loop.spills for loop in products), default=0)
     if report.spills and (in_loop or not specialised):
         where = f", {in_loop} times in each turn of its main loop" if specialised else ""

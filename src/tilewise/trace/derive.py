@@ -4,7 +4,7 @@ from __future__ import annotations
 import functools
 import math
 
-from tilewise.trace.graph import GROUPS, Expr, cast, extend, function, parse, power, reopened, where, wrap
+from tilewise.trace.graph import GROUPS, Expr, cast, extend, function, parse, power, reopened, substitute, var, where, wrap
 
 
 @functools.lru_cache(maxsize=512)
@@ -19,6 +19,20 @@ def curved(text: str, floats: int) -> tuple[str, tuple[float, ...]]:
         return text, ()
     longer, added = extend(text, floats, GROUPS.index("score_curvature"), [second])
     return longer, tuple(added)
+
+
+@functools.lru_cache(maxsize=512)
+def multiplied(text: str, captured: int, ints: int) -> str:
+    """The text of a program, of so many captured tensors and integers, with the score first multiplied by one more tensor.
+
+    It is [B, H]; its two strides follow the integers. For forward passes: what the score's derivatives would be is left out.
+    """
+    score, *_ = parse(text)
+    factor = Expr("load", "f", Expr("var", "f", value=f"tf{captured}"), var("b"), Expr("var", "i", value=f"n{ints}"), var("h"),
+                  Expr("var", "i", value=f"n{ints + 1}"))
+    scaled = var("s") * factor
+    longer, _ = extend(text, 0, GROUPS.index("score"), [substitute(reopened(score[0]), "s", scaled) if score else scaled])
+    return longer
 
 
 def lookups(expr: Expr) -> list[tuple[Expr, Expr]]:

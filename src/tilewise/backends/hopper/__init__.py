@@ -5,6 +5,7 @@
     query_gradients_kernel.py          dQ by itself, walking from the queries
     decode_kernel.py, merge_kernel.py  few queries of a cache
     preprocess.py   for the backward   dropout.py, tiles.py, pieces.py   what they share
+    narrow.py, turned_values.py        what fp8 inputs change of the forward
     configs.py   their variants        launch.py, decoding.py            how they are called
     gluon_names.py                     one set of names for Triton 3.6 to 3.9
 
@@ -12,6 +13,8 @@ It has run in a simulator of Hopper's asynchrony (`tests/support/hopper/`), but 
 over.
 """
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -24,6 +27,7 @@ from tilewise.problem import Operands, Problem
 from tilewise.rotary import Rotary
 
 DTYPES = (torch.float16, torch.bfloat16)
+FP8 = True                              # it multiplies fp8 inputs as they are
 VERSIONS = (3, 6), (3, 9)               # of Triton whose Gluon `gluon_names.py` bridges
 MAX_HEAD_DIM = 256
 LEAST_PIECE = 8                         # rows of a page that TMA copies at once: as many as a swizzle spans
@@ -55,12 +59,13 @@ def supports(problem: Problem) -> str | None:
 def unsupported(problem: Problem) -> str | None:
     """What these kernels lack for a problem, on any device."""
     rows_k = () if problem.cached else problem.rows_k       # memory of a cache there is always
-    of_16_bytes = 8 if problem.stored is None else 16
+    of_16_bytes = 16 if problem.quantized or problem.stored is not None else 8
     absent = {
         f"{str(problem.dtype)[6:]} inputs (its kernels take fp16 and bf16)": problem.dtype not in DTYPES,
         "values that are a part of keys": problem.shared,
         f"head dims over {MAX_HEAD_DIM}": max(problem.head_dim, problem.head_dim_v) > MAX_HEAD_DIM,
         "a bias": problem.bias_shape is not None,
+        "dropout of fp8 inputs": problem.quantized and problem.dropout > 0,
         "dropout over keys from a cache": problem.cached and problem.dropout > 0,
         f"keys from a cache for more than {DECODE_ROWS} queries of a group": problem.cached and not few_queries(problem),
         "keys from a cache, with a mask without intervals": problem.cached and problem.graphs.listed,
@@ -77,8 +82,8 @@ def unsupported(problem: Problem) -> str | None:
 
 
 def by_decoding(problem: Problem) -> bool:
-    """Whether the kernel for few queries serves a problem; it knows no dropout."""
-    return decodes(problem) and problem.dropout == 0
+    """Whether the kernel for few queries serves a problem; it knows neither dropout nor queries in fp8."""
+    return decodes(problem) and problem.dropout == 0 and not problem.quantized
 
 
 def volunteers(problem: Problem) -> str | None:
@@ -94,7 +99,7 @@ def precision(problem: Problem) -> str:
 def tile_sizes(problem: Problem) -> tuple[int, int]:
     """(queries, keys) per tile of the forward kernel."""
     from tilewise.backends.hopper import configs, decoding
-    config = decoding.chosen(problem) if by_decoding(problem) else configs.choose("forward", problem)
+    config = decoding.chosen(problem) if by_decoding(problem) else configs.choose(configs.forward(problem), problem)
     return config.BLOCK_M, config.BLOCK_N
 
 
@@ -112,8 +117,11 @@ def splits(problem: Problem) -> int:
 
 def workspace(problem: Problem) -> tuple[int, int]:
     """Bytes, forward and backward: lse and the parts of a split; lse, also in base 2, delta and, where it is added in any
-    order, dQ in fp32."""
+    order, dQ in fp32. Of fp8 inputs: lse and the values, transposed; there is no backward."""
     statistics = 4 * problem.heads * problem.queries
+    if problem.quantized:
+        from tilewise.backends.hopper import launch
+        return statistics + math.prod(launch.turned_shape(problem, tile_sizes(problem)[1])), 0
     parts = splits(problem)
     return (statistics + (parts * statistics * (1 + problem.head_dim_v) if parts > 1 else 0),
             (3 + (0 if repeatable(problem) else problem.head_dim)) * statistics)

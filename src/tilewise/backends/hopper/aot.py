@@ -25,13 +25,16 @@ from tilewise.backends.hopper import (
     launch,
     merge_kernel,
     messages,
+    narrow,
     pieces,
     products,
+    turned_values,
 )
 from tilewise.backends.hopper import preprocess as with_lse
 from tilewise.backends.hopper import query_gradients_kernel as queries_kernel
 from tilewise.backends.hopper import tiles as shared_tiles
 from tilewise.block_sparse import block_mask
+from tilewise.fp8 import FP8
 from tilewise.kv_cache import KVCache
 from tilewise.paged_cache import PagedKVCache
 from tilewise.problem import Layout, Operands, Problem, make, make_unequal
@@ -39,10 +42,10 @@ from tilewise.rng import Rng
 
 ARCH = "sm_90"
 SOURCES = (elementary, gradients, masking, philox, places, preprocess, rows, scoring, softmax, backward_kernel,
-           backward_producer, decode_kernel, dropout, forward_kernel, gluon_names, merge_kernel, messages, pieces, products,
-           queries_kernel, shared_tiles, with_lse)
+           backward_producer, decode_kernel, dropout, forward_kernel, gluon_names, merge_kernel, messages, narrow, pieces,
+           products, queries_kernel, shared_tiles, turned_values, with_lse)
 N = 256
-DIRECTIONS = {"forward": "forward", "query_gradients": "dq", "decode": "decode", "merge": "decode"}
+DIRECTIONS = {"forward": "forward", "turn_values": "forward", "query_gradients": "dq", "decode": "decode", "merge": "decode"}
 
 
 def problems(dtype: torch.dtype, head_dim: int, head_dim_v: int) -> Iterator[tuple[str, Problem, Operands]]:
@@ -60,8 +63,8 @@ def problems(dtype: torch.dtype, head_dim: int, head_dim_v: int) -> Iterator[tup
     for name, options in programs.items():
         yield name, *make(q, q, v, **options)
     packed, packed_v = (x.flatten(0, 1)[None].transpose(1, 2) for x in (q, v))
-    yield "packed", *make_unequal(Layout(sequences, sequences, max_seqlen_q=N, max_seqlen_k=N), packed, packed, packed_v,
-                                  causal=True)
+    where = Layout(sequences, sequences, max_seqlen_q=N, max_seqlen_k=N)
+    yield "packed", *make_unequal(where, packed, packed, packed_v, causal=True)
 
 
 def shipped(dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> Iterator[Case]:
@@ -73,6 +76,21 @@ def shipped(dtypes: tuple[torch.dtype, ...] = (torch.bfloat16,)) -> Iterator[Cas
         for head_dim, _ in configs.head_dims("decode"):
             for name, problem, x in cached(dtype, head_dim):
                 yield from decode_cases(name, problem, x)
+    for dims in configs.head_dims("forward fp8"):
+        for name, problem, x in problems(FP8, *dims):
+            if not problem.dropout:
+                yield from narrow_cases(name, problem, x)
+
+
+def narrow_cases(name: str, problem: Problem, x: Operands) -> Iterator[Case]:
+    """The kernels of a forward pass of fp8 inputs; values are turned alike in all programs."""
+    recorded: list[Case] = []
+
+    def record(kernel, problem, programs, values, warps):
+        recorded.append(case(f"fp8 {name}", kernel, problem, values, warps))
+
+    launch.forward(problem, x, start=record)
+    return (case for case in recorded if case.kernel.fn.__name__ != "turn_values_entry" or name in ("full", "packed"))
 
 
 def cached(dtype: torch.dtype, head_dim: int) -> Iterator[tuple[str, Problem, Operands]]:
@@ -124,12 +142,14 @@ def cases(name: str, problem: Problem, x: Operands) -> Iterator[Case]:
 def case(name: str, kernel: Any, problem: Problem, values: Mapping[str, Any], warps: int) -> Case:
     flat = flatten(kernel, problem.program, values) | {"ALIGN": 16}
     point, called = entry(kernel, problem.program), kernel.fn.__name__
-    signature, constants = typed(point, flat)
+    of_fp8 = {name: x for name, x in flat.items() if hasattr(x, "block_shape") and x.base.dtype == FP8}
+    signature, constants = typed(point, {name: x for name, x in flat.items() if name not in of_fp8})
+    signature |= {name: f"tensordesc<fp8e4nv{x.block_shape},{x.layout!r}>" for name, x in of_fp8.items()}
     maxnreg = values.get("maxnreg")
     dims = "x".join(str(d) for d in dict.fromkeys((problem.head_dim, problem.head_dim_v)))
     return Case(" ".join(["hopper", called, *values.get("PART", "").split(), f"d{dims}", name]).strip(),
                 DIRECTIONS.get(called, "backward"), ARCH, point, signature, constants, warps, 1,
-                called not in ("preprocess", "merge"),
+                called not in ("preprocess", "merge", "turn_values"),
                 key(sources(), source_of(kernel, problem.program), sorted(signature.items()),
                     sorted(constants.items(), key=str), warps, maxnreg), maxnreg=maxnreg)
 

@@ -3,8 +3,8 @@
 A row says: this kernel, for D up to `head_dim`, D_v up to `head_dim_v` and these features ("plain"; "listed": with a list of
 tiles; "rich": with a score function; "dropout": with it), works on BLOCK_M queries x BLOCK_N keys per tile, with so many stages
 and registers of a thread. PERSISTENT: programs of the forward kernel take one block of queries after another.
-The kernel is "forward", or what a pass of the backward computes: "dq dk dv", "dv", ... Decoding is "decode" or, by how keys are
-stored, "decode fp8": its PRODUCER_REGISTERS are the converter's, too.
+The kernel is "forward", of fp8 inputs "forward fp8", or what a pass of the backward computes: "dq dk dv", "dv", ... Decoding is
+"decode" or, by how keys are stored, "decode fp8": its PRODUCER_REGISTERS are the converter's, too.
 No row spills registers in its main loop (`results/gates.json`); none has been chosen by measured speed yet.
 """
 from __future__ import annotations
@@ -45,6 +45,11 @@ def table() -> dict[tuple[str, int, int, str], Config]:
 def head_dims(kernel: str, features: str = "plain") -> tuple[tuple[int, int], ...]:
     """(D, D_v) of the table's rows for a kernel and features, the narrowest first."""
     return tuple(sorted((d, dv) for name, d, dv, of in table() if (name, of) == (kernel, features)))
+
+
+def forward(problem: Problem) -> str:
+    """The name of the forward kernel in the table."""
+    return "forward fp8" if problem.quantized else "forward"
 
 
 def choose(kernel: str, problem: Problem) -> Config:

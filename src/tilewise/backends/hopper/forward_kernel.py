@@ -27,6 +27,8 @@ t // STAGES % 2; items likewise: phase of item i: i % 2
 Q [slots, H, rows, D]  K [slots, H_kv, rows, D]  V [.., DV]  O like Q with DV columns: TMA descriptors, whose blocks have 64
 rows, BLOCK_N rows for K and V, and BLOCK_D or BLOCK_DV columns: D_PIECES, DV_PIECES of them make up a row. Other names as in
 `triton/forward_kernel.py`. Partial tiles come first.
+In fp8, with Q_SCALE, K_SCALE and V_SCALE [B, H_kv], O is bf16 and V comes transposed, [slots, H_kv, DV, keys] in the order of
+`narrow.py`, in blocks of BLOCK_DV rows and BLOCK_N columns.
 HIDES: there may be keys, another sequence's or padding, whose values must not reach a sum even times 0.
 """
 from dataclasses import dataclass
@@ -38,7 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from tilewise.backends.gpu_math import masking, scoring, softmax
 from tilewise.backends.gpu_math.places import place_together, sequence
-from tilewise.backends.hopper import dropout
+from tilewise.backends.hopper import dropout, narrow
 from tilewise.backends.hopper.gluon_names import (
     FIRST_BARRIER,
     named_barrier,
@@ -49,14 +51,25 @@ from tilewise.backends.hopper.gluon_names import (
 )
 from tilewise.backends.hopper.messages import tell, told
 from tilewise.backends.hopper.products import ROWS, add_products, finished, nothing, result_layout, scaled, scores
-from tilewise.backends.hopper.tiles import as_block, first_of, hide_rows, load_pieces, reaches_out, store_rows
+from tilewise.backends.hopper.tiles import (
+    as_block,
+    first_of,
+    hide_rows,
+    load_columns,
+    load_pieces,
+    reaches_out,
+    store_rows,
+    tile_layout,
+)
+from tilewise.backends.hopper.turned_values import first_column
 
 HIDING = gl.constexpr(FIRST_BARRIER.value + 4)      # the named barrier of `hide`
 
 # What the producer tells of an item: its sequence, head, first row there and in memory, slot, numbers of queries and keys, the
 # columns from LOW to HIGH that may be seen, how many tiles are partial, and how many there are: -1 behind the last item.
-SEQUENCE, HEAD, FIRST_ROW, MEMORY_ROW, SLOT, QUERIES, KEYS_, LOW, HIGH, PARTIAL, TOTAL = map(gl.constexpr, range(11))
-FIELDS = gl.constexpr(11)
+# In fp8 also what scores and output are multiplied by, as bits.
+SEQUENCE, HEAD, FIRST_ROW, MEMORY_ROW, SLOT, QUERIES, KEYS_, LOW, HIGH, PARTIAL, TOTAL, SCALES = map(gl.constexpr, range(12))
+FIELDS = gl.constexpr(13)
 
 
 @dataclass(frozen=True)
@@ -71,6 +84,7 @@ class Constants:
     DROPOUT: Any
     HIDES: Any
     PACKED: Any
+    FP8: Any
     DV: Any
     BLOCK_M: Any
     BLOCK_N: Any
@@ -96,8 +110,8 @@ def producer(given, C: gl.constexpr):
     q_desc, _k_desc, _v_desc, _o_desc = descs
     q_tiles, _k_tiles, _v_tiles, _o_tiles, _first_cols, messages = tiles
     q_full, q_empty, _k_full, _k_empty, _v_full, _v_empty = barriers
-    _OUT, _LSE, _SINKS, _RNG, LIST, Q_ROWS, K_ROWS, WORK, COUNTER = memory
-    _out_stride, _scale, heads, group, together, items, nq_most, nk_most, _lse_rows, _dropout = sizes
+    _OUT, _LSE, _SINKS, _RNG, LIST, Q_ROWS, K_ROWS, WORK, COUNTER, factors = memory
+    _out_stride, scale, heads, group, together, items, nq_most, nk_most, _lse_rows, _dropout = sizes
     VISIT: gl.constexpr = C.VISIT
     WARPGROUPS: gl.constexpr = C.BLOCK_M // ROWS
     blocks = gl.cdiv(nq_most, C.BLOCK_M)
@@ -112,7 +126,7 @@ def producer(given, C: gl.constexpr):
                            gl.minimum(nq, first + C.BLOCK_M), nq, nk, nk, program, C.BLOCK_N)
         masked = masking.count(r, True, 0)
         total = masked + masking.count(r, False, 0)
-        of_keys = (k_slot, h_kv, k_start)
+        of_keys = (k_slot, h_kv, k_start, first_column(b, k_start, C.PACKED, C.BLOCK_N))
         col = 0
         if total > 0:
             col = first_of(r, 0, masked, LIST, VISIT, C.BLOCK_N)
@@ -120,6 +134,9 @@ def producer(given, C: gl.constexpr):
         for w in gl.static_range(WARPGROUPS):
             mbarrier.wait(q_empty.index(w), parity ^ 1)
         tell(messages, parity * FIELDS, (b, h, first, q_start + first, q_slot, nq, nk, r[8], r[9], masked, total))
+        if C.FP8:
+            of_head = narrow.factors_of(factors, b * (heads // group) + h_kv, scale, C.RAW)
+            tell(messages, parity * FIELDS + SCALES, of_head)
         thread_barrier()                # all threads have stored before one of them arrives
         for w in gl.static_range(WARPGROUPS):
             if total > 0:
@@ -162,7 +179,10 @@ def load_values(given, of_keys, col, t, C: gl.constexpr):
     descs, tiles, barriers, _memory, _sizes, _program = given
     slot = t % C.STAGES
     mbarrier.wait(barriers[5].index(slot), (t // C.STAGES & 1) ^ 1)
-    load_pieces(descs[2], of_keys[0], of_keys[1], of_keys[2] + col, barriers[4].index(slot), tiles[2], slot, C.DV_PIECES)
+    if C.FP8:
+        load_columns(descs[2], of_keys[0], of_keys[1], of_keys[3] + col, barriers[4].index(slot), tiles[2], slot, C.DV_PIECES)
+    else:
+        load_pieces(descs[2], of_keys[0], of_keys[1], of_keys[2] + col, barriers[4].index(slot), tiles[2], slot, C.DV_PIECES)
 
 
 @gluon.jit
@@ -195,11 +215,11 @@ def attend_all(given, done, total, parity, turn, C: gl.constexpr, WARPGROUP: gl.
     _q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
     gl.static_assert(C.STAGES >= 2, "with one stage it waits for a tile that is loaded after one that it still holds")
     STAGES: gl.constexpr = C.STAGES
-    S_ROWS: gl.constexpr = gl.SliceLayout(1, result_layout(C.BLOCK_N))
+    S_ROWS: gl.constexpr = gl.SliceLayout(1, result_layout(C.BLOCK_N, C.FP8))
     message = parity * FIELDS
     m_i = gl.full([ROWS], -float("inf"), gl.float32, S_ROWS)
     l_i = gl.full([ROWS], 0.0, gl.float32, S_ROWS)
-    acc = nothing(C.BLOCK_DV, C.DV_PIECES)
+    acc = nothing(C.BLOCK_DV, C.DV_PIECES, C.FP8)
     if total > 0:
         slot = done % STAGES
         mbarrier.wait(k_full.index(slot), done // STAGES & 1)
@@ -276,7 +296,11 @@ def hide(tiles, slot, first, messages, message, turn, C: gl.constexpr, WARPGROUP
     low, high = told(messages, message + LOW), told(messages, message + HIGH)
     if reaches_out(first, C.BLOCK_N, low, high):
         for i in gl.static_range(DV_PIECES):
-            hide_rows(tiles[2].index(slot * DV_PIECES + i), first, low, high, WARPGROUP, WARPGROUPS)
+            tile = tiles[2].index(slot * DV_PIECES + i)
+            if C.FP8:
+                narrow.hide_columns(tile, first, low, high, WARPGROUP, WARPGROUPS)
+            else:
+                hide_rows(tile, first, low, high, WARPGROUP, WARPGROUPS)
         fence_async_shared()
         turn = named_barrier("sync", HIDING, WARPGROUPS * 128, turn)
     return turn
@@ -289,6 +313,8 @@ def softmax_of(s, m_i, l_i, first, given, message, C: gl.constexpr, MASKED: gl.c
     _descs, tiles, _barriers, memory, sizes, program = given
     messages = tiles[5]
     _out_stride, scale, heads, _group, _together, _items, _nq_most, _nk_most, _lse_rows, threshold = sizes
+    if C.FP8:
+        scale = told(messages, message + SCALES).to(gl.float32, bitcast=True)
     b, h = told(messages, message + SEQUENCE), told(messages, message + HEAD)
     nq, nk = told(messages, message + QUERIES), told(messages, message + KEYS_)
     first_row = told(messages, message + FIRST_ROW) + WARPGROUP * ROWS
@@ -296,12 +322,16 @@ def softmax_of(s, m_i, l_i, first, given, message, C: gl.constexpr, MASKED: gl.c
     cols = first + gl.arange(0, C.BLOCK_N, gl.SliceLayout(0, s.type.layout))
     s = scoring.finish(s, scale, b, h, rows[:, None], cols[None, :], nq, nk, None, None, program, C.SCORE, C.MASK, None, C.RAW,
                        MASKED)
-    m_i, l_i, alpha, p = softmax.step(m_i, l_i, s, softmax.LOG2E * (scale if C.RAW else 1.0), False)
+    unit = softmax.LOG2E * (scale if C.RAW else 1.0)
+    if C.FP8:
+        m_i, l_i, alpha, p = narrow.step(m_i, l_i, s, unit)
+    else:
+        m_i, l_i, alpha, p = softmax.step(m_i, l_i, s, unit, False)
     if C.DROPOUT:
         LAYOUT: gl.constexpr = s.type.layout
         kept = dropout.keep(memory[3], threshold, b, h, heads, first_row, first, C.BLOCK_N, LAYOUT)
         p = gl.where(kept, p, 0.0)
-    if C.BLOCK_DV > 128 or C.BLOCK_M > 128:             # registers are scarce
+    if not C.FP8 and (C.BLOCK_DV > 128 or C.BLOCK_M > 128):     # registers are scarce
         p = p.to(tiles[2].dtype)
     return m_i, l_i, alpha, p
 
@@ -311,10 +341,10 @@ def write(given, parity, m_i, l_i, acc, C: gl.constexpr, WARPGROUP: gl.constexpr
     """An item's output and lse."""
     descs, tiles, barriers, memory, sizes, _program = given
     _q_tiles, _k_tiles, _v_tiles, o_tiles, _first_cols, messages = tiles
-    OUT, LSE, SINKS, _RNG, _LIST, _Q_ROWS, _K_ROWS, _WORK, _COUNTER = memory
+    OUT, LSE, SINKS, _RNG, _LIST, _Q_ROWS, _K_ROWS, _WORK, _COUNTER, _factors = memory
     out_strides, _scale, heads, _group, _together, _items, _nq_most, _nk_most, lse_rows, threshold = sizes
     DV_PIECES: gl.constexpr = C.DV_PIECES
-    O_ROWS: gl.constexpr = gl.SliceLayout(1, result_layout(C.BLOCK_DV))
+    O_ROWS: gl.constexpr = gl.SliceLayout(1, result_layout(C.BLOCK_DV, C.FP8))
     # the first tile of O: in Q's memory it begins at a multiple of its own size
     PLACE: gl.constexpr = WARPGROUP * DV_PIECES if C.O_APART else (
         WARPGROUP * C.D_PIECES * C.BLOCK_D + C.BLOCK_DV - 1) // C.BLOCK_DV
@@ -334,6 +364,8 @@ def write(given, parity, m_i, l_i, acc, C: gl.constexpr, WARPGROUP: gl.constexpr
         if C.HAS_SINKS:
             m, l, out = softmax.add_sink(m, l, out, gl.load(SINKS + h).to(gl.float32), False)
         out, lse = softmax.finalize(m, l, out, False)
+        if C.FP8:
+            out = out * told(messages, message + SCALES + 1).to(gl.float32, bitcast=True)
         if i == 0:
             gl.store(LSE + ((slot * heads + h).to(gl.int64) * lse_rows + memory_row) + of_rows, lse, mask=of_rows < left)
         o_tile = o_tiles.index(PLACE + i)
@@ -352,32 +384,37 @@ def write(given, parity, m_i, l_i, acc, C: gl.constexpr, WARPGROUP: gl.constexpr
 
 
 @gluon.jit
-def forward(q_desc, k_desc, v_desc, o_desc, OUT, LSE, SINKS, RNG, LIST, Q_ROWS, K_ROWS, WORK, COUNTER, out_strides, scale,
-            heads, group, together, items, nq, nk, lse_rows, dropout, captured, ints, floats, SCORE: gl.constexpr,
-            MASK: gl.constexpr, KEYS: gl.constexpr, VISIT: gl.constexpr, HAS_SINKS: gl.constexpr, RAW: gl.constexpr,
-            DROPOUT: gl.constexpr, HIDES: gl.constexpr, DV: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-            BLOCK_D: gl.constexpr, D_PIECES: gl.constexpr, BLOCK_DV: gl.constexpr, DV_PIECES: gl.constexpr,
-            STAGES: gl.constexpr, PINGPONG: gl.constexpr, EARLY_K_WAIT: gl.constexpr, PERSISTENT: gl.constexpr,
-            O_APART: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr):
+def forward(q_desc, k_desc, v_desc, o_desc, OUT, LSE, SINKS, RNG, LIST, Q_ROWS, K_ROWS, WORK, COUNTER, Q_SCALE, K_SCALE,
+            V_SCALE, out_strides, scale, heads, group, together, items, nq, nk, lse_rows, dropout, captured, ints, floats,
+            SCORE: gl.constexpr, MASK: gl.constexpr, KEYS: gl.constexpr, VISIT: gl.constexpr, HAS_SINKS: gl.constexpr,
+            RAW: gl.constexpr, DROPOUT: gl.constexpr, HIDES: gl.constexpr, DV: gl.constexpr, BLOCK_M: gl.constexpr,
+            BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, D_PIECES: gl.constexpr, BLOCK_DV: gl.constexpr,
+            DV_PIECES: gl.constexpr, STAGES: gl.constexpr, PINGPONG: gl.constexpr, EARLY_K_WAIT: gl.constexpr,
+            PERSISTENT: gl.constexpr, O_APART: gl.constexpr, CONSUMER_REGISTERS: gl.constexpr,
+            PRODUCER_REGISTERS: gl.constexpr):
     """A program for an item of BLOCK_M queries of a head, or PERSISTENT: for as many as it gets; launched with 4 warps.
 
     COUNTER: how many items have been taken beyond the first of each program; 0 at the launch.
     """
     WARPGROUPS: gl.constexpr = BLOCK_M // ROWS
     TYPE: gl.constexpr = q_desc.dtype
-    TILE: gl.constexpr = gl.NVMMASharedLayout(128, 16)
+    FP8: gl.constexpr = Q_SCALE is not None
+    OUTPUT: gl.constexpr = o_desc.dtype
+    O_TILE: gl.constexpr = tile_layout(OUTPUT, BLOCK_DV)
+    V_ROWS: gl.constexpr = BLOCK_DV if FP8 else BLOCK_N
+    V_COLUMNS: gl.constexpr = BLOCK_N if FP8 else BLOCK_DV
     NUMBERS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
     C: gl.constexpr = constants(
-        SCORE, MASK, KEYS, VISIT, HAS_SINKS, RAW, DROPOUT, HIDES, WORK is not None, DV, BLOCK_M, BLOCK_N, BLOCK_D, D_PIECES,
-        BLOCK_DV, DV_PIECES, STAGES, PINGPONG, EARLY_K_WAIT, PERSISTENT, O_APART)
-    q_tiles = gl.allocate_shared_memory(TYPE, [WARPGROUPS * D_PIECES, ROWS, BLOCK_D], TILE)
-    k_tiles = gl.allocate_shared_memory(TYPE, [STAGES * D_PIECES, BLOCK_N, BLOCK_D], TILE)
-    v_tiles = gl.allocate_shared_memory(TYPE, [STAGES * DV_PIECES, BLOCK_N, BLOCK_DV], TILE)
+        SCORE, MASK, KEYS, VISIT, HAS_SINKS, RAW, DROPOUT, HIDES, WORK is not None, FP8, DV, BLOCK_M, BLOCK_N, BLOCK_D,
+        D_PIECES, BLOCK_DV, DV_PIECES, STAGES, PINGPONG, EARLY_K_WAIT, PERSISTENT, O_APART)
+    q_tiles = gl.allocate_shared_memory(TYPE, [WARPGROUPS * D_PIECES, ROWS, BLOCK_D], tile_layout(TYPE, BLOCK_D))
+    k_tiles = gl.allocate_shared_memory(TYPE, [STAGES * D_PIECES, BLOCK_N, BLOCK_D], tile_layout(TYPE, BLOCK_D))
+    v_tiles = gl.allocate_shared_memory(TYPE, [STAGES * DV_PIECES, V_ROWS, V_COLUMNS], tile_layout(TYPE, V_COLUMNS))
     if O_APART:
-        o_tiles = gl.allocate_shared_memory(TYPE, [WARPGROUPS * DV_PIECES, ROWS, BLOCK_DV], TILE)
+        o_tiles = gl.allocate_shared_memory(OUTPUT, [WARPGROUPS * DV_PIECES, ROWS, BLOCK_DV], O_TILE)
     else:
-        o_tiles = reinterpret(q_tiles, TYPE, [WARPGROUPS * D_PIECES * BLOCK_D // BLOCK_DV, ROWS, BLOCK_DV], TILE)
+        o_tiles = reinterpret(q_tiles, OUTPUT, [WARPGROUPS * D_PIECES * BLOCK_D // BLOCK_DV, ROWS, BLOCK_DV], O_TILE)
     first_cols = gl.allocate_shared_memory(gl.int32, [STAGES, 1], NUMBERS)
     messages = gl.allocate_shared_memory(gl.int32, [2 * FIELDS, 1], NUMBERS)
     q_full = gl.allocate_shared_memory(gl.int64, [WARPGROUPS, 1], BARRIER)
@@ -397,7 +434,7 @@ def forward(q_desc, k_desc, v_desc, o_desc, OUT, LSE, SINKS, RNG, LIST, Q_ROWS, 
     fence_async_shared()
     given = ((q_desc, k_desc, v_desc, o_desc), (q_tiles, k_tiles, v_tiles, o_tiles, first_cols, messages),
              (q_full, q_empty, k_full, k_empty, v_full, v_empty),
-             (OUT, LSE, SINKS, RNG, LIST, Q_ROWS, K_ROWS, WORK, COUNTER),
+             (OUT, LSE, SINKS, RNG, LIST, Q_ROWS, K_ROWS, WORK, COUNTER, (Q_SCALE, K_SCALE, V_SCALE)),
              (out_strides, scale, heads, group, together, items, nq, nk, lse_rows, dropout), (captured, ints, floats))
     if WARPGROUPS == 2:
         gl.warp_specialize([(consumer, (given, C, 0)), (consumer, (given, C, 1)), (producer, (given, C))],

@@ -10,16 +10,18 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from tilewise.backends import Gradients, Needs
-from tilewise.backends.gpu_math.arguments import arguments, in_all, padded, strides, visits, work
+from tilewise.backends.gpu_math.arguments import arguments, blocks, in_all, padded, strides, visits, work
 from tilewise.backends.gpu_math.entry import entry, flatten
 from tilewise.backends.gpu_math.entry import start as begin
 from tilewise.backends.gpu_math.splits import multiprocessors
+from tilewise.backends.hopper import configs
 from tilewise.backends.hopper.backward_kernel import backward as backward_kernel
 from tilewise.backends.hopper.configs import Config, choose, passes
 from tilewise.backends.hopper.forward_kernel import forward as forward_kernel
 from tilewise.backends.hopper.preprocess import preprocess
 from tilewise.backends.hopper.products import ROWS
 from tilewise.backends.hopper.query_gradients_kernel import query_gradients
+from tilewise.backends.hopper.turned_values import turn_values
 from tilewise.problem import Operands, Problem, aligned
 from tilewise.state import sink_gradient
 
@@ -36,21 +38,52 @@ def start(kernel: Any, problem: Problem, programs: int, values: Mapping[str, Any
 
 def forward(problem: Problem, x: Operands, start: Start = start) -> tuple[Tensor, Tensor]:
     out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
-    c = choose("forward", problem)
+    c = choose(configs.forward(problem), problem)
     told = arguments(problem, x)
+    values = turned(problem, x, c, start) if problem.quantized else x.v
     (pieces, columns), (pieces_v, columns_v) = pieces_of(problem.head_dim), pieces_of(problem.head_dim_v)
     items = query_blocks(problem, c)
     programs = min(items, multiprocessors(problem.device)) if c.PERSISTENT else items
     start(forward_kernel, problem, programs, dict(
         q_desc=descriptor(x.q, ROWS.value, columns), k_desc=descriptor(x.k, c.BLOCK_N, columns),
-        v_desc=descriptor(x.v, c.BLOCK_N, columns_v), o_desc=descriptor(out, ROWS.value, columns_v), OUT=out, LSE=lse,
+        v_desc=descriptor(values, *((columns_v, c.BLOCK_N) if problem.quantized else (c.BLOCK_N, columns_v))),
+        o_desc=descriptor(out, ROWS.value, columns_v), OUT=out, LSE=lse, **scales(problem, x),
         SINKS=x.sinks, COUNTER=torch.zeros(1, dtype=torch.int32, device=problem.device) if c.PERSISTENT else None,
         out_strides=strides(out), together=heads_together(problem), items=items, HAS_SINKS=problem.has_sinks,
         HIDES=hides(problem, x), DV=problem.head_dim_v, BLOCK_D=columns, D_PIECES=pieces, BLOCK_DV=columns_v,
         DV_PIECES=pieces_v, PINGPONG=bool(c.PINGPONG), EARLY_K_WAIT=bool(c.EARLY_WAIT), PERSISTENT=bool(c.PERSISTENT),
-        O_APART=output_apart(c, pieces * columns, pieces_v * columns_v), CONSUMER_REGISTERS=c.CONSUMER_REGISTERS,
+        O_APART=output_apart(c, pieces * columns, pieces_v * columns_v, x.q.itemsize), CONSUMER_REGISTERS=c.CONSUMER_REGISTERS,
         **common(told, c), **work(problem, x, "BLOCK_M")(c), **visits(problem, x)(c)), WARPS)
     return out, lse
+
+
+def scales(problem: Problem, x: Operands) -> dict[str, Tensor | None]:
+    """Of fp8 inputs, [B, H_kv] each."""
+    given = dict(Q_SCALE=x.q_scale, K_SCALE=x.k_scale, V_SCALE=x.v_scale)
+    if not problem.quantized:
+        return dict.fromkeys(given)
+    ones = None if all(s is not None for s in given.values()) else torch.ones(
+        problem.batch, problem.kv_heads, device=problem.device)
+    return {name: ones if s is None else s.contiguous() for name, s in given.items()}
+
+
+def turned_shape(problem: Problem, block: int) -> tuple[int, int, int, int]:
+    """[slots, H_kv, D_v, columns]. Rows that TMA reads are multiples of 16 bytes; packed sequences begin at multiples of a tile
+    of so many keys."""
+    columns = blocks(problem.seqlen_k, 16) * 16 if problem.packed_k is None else (
+        (problem.packed_k // block + problem.batch) * block)
+    return problem.rows_k[0], problem.kv_heads, problem.head_dim_v, columns
+
+
+def turned(problem: Problem, x: Operands, c: Config, start: Start) -> Tensor:
+    """Values as `turned_values.py` says, for tiles of a configuration."""
+    new = torch.empty(turned_shape(problem, c.BLOCK_N), dtype=x.v.dtype, device=problem.device)
+    programs = in_all(problem.packed_k, problem.seqlen_k, problem.batch, 1, c.BLOCK_N) * problem.kv_heads
+    start(turn_values, problem, programs, dict(
+        V=x.v.view(torch.uint8), TURNED=new.view(torch.uint8), K_ROWS=x.k_rows, v_strides=strides(x.v),
+        turned_strides=strides(new), heads=problem.kv_heads, nk=problem.seqlen_k, columns=new.shape[3], DV=problem.head_dim_v,
+        BLOCK_N=c.BLOCK_N, BLOCK_DV=padded(problem.head_dim_v), **work(problem, x, "BLOCK_N", keys=True)(c)), 4)
+    return new
 
 
 def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None, needs: Needs,
@@ -110,7 +143,8 @@ def query_blocks(problem: Problem, c: Config) -> int:
 
 def hides(problem: Problem, x: Operands) -> bool:
     """Whether there may be keys, another sequence's or padding, whose values must not reach a sum even times 0."""
-    return problem.packed_k is not None or bool(x.captured)
+    between = problem.packed_k is not None and not problem.quantized    # `turned_values.py` leaves room, filled with 0
+    return between or bool(x.captured)
 
 
 def width(dim: int) -> int:
@@ -127,15 +161,15 @@ def pieces_of(dim: int) -> tuple[int, int]:
 SHARED_MEMORY = 232448 - 1024           # bytes, without what barriers and messages take
 
 
-def output_apart(c: Config, columns: int, columns_v: int) -> bool:
-    """Whether the forward kernel's output has shared memory of its own: where Q's is too small for it, and where another item
-    can use Q's meanwhile, if there is room."""
+def output_apart(c: Config, columns: int, columns_v: int, itemsize: int) -> bool:
+    """Whether the forward kernel's output, in 16 bits, has shared memory of its own: where Q's is too small for it, and where
+    another item can use Q's meanwhile, if there is room. itemsize: bytes of an entry of q, k and v."""
     keys = c.STAGES * c.BLOCK_N * (columns + columns_v)
-    fits = 2 * (keys + c.BLOCK_M * (columns + columns_v)) <= SHARED_MEMORY
-    return columns < columns_v or bool(c.PERSISTENT and fits)
+    fits = itemsize * (keys + c.BLOCK_M * columns) + 2 * c.BLOCK_M * columns_v <= SHARED_MEMORY
+    return itemsize * columns < 2 * columns_v or bool(c.PERSISTENT and fits)
 
 
-def descriptor(x: Tensor, rows: int, columns: int, swizzle: int = 128) -> TensorDescriptor:
+def descriptor(x: Tensor, rows: int, columns: int, widest: int = 128) -> TensorDescriptor:
     """Blocks of rows of one head of x [slots, heads, rows, dim]. Raises ValueError where TMA cannot read from its address."""
     if x.data_ptr() % 16:
         raise ValueError(f"q, k, v: expected memory that begins at a multiple of 16 bytes, as TMA needs, got "
@@ -143,6 +177,7 @@ def descriptor(x: Tensor, rows: int, columns: int, swizzle: int = 128) -> Tensor
     bits = 8 * x.itemsize
     least = 128 // bits                 # any that TMA accepts, where a dimension has one entry, whose stride means nothing
     steps = [least if size == 1 else step for size, step in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    swizzle = min(widest, columns * x.itemsize)
     return TensorDescriptor(x, list(x.shape), [*steps, 1], [1, 1, rows, columns], gl.NVMMASharedLayout(swizzle, bits, rank=4))
 
 
@@ -158,6 +193,6 @@ def heads_together(problem: Problem) -> int:
     """Query heads whose blocks are worked on together: so many that their keys and values stay in the L2 cache; a divisor of
     all of them."""
     heads = problem.batch * problem.heads
-    each = 2 * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
+    each = (1 if problem.quantized else 2) * problem.seqlen_k * (problem.head_dim + problem.head_dim_v)
     most = max(1, L2 // max(1, each)) * problem.group
     return next(n for n in range(min(most, heads), 0, -1) if heads % n == 0)

@@ -34,6 +34,22 @@ def load_pieces(desc, slot, head, row, barrier, tiles, place, PIECES: gl.constex
 
 
 @gluon.jit
+def load_columns(desc, slot, head, column, barrier, tiles, place, PIECES: gl.constexpr):
+    """As `load_pieces`, of a tensor whose rows are a head's columns, from `column` on: each piece has the rows of a block."""
+    mbarrier.expect(barrier, PIECES * desc.block_type.nbytes)
+    for i in gl.static_range(PIECES):
+        piece = as_block(tiles.index(place * PIECES + i), desc)
+        tma_load(desc, [slot, head, i * desc.block_type.shape[2], column], barrier, piece)
+
+
+@gluon.constexpr_function
+def tile_layout(dtype, columns):
+    """Of a tile in shared memory, for wgmma: the widest swizzle that a row fills."""
+    bits = dtype.primitive_bitwidth
+    return gl.NVMMASharedLayout(min(128, columns * bits // 8), bits)
+
+
+@gluon.jit
 def first_of_full(r, t, LIST, VISIT: gl.constexpr, BLOCK: gl.constexpr):
     """The first column of the t-th full tile."""
     return (masking.tile(r, t, LIST, VISIT, False, 0) * BLOCK).to(gl.int32)

@@ -197,7 +197,7 @@ class Tiled(torch.autograd.Function):
 
 def operands(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rng: Tensor | None, captured: Sequence[Tensor],
              numbers: Sequence) -> Operands:
-    return Operands(q, k, v, bias, None, rng, None, None, None, None, None, captured, *numbers)
+    return Operands(q, k, v, bias, None, rng, None, None, None, None, None, None, captured, *numbers)
 
 
 def named_inputs(x: Operands, wanted: Collection[str]) -> Inputs:

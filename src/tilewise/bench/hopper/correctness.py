@@ -2,8 +2,9 @@
 
     python -m tilewise.bench.hopper.correctness [--out FILE] [--seconds 120] [--repeats 200]
 
-Each case, in bf16 and fp16, is held to the tolerance rule, then repeated with its memory poisoned: a race shows as another
-result. The same bits must come each time; only gradients of q that are added in any order may differ by rounding.
+Each case, in bf16, fp16 and, without gradients, fp8, is held to the tolerance rule, then repeated with its memory poisoned: a
+race shows as another result. The same bits must come each time; only gradients of q that are added in any order may differ by
+rounding.
 """
 from __future__ import annotations
 
@@ -18,11 +19,12 @@ from torch import Tensor
 
 import tilewise as tw
 from tilewise.backends import hopper
-from tilewise.bench import record, tolerance
+from tilewise.bench import fp8, record, tolerance
 from tilewise.bench.cases import CASES, Call, Case, draw, packed
 from tilewise.bench.timing import alive
+from tilewise.fp8 import FP8
 
-DTYPES = (torch.bfloat16, torch.float16)
+DTYPES = (torch.bfloat16, torch.float16, FP8)
 LONG: dict[str, Any] = dict(batch=1, seqlen_q=200, seqlen_k=330, head_dim=64)       # several tiles and stages
 LONGER = (
     Case("long", **LONG),
@@ -64,27 +66,38 @@ LONGER = (
 def served(device: torch.device) -> list[tuple[Case, torch.dtype]]:
     """The cases that the backend computes, the longer ones first."""
     return [(case, dtype) for case in (*LONGER, *CASES) for dtype in DTYPES
-            if "table" not in draw(case, dtype, device).options and draw(case, dtype, device).supported("hopper")]
+            if "table" not in drawn(case, dtype, device).options and drawn(case, dtype, device).supported("hopper")]
+
+
+def drawn(case: Case, dtype: torch.dtype, device: torch.device) -> Call:
+    return fp8.drawn(case, device) if dtype == FP8 else draw(case, dtype, device)
+
+
+def results(call: Call) -> dict[str, Tensor]:
+    """Out, lse and, unless the inputs are fp8, gradients."""
+    if call.q.dtype == FP8:
+        return dict(zip(("out", "lse"), fp8.run(call, "hopper"), strict=True))
+    return tolerance.run(call, "hopper").tensors
 
 
 def check(case: Case, dtype: torch.dtype, device: torch.device, repeats: int) -> str:
     """"", or what is wrong with a case."""
-    call = draw(case, dtype, device)
-    wrong = [verdict for verdict in tolerance.check(call, "hopper") if not verdict.ok]
+    call = drawn(case, dtype, device)
+    wrong = [verdict for verdict in (fp8 if dtype == FP8 else tolerance).check(call, "hopper") if not verdict.ok]
     if wrong:
         return "; ".join(map(str, wrong))
-    first = tolerance.run(call, "hopper").tensors
+    first = results(call)
     for turn in range(repeats):
         poison = [torch.full_like(x, torch.nan) for x in first.values()]
         del poison      # what is allocated next finds it
-        if words := differs(first, tolerance.run(call, "hopper").tensors, call):
+        if words := differs(first, results(call), call):
             return f"repeat {turn}: {words}"
     return ""
 
 
 def differs(first: dict[str, Tensor], again: dict[str, Tensor], call: Call) -> str:
     """Where a second run gives something else: other bits, or for a dq of sums in any order more than that explains."""
-    any_order = not hopper.repeatable(call.described()[0])
+    any_order = "dq" in first and not hopper.repeatable(call.described()[0])
     for name, x in first.items():
         same = torch.equal(x.nan_to_num(), again[name].nan_to_num())
         if not same and name == "dq" and any_order:

@@ -32,6 +32,7 @@ from tilewise.bench.shapes import Shape
 from tilewise.bench.timing import finish
 from tilewise.bench.tolerance import Verdict
 from tilewise.bench.tuning import CHANNELS, LENGTHS, TOKENS, best, deviation
+from tilewise.fp8 import FP8
 from tilewise.problem import Problem, make
 
 Run = Callable[[], Sequence[torch.Tensor]]
@@ -43,13 +44,14 @@ CONSUMERS = {2: (240, 24), 3: (160, 32)}        # registers of a consumer's thre
 FORWARD_TILES = {                               # by the wider of D and D_v
     64: ((128, 128), (128, 64), (192, 128), (192, 64)), 128: ((128, 128), (128, 64), (192, 64)),
     192: ((128, 128), (128, 64)), 256: ((128, 64), (128, 32))}
+FORWARDS = "forward", "forward fp8"
 
 
 def candidates(kernel: str, head_dim: int) -> list[Config]:
     """The table's variant of the forward, or of a pass of the backward, then the others to try, for D = D_v. Those of the
     forward all wait early: without that nothing overlaps in the machine code."""
     shipped = configs.table()[kernel, head_dim, head_dim, "plain"]
-    if kernel == "forward":
+    if kernel in FORWARDS:
         others = [Config(m, n, stages, ping, 1, *CONSUMERS[m // 64], persistent) for (m, n), stages, ping, persistent in
                   itertools.product(FORWARD_TILES[head_dim], (2, 3), (1, 0), (1, 0))]
     elif kernel == "dq":
@@ -77,10 +79,12 @@ def configured(kernel: str, config: Config) -> Iterator[None]:
 
 
 def measure(shape: Shape, device: torch.device) -> Iterator[Row]:
-    """A row for the forward kernel, one for each pass of the backward, with dQ added in any order, then repeatable: the time of
-    all of the forward or backward, by variant of this kernel and by peer."""
+    """A row for the forward kernel, one for that of fp8 inputs, beside peers in the shape's dtype, one for each pass of the
+    backward, with dQ added in any order, then repeatable: the time of all of the forward or backward, by variant of this kernel
+    and by peer."""
     q, k, v, dout = shape.draw(device, 0)
     problem, x = make(*(t.detach() for t in (q, k, v)), causal=shape.causal)
+    of_fp8 = make(*(t.detach().to(FP8) for t in (q, k, v)), causal=shape.causal)
     out, lse = launch.forward(problem, x)
     peers = {c.name: c.attend for c in discover(device) if c.name in PEERS and c.attend is not None}
     outs = {name: attend(q, k, v, shape.causal) for name, attend in peers.items()}
@@ -89,13 +93,13 @@ def measure(shape: Shape, device: torch.device) -> Iterator[Row]:
     def backward(asked: Problem) -> Run:
         return lambda: launch.backward(asked, x, out, lse, dout.transpose(1, 2), None, Needs(False, False))[:3]
 
-    runs: dict[str, Run] = {"forward": lambda: launch.forward(problem, x)}
+    runs: dict[str, Run] = {"forward": lambda: launch.forward(problem, x), "forward fp8": lambda: launch.forward(*of_fp8)}
     runs |= {kernel: backward(asked) for asked in (problem, repeatable) for kernel in configs.passes(asked)}
     of_peers: dict[str, Callable[[str, int], object]] = {
         FORWARD: lambda name, turn: peers[name](q, k, v, shape.causal),
         BACKWARD: lambda name, turn: torch.autograd.grad(outs[name], (q, k, v), dout, retain_graph=True)}
     for kernel, run in runs.items():
-        mode = FORWARD if kernel == "forward" else BACKWARD
+        mode = FORWARD if kernel in FORWARDS else BACKWARD
         if (kernel, shape.head_dim, shape.head_dim, "plain") in configs.table():
             entrants = [*variants(kernel, shape.head_dim, mode, run, device),
                         *(Entrant(name, {mode: partial(of_peers[mode], name)}, list) for name in peers)]
