@@ -2,21 +2,21 @@
 
     kernels/     the C++ source, in vector extensions that GCC and Clang share     compiler.py   builds and keeps it
     launch.py    what a kernel is told                                             sizes.py      how work is cut
-    threads.py   PyTorch's own threads
+    gradients.py   the backward pass; tangents.py   forward mode and its derivative      threads.py   PyTorch's own threads
 """
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from tilewise.backends import Gradients, Needs
-from tilewise.backends.cpu import compiler, gradients, launch, sizes, threads
+from tilewise.backends import Gradients, Needs, Tangents
+from tilewise.backends.cpu import compiler, gradients, launch, sizes, tangents, threads
 from tilewise.kv_cache import write
 from tilewise.problem import Operands, Problem
 from tilewise.statistics import Statistics
 
-__all__ = ["backward", "forward", "forward_with_statistics", "precision", "repeatable", "splits", "supports", "tile_sizes",
-           "volunteers", "workspace", "write"]
+__all__ = ["backward", "backward_tangent", "forward", "forward_with_statistics", "precision", "repeatable", "splits", "supports",
+           "supports_tangents", "tangent", "tile_sizes", "volunteers", "workspace", "write"]
 
 
 def supports(problem: Problem) -> str | None:
@@ -71,3 +71,17 @@ def forward_with_statistics(problem: Problem, operands: Operands) -> tuple[Tenso
 def backward(problem: Problem, operands: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
              needs: Needs) -> Gradients:
     return gradients.backward(problem, operands, out, lse, dout, dlse, needs)
+
+
+def supports_tangents(problem: Problem) -> str | None:
+    """None, or why `tangent` and `backward_tangent` cannot compute the problem."""
+    return "keys from a cache, which is for inference" if problem.cached else None
+
+
+def tangent(problem: Problem, operands: Operands, direction: Tangents, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    return tangents.tangent(problem, operands, direction, out, lse)
+
+
+def backward_tangent(problem: Problem, operands: Operands, direction: Tangents, out: Tensor, lse: Tensor, out_tangent: Tensor,
+                     lse_tangent: Tensor, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:
+    return tangents.backward_tangent(problem, operands, direction, out, lse, out_tangent, lse_tangent, dout, dlse, needs)
