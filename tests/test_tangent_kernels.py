@@ -21,7 +21,10 @@ NAMES = ("full ragged", "causal more keys", "causal bhsd", "prefix or window", "
          "table of pairs", "everything", "sinks rows without keys", "packed window", "packed function of heads",
          "packed bias shared", "packed everything", "packed no sequences in use")
 SHORT = ("grouped heads", "prefix lm bias dropout sinks", "packed everything")
+APART = ("prefix or window", "boolean tensor", "blocks per head", "packed window", "packed bias shared")
 TABLE = [(name, torch.float32) for name in NAMES] + [(name, torch.bfloat16) for name in SHORT] + [(SHORT[1], torch.float16)]
+# kernels for CPUs are built anew for each mask, in seconds; those apart go the ways of others
+RUNS = [(name, dtype, backend) for backend in NATIVE for name, dtype in TABLE if backend != "cpu" or name not in APART]
 PRODUCTS = ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks")
 
 
@@ -45,24 +48,27 @@ def along(call, module, dtype, fixed=()):
     return tolerance.Results({name: t for name, t in zip(PRODUCTS, (*tangents, *found), strict=False) if t is not None})
 
 
-def assert_right(name, dtype, backend, **options):
-    call = draw(next(case for case in CASES if case.name == name), dtype)
+def named(name):
+    return next(case for case in CASES if case.name == name)
+
+
+def assert_right(case, dtype, backend, **options):
+    call = draw(case, dtype)
     truth, standard = (along(call, algebra, t, **options) for t in (torch.float64, dtype))
     found = along(call, backends.load(backend), dtype, **options)
     wrong = [verdict for verdict in tolerance.judge(call, found, truth, standard) if not verdict.ok]
     assert not wrong, "\n".join(map(str, wrong))
 
 
-@pytest.mark.parametrize("backend", NATIVE)
-@pytest.mark.parametrize("name, dtype", TABLE, ids=lambda x: str(x).removeprefix("torch."))
+@pytest.mark.parametrize("name, dtype, backend", RUNS, ids=lambda x: str(x).removeprefix("torch."))
 def test_within_tolerance(name, dtype, backend, poisoned):
-    assert_right(name, dtype, backend)
+    assert_right(named(name), dtype, backend)
 
 
 @pytest.mark.parametrize("backend", NATIVE)
 @pytest.mark.parametrize("fixed", [("q", "bias", "sinks"), ("k", "v")], ids=" ".join)
 def test_what_does_not_move_has_no_tangent(fixed, backend, poisoned):
-    assert_right("prefix lm bias dropout sinks", torch.float32, backend, fixed=fixed)
+    assert_right(named("prefix lm bias dropout sinks"), torch.float32, backend, fixed=fixed)
 
 
 @pytest.mark.parametrize("backend", NATIVE)
