@@ -17,11 +17,13 @@ from tilewise.problem import make
 pytestmark = pytest.mark.skipif("cpu" not in AVAILABLE or not cpu.compiler.compiler(), reason="needs a C++ compiler")
 
 LONG = dict(seqlen_q=70, seqlen_k=600, heads=2, kv_heads=1)
+CAUSAL = dict(causal=True)
+DROPOUT = dict(dropout_p=0.2, rng=tw.Rng(1))
 THREADED = (
-    Case("few heads", **LONG | dict(batch=1), options=lambda m: dict(causal=True)),
-    Case("bias over batch", **LONG, options=lambda m: dict(causal=True, bias=m.normal(2, 70, 600))),
-    Case("bias over heads", **LONG | dict(heads=4, kv_heads=2), options=lambda m: dict(causal=True, bias=m.normal(2, 1, 70, 600))),
-    Case("bias of queries", **LONG, options=lambda m: dict(causal=True, bias=m.normal(2, 2, 70, 1), dropout_p=0.2, rng=tw.Rng(1))),
+    Case("few heads", **LONG | dict(batch=1), options=lambda m: CAUSAL),
+    Case("bias over batch", **LONG, options=lambda m: CAUSAL | dict(bias=m.normal(2, 70, 600))),
+    Case("bias over heads", **LONG | dict(heads=4, kv_heads=2), options=lambda m: CAUSAL | dict(bias=m.normal(2, 1, 70, 600))),
+    Case("bias of queries", **LONG, options=lambda m: CAUSAL | DROPOUT | dict(bias=m.normal(2, 2, 70, 1))),
 )
 
 
@@ -51,15 +53,15 @@ def test_right_and_repeatable_with_threads(count, copies, case, threads, monkeyp
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("n", [2, 17, 48, 49, 64, 65, 97, 193])
 def test_lengths_around_the_borders_of_blocks(n, dtype, poisoned):
-    shape = dict(batch=1, heads=3, kv_heads=1, head_dim=24, head_dim_v=40, options=lambda m: dict(causal=True))
+    shape = dict(batch=1, heads=3, kv_heads=1, head_dim=24, head_dim_v=40, options=lambda m: CAUSAL)
     assert_right(Case("square", seqlen_q=n, seqlen_k=n, **shape), dtype, "cpu")
     assert_right(Case("wide", seqlen_q=n, seqlen_k=130, **shape), dtype, "cpu")
     assert_right(Case("tall", seqlen_q=130, seqlen_k=n, **shape), dtype, "cpu")
 
 
 def test_one_key():
-    """Its probability is 1 whatever moves, up to the rounding of lse; standard attention has no rounding there to compare with."""
-    call = draw(Case("one key", 1, 1, 1, options=lambda m: dict(causal=True)), torch.float32)
+    """Its probability is 1 whatever moves, up to the rounding of lse, which standard attention has not."""
+    call = draw(Case("one key", 1, 1, 1, options=lambda m: CAUSAL), torch.float32)
     found, truth = along(call, cpu, torch.float32).tensors, along(call, algebra, torch.float64).tensors
     for name, x in found.items():
         torch.testing.assert_close(x, truth[name].to(x.dtype), rtol=0, atol=1e-5)
@@ -67,7 +69,7 @@ def test_one_key():
 
 
 def test_wide_heads(poisoned):
-    shape = dict(batch=1, seqlen_q=70, seqlen_k=130, options=lambda m: dict(causal=True))
+    shape = dict(batch=1, seqlen_q=70, seqlen_k=130, options=lambda m: CAUSAL)
     assert_right(Case("wide", head_dim=512, head_dim_v=1, **shape), torch.float32, "cpu")
     assert_right(Case("wide values", head_dim=1, head_dim_v=512, **shape), torch.float32, "cpu")
 

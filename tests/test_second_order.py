@@ -88,7 +88,8 @@ def test_transforms_equal_those_of_the_reference(transform, names, options):
 def test_transforms_by_kernels(transform, names, options):
     """In fp32; error against fp64 at most a few times that of standard attention in fp32."""
     truth = leaves(transformed(transform, names, options, "reference"))
-    found, standard = (leaves(transformed(transform, names, options, backend, torch.float32)) for backend in ("cpu", "reference"))
+    found, standard = (leaves(transformed(transform, names, options, backend, torch.float32))
+                       for backend in ("cpu", "reference"))
     for x, plain, true in zip(found, standard, truth, strict=True):
         eps = torch.finfo(torch.float32).eps * max(1.0, true.abs().max().item())
         assert (x - true).abs().max() <= 4 * (plain - true).abs().max() + 16 * eps
@@ -164,7 +165,7 @@ def test_backends_may_refuse(monkeypatch):
 def test_hopper_names_a_backend_that_has_them():
     """Its problems are those of a GPU; what it has not is known without one."""
     problem, _ = make(*torch.zeros(3, 1, 1, 1, 1))
-    with pytest.raises(NotImplementedError, match='"?hopper.* first derivatives in reverse mode only: use backend="tiled"'):
+    with pytest.raises(NotImplementedError, match="'hopper' has first derivatives in reverse mode only: use backend=.tiled"):
         Call(backends.load("hopper"), problem, ((), ())).primitive("tangent")
 
 

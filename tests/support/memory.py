@@ -26,8 +26,9 @@ def peak_apart(mode: str, n: int) -> int:
 def peak(mode: str, n: int) -> int:
     """Bytes of resident memory gained at the peak, beyond inputs of [1, n, 4, 32]. Linux only.
 
-    mode: "backward" or "double_backward" of one sequence, "native_double_backward" by kernels; "statistics": its forward pass with all of them; "packed": forward
-    and backward of 8 of unequal length, "padded": of the same, each as long as the longest, beyond inputs of that size.
+    mode: "backward" or "double_backward" of one sequence, "native_double_backward" by kernels; "statistics": its forward pass
+    with all of them; "packed": forward and backward of 8 of unequal length, "padded": of the same, each as long as the
+    longest, beyond inputs of that size.
     """
     import torch
 

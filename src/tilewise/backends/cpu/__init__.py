@@ -1,8 +1,9 @@
 """Native kernels for CPUs: FlashAttention-2 in C++, compiled at first use by the machine's own compiler.
 
-    kernels/     the C++ source, in vector extensions that GCC and Clang share     compiler.py   builds and keeps it
-    launch.py    what a kernel is told                                             sizes.py      how work is cut
-    gradients.py   the backward pass; tangents.py   forward mode and its derivative      threads.py   PyTorch's own threads
+    kernels/       the C++ source, in vector extensions that GCC and Clang share     compiler.py   builds and keeps it
+    launch.py      what a kernel is told                                             sizes.py      how work is cut
+    gradients.py   the backward pass's calls                                         tangents.py   those of forward mode, and
+    threads.py     PyTorch's own threads                                                           of the backward's derivative
 """
 from __future__ import annotations
 
@@ -15,8 +16,8 @@ from tilewise.kv_cache import write
 from tilewise.problem import Operands, Problem
 from tilewise.statistics import Statistics
 
-__all__ = ["backward", "backward_tangent", "forward", "forward_with_statistics", "precision", "repeatable", "splits", "supports",
-           "supports_tangents", "tangent", "tile_sizes", "volunteers", "workspace", "write"]
+__all__ = ["backward", "backward_tangent", "forward", "forward_with_statistics", "precision", "repeatable", "splits",
+           "supports", "supports_tangents", "tangent", "tile_sizes", "volunteers", "workspace", "write"]
 
 
 def supports(problem: Problem) -> str | None:

@@ -8,8 +8,8 @@ import torch
 
 POINTERS = ("q", "k", "v", "bias", "sinks", "rng", "q_rows", "k_rows", "pages", "k_scale", "v_scale", "list", "order", "out",
             "lse", "max_score", "entropy", "key_mass", "dout", "dlse", "delta", "dq", "dk", "dv", "dbias", "sums",
-            "sums_strides", "sums_sizes", "captured", "ints", "floats", "parallel", "scratch", "q_tangent", "k_tangent", "v_tangent",
-            "bias_tangent", "sinks_tangent", "out_tangent", "lse_tangent", "delta_tangent")
+            "sums_strides", "sums_sizes", "captured", "ints", "floats", "parallel", "scratch", "q_tangent", "k_tangent",
+            "v_tangent", "bias_tangent", "sinks_tangent", "out_tangent", "lse_tangent", "delta_tangent")
 NUMBERS = ("batch", "heads", "kv_heads", "nq", "nk", "dim", "dim_v", "lse_rows", "page_size", "pages_row", "dropout", "cached",
            "q_kind", "k_kind", "bias_kind", "sinks_kind", "list_rows", "list_batch", "list_heads", "threads", "block_rows",
            "panels", "fold", "splits", "few_rows", "units_together", "parts", "span", "lists", "aligned", "bias_pattern",

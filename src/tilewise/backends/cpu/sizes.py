@@ -89,7 +89,8 @@ def tangent(problem: Problem) -> dict[str, int]:
 
 
 def backward(problem: Problem, shared: bool, listed: bool, moving: bool = False) -> dict[str, int]:
-    """Fields of `abi.Problem`. shared, listed: what sums are wanted (`gradients.Sums`); moving: keys and values have tangents."""
+    """Fields of `abi.Problem`. shared, listed: what sums are wanted (`gradients.Sums`); moving: of the derivative in a
+    direction, in which keys and values have tangents."""
     units, workers = problem.batch * problem.kv_heads, threads.count()
     of_keys, of_values = (5, 3) if moving else (3, 2)               # copies, dK and dV among them
     keys = 4 * PANEL * (of_keys * problem.head_dim + of_values * problem.head_dim_v)

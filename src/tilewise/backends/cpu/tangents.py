@@ -17,7 +17,8 @@ def tangent(problem: Problem, x: Operands, u: Tangents, out: Tensor, lse: Tensor
     if problem.queries and problem.batch and problem.seqlen_q:
         launch.call("tangent", problem, x, tensors(u) | dict(
             out=out, lse=lse, out_tangent=out_tangent, lse_tangent=lse_tangent), strides(u) | dict(
-            out_strides=out, out_tangent_strides=out_tangent), sizes.tangent(problem), compiled=Compiled(paired=launch.paired(x)))
+            out_strides=out, out_tangent_strides=out_tangent),
+            sizes.tangent(problem), compiled=Compiled(paired=launch.paired(x)))
     return out_tangent, lse_tangent
 
 
@@ -54,4 +55,4 @@ def tensors(u: Tangents) -> dict[str, Tensor | None]:
 
 
 def strides(u: Tangents) -> dict[str, Tensor | None]:
-    return {f"{name}_tangent_strides": t for name, t in u._replace(sinks=None)._asdict().items() if name != "sinks"}
+    return {f"{name}_tangent_strides": t for name, t in u._asdict().items() if name != "sinks"}
