@@ -49,7 +49,8 @@ struct Memory {
   Workers<Scratch> workers;
 
   Memory(const Problem& x, Arena arena)
-      : unit_size(Packed::size(x, panels_of((int)x.nk))), part(part_size(x, x.block_rows)), packed(arena.take<float>(x.units_together * unit_size)),
+      : unit_size(Packed::size(x, panels_of((int)x.nk))), part(part_size(x, x.block_rows)),
+        packed(arena.take<float>(x.units_together * unit_size)),
         parts(arena.take<float>(x.splits > 1 ? x.units_together * blocks_of(x, (int)x.nq) * x.splits * part : 0)),
         workers(x, arena) {}
 };

@@ -29,7 +29,8 @@ struct Sums {
 };
 
 // From products to p and p s' of n panels, both as dropout keeps them: p has q.k, weighted has q'.k + q.k'.
-static void tile_tangents(const Problem& x, const Unit& u, const Block& block, const Scratch& w, const int* visited, int n, float* lse_tangent) {
+static void tile_tangents(const Problem& x, const Unit& u, const Block& block, const Scratch& w, const int* visited, int n,
+                          float* lse_tangent) {
   const long length = x.panels * PANEL;
   const float unit = PAIRS ? (float)x.scale : 1;
   for (int r = 0; r < block.rows; r++) {
