@@ -10,22 +10,25 @@ from support.backends import AVAILABLE
 import tilewise as tw
 from tilewise import backends
 from tilewise.backends import Needs, Tangents
+from tilewise.backends.cpu import compiler
 from tilewise.bench import tolerance
 from tilewise.bench.cases import CASES, draw
 from tilewise.problem import describe
 
-NATIVE = [name for name in AVAILABLE if hasattr(backends.load(name), "backward_tangent")]
+NATIVE = [name for name in AVAILABLE if hasattr(backends.load(name), "backward_tangent")
+          and (name != "cpu" or compiler.compiler())]
 NAMES = ("full ragged", "causal more keys", "causal bhsd", "prefix or window", "boolean tensor", "function of heads",
          "blocks per head", "grouped heads", "values narrower", "no keys", "no queries", "empty batch shared bias",
          "scores of 100", "bias over batch", "bias of keys", "bias of queries", "bias with -inf", "score function",
          "table of pairs", "everything", "sinks rows without keys", "packed window", "packed function of heads",
          "packed bias shared", "packed everything", "packed no sequences in use")
 SHORT = ("grouped heads", "prefix lm bias dropout sinks", "packed everything")
-APART = ("prefix or window", "boolean tensor", "blocks per head", "packed window", "packed bias shared")
 TABLE = [(name, torch.float32) for name in NAMES] + [(name, torch.bfloat16) for name in SHORT] + [(SHORT[1], torch.float16)]
-# kernels for CPUs are built anew for each mask, in seconds; those apart go the ways of others
-RUNS = [(name, dtype, backend) for backend in NATIVE for name, dtype in TABLE
-        if backend != "cpu" or (name not in APART and (name, dtype) != ("packed everything", torch.bfloat16))]
+# kernels for CPUs are built for each mask and dtype, in seconds: not for these, whose ways others go too
+APART = [(name, torch.float32) for name in (
+    "prefix or window", "boolean tensor", "blocks per head", "packed window", "packed bias shared")]
+APART += [("packed everything", torch.bfloat16)]
+RUNS = [(*run, backend) for backend in NATIVE for run in TABLE if backend != "cpu" or run not in APART]
 PRODUCTS = ("out", "lse", "dq", "dk", "dv", "dbias", "dsinks")
 
 
