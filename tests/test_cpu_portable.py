@@ -4,6 +4,7 @@ import platform
 import pytest
 import torch
 from support.backends import AVAILABLE
+from test_tangent_kernels import assert_right, named
 
 import tilewise as tw
 from tilewise.backends import cpu
@@ -42,6 +43,10 @@ def narrow(request, monkeypatch):
 def test_within_tolerance(case, dtype):
     wrong = [verdict for verdict in tolerance.check(draw(case, dtype), "cpu") if not verdict.ok]
     assert not wrong, "\n".join(map(str, wrong))
+
+
+def test_derivatives_within_tolerance():
+    assert_right(named("grouped heads"), torch.float32, "cpu")
 
 
 def every_number(dtype):

@@ -1,4 +1,4 @@
-"""Kernels of the `cpu` backend under the sanitizers of addresses and of undefined behaviour.
+"""Kernels of the `cpu` backend, those of derivatives among them, under the sanitizers of addresses and of undefined behaviour.
 
     python tests/test_cpu_sanitized.py cases 0 6      every 6th contract case from the first, in a process that `run` prepares
 """
@@ -8,6 +8,8 @@ import sys
 
 import pytest
 import torch
+from test_tangent_kernels import NAMES as DERIVED
+from test_tangent_kernels import assert_right
 
 import tilewise as tw
 from tilewise.backends import cpu
@@ -70,6 +72,8 @@ def check(case, dtype):
     print(case, dtype, flush=True)
     wrong = [verdict for verdict in tolerance.check(draw(case, dtype), "cpu") if not verdict.ok]
     assert not wrong, wrong
+    if case is LONG or case.name in DERIVED:
+        assert_right(case, dtype, "cpu")
 
 
 def cases(share, shares):

@@ -7,6 +7,7 @@ from support.backends import AVAILABLE, DEVICE
 from support.memory import peak_growth
 
 import tilewise as tw
+from tilewise.backends.cpu import compiler
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -18,6 +19,13 @@ def test_forward_and_backward_at_most_double():
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_double_backward_at_most_doubles():
     growth = peak_growth("double_backward", (4096, 8192, 16384))
+    assert all(ratio <= 2.2 for ratio in growth), growth
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not compiler.compiler(), reason="reads /proc, needs a C++ compiler")
+def test_double_backward_by_kernels_at_most_doubles():
+    """Beside them is a forward and a tangent; N² numbers of a head would be more than all these."""
+    growth = peak_growth("native_double_backward", (4096, 8192))
     assert all(ratio <= 2.2 for ratio in growth), growth
 
 

@@ -1,11 +1,15 @@
 """Native backends' derivatives: every composition of second order from a backend's four operations, in fp64."""
 import pytest
 import torch
+from support.backends import AVAILABLE
 from test_derivatives import PLAIN, RICH, function, inputs
 from torch.autograd import forward_ad, functional
 
 import tilewise as tw
 from tilewise import backends
+from tilewise.backends.cpu import compiler
+from tilewise.derivatives import Call
+from tilewise.problem import make
 
 
 @pytest.fixture(autouse=True)
@@ -13,6 +17,7 @@ def algebra(monkeypatch):
     monkeypatch.setitem(backends.MODULES, "algebra", "support.algebra")
 
 
+BUILT_ONCE = dict(causal=True, score_mod=tw.softcap(3.0), dropout_p=0.2, rng=tw.Rng(1))      # as in test_tangent_kernels
 CASES = pytest.mark.parametrize("names, options", [PLAIN, RICH], ids=["plain", "rich"])
 
 
@@ -27,19 +32,19 @@ def test_every_composition_by_differences(names, options):
     assert torch.autograd.gradgradcheck(attend, x, check_fwd_over_rev=True, fast_mode=True)
 
 
-def losses(names, options, backend):
+def losses(names, options, backend, dtype=torch.float64):
     """A loss that is not linear in out and lse, of the tensors given; and those."""
     attend = function(names, backend, **options)
 
     def loss(*x):
         out, lse = attend(*x)
         return out.sin().sum() + lse.cos().sum()
-    return loss, [x.detach() for x in arguments(names)]
+    return loss, [x.detach().to(dtype) for x in arguments(names)]
 
 
 TRANSFORMS = {
     "grad": lambda f, x, u: torch.func.grad(f, argnums=tuple(range(len(x))))(*x),
-    "vjp": lambda f, x, u: torch.func.vjp(f, *x)[1](torch.tensor(2.0, dtype=torch.float64)),
+    "vjp": lambda f, x, u: torch.func.vjp(f, *x)[1](x[0].new_tensor(2.0)),
     "jvp": lambda f, x, u: torch.func.jvp(f, x, u),
     "jacfwd": lambda f, x, u: torch.func.jacfwd(f)(*x),
     "jacrev": lambda f, x, u: torch.func.jacrev(f)(*x),
@@ -73,13 +78,32 @@ def penalty(f, x):
 @CASES
 @pytest.mark.parametrize("transform", TRANSFORMS)
 def test_transforms_equal_those_of_the_reference(transform, names, options):
-    generator = torch.Generator().manual_seed(1)
-    found = []
-    for backend in ("algebra", "reference"):
-        loss, x = losses(names, options, backend)
-        u = [torch.randn(t.shape, generator=generator.manual_seed(1), dtype=t.dtype) for t in x]
-        found.append(TRANSFORMS[transform](loss, tuple(x), tuple(u)))
+    found = [transformed(transform, names, options, backend) for backend in ("algebra", "reference")]
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.skipif("cpu" not in AVAILABLE or not compiler.compiler(), reason="needs a C++ compiler")
+@pytest.mark.parametrize("names, options", [PLAIN, (RICH[0], BUILT_ONCE)], ids=["plain", "rich"])
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_by_kernels(transform, names, options):
+    """In fp32; error against fp64 at most a few times that of standard attention in fp32."""
+    truth = leaves(transformed(transform, names, options, "reference"))
+    found, standard = (leaves(transformed(transform, names, options, backend, torch.float32))
+                       for backend in ("cpu", "reference"))
+    for x, plain, true in zip(found, standard, truth, strict=True):
+        eps = torch.finfo(torch.float32).eps * max(1.0, true.abs().max().item())
+        assert (x - true).abs().max() <= 4 * (plain - true).abs().max() + 16 * eps
+
+
+def transformed(transform, names, options, backend, dtype=torch.float64):
+    loss, x = losses(names, options, backend, dtype)
+    generator = torch.Generator().manual_seed(1)
+    u = [torch.randn(t.shape, generator=generator, dtype=torch.float64).to(dtype) for t in x]
+    return TRANSFORMS[transform](loss, tuple(x), tuple(u))
+
+
+def leaves(found):
+    return torch.utils._pytree.tree_leaves(found)
 
 
 def test_only_what_is_asked_for():
@@ -136,3 +160,27 @@ def test_backends_may_refuse(monkeypatch):
     monkeypatch.delattr(algebra, "tangent")
     with pytest.raises(NotImplementedError, match='first derivatives in reverse mode only: use backend="tiled"'):
         torch.func.jvp(attend, (q,), (q,))
+
+
+def test_hopper_names_a_backend_that_has_them():
+    """Its problems are those of a GPU; what it has not is known without one."""
+    problem, _ = make(*torch.zeros(3, 1, 1, 1, 1))
+    with pytest.raises(NotImplementedError, match='has first derivatives in reverse mode only: use backend="tiled"'):
+        Call(backends.load("hopper"), problem, ((), ())).primitive("tangent")
+
+
+def test_one_pass_for_each_operation(monkeypatch):
+    """A second derivative is one tangent and one derivative of the backward pass; autograd asks for nothing beside."""
+    from support import algebra
+    called = []
+    for name in ("forward", "backward", "tangent", "backward_tangent"):
+        own = getattr(algebra, name)
+        monkeypatch.setattr(algebra, name, lambda *arguments, name=name, own=own: (called.append(name), own(*arguments))[1])
+    x = inputs()
+    first = torch.autograd.grad(tw.attention(*x, backend="algebra").square().sum(), x, create_graph=True)
+    assert called == ["forward", "backward"]
+    torch.autograd.grad(first, x, [t.cos() for t in x])
+    assert called[2:] == ["tangent", "backward_tangent", "backward"]     # of square(), whose own derivative is not 0
+    first = torch.autograd.grad(tw.attention(*x, backend="algebra").sum(), x, create_graph=True)
+    torch.autograd.grad(first, x, [t.cos() for t in x])
+    assert called[7:] == ["tangent", "backward_tangent"]

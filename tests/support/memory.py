@@ -26,8 +26,9 @@ def peak_apart(mode: str, n: int) -> int:
 def peak(mode: str, n: int) -> int:
     """Bytes of resident memory gained at the peak, beyond inputs of [1, n, 4, 32]. Linux only.
 
-    mode: "backward" or "double_backward" of one sequence; "statistics": its forward pass with all of them; "packed": forward
-    and backward of 8 of unequal length, "padded": of the same, each as long as the longest, beyond inputs of that size.
+    mode: "backward" or "double_backward" of one sequence, "native_double_backward" by kernels; "statistics": its forward pass
+    with all of them; "packed": forward and backward of 8 of unequal length, "padded": of the same, each as long as the
+    longest, beyond inputs of that size.
     """
     import torch
 
@@ -42,6 +43,7 @@ def peak(mode: str, n: int) -> int:
         restart_peak()
         before = status_bytes("VmRSS")
         mask = tw.window(512, None) if mode == "double_backward" else None
+        backend = "cpu" if mode == "native_double_backward" else "tiled"
         if mode == "statistics":
             with torch.no_grad():
                 tw.attention(q, k, v, causal=True, return_stats=("max_score", "entropy", "key_mass"), backend="tiled")
@@ -49,9 +51,10 @@ def peak(mode: str, n: int) -> int:
         if mode == "packed":
             out = tw.attention_varlen(q, k, v, cu_seqlens(torch.tensor(lengths)), causal=True, backend="tiled")
         else:
-            out = tw.attention(q, k, v, causal=True, mask=mask, backend="tiled")
-        grads = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=mode == "double_backward")
-        if mode == "double_backward":
+            out = tw.attention(q, k, v, causal=True, mask=mask, backend=backend)
+        twice = mode.endswith("double_backward")
+        grads = torch.autograd.grad(out.square().sum(), (q, k, v), create_graph=twice)
+        if twice:
             torch.autograd.grad(sum(g.square().sum() for g in grads), (q, k, v))
         return status_bytes("VmHWM") - before
 

@@ -1,8 +1,10 @@
 """Native kernels for CPUs: FlashAttention-2 in C++, compiled at first use by the machine's own compiler.
 
-    kernels/     the C++ source, in vector extensions that GCC and Clang share     compiler.py   builds and keeps it
-    launch.py    what a kernel is told                                             sizes.py      how work is cut
-    threads.py   PyTorch's own threads                                             append.py     new keys and values
+    kernels/       the C++ source, in vector extensions that GCC and Clang share     compiler.py   builds and keeps it
+    launch.py      what a kernel is told                                             sizes.py      how work is cut
+    gradients.py   the backward pass's calls                                         tangents.py   those of forward mode, and
+    threads.py     PyTorch's own threads                                                           of the backward's derivative
+    append.py      new keys and values
 """
 from __future__ import annotations
 
@@ -11,14 +13,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tilewise.backends import Gradients, Needs
-from tilewise.backends.cpu import compiler, gradients, launch, sizes, threads
+from tilewise.backends import Gradients, Needs, Tangents
+from tilewise.backends.cpu import compiler, gradients, launch, sizes, tangents, threads
 from tilewise.backends.cpu.append import write
 from tilewise.problem import Operands, Problem
 from tilewise.statistics import Statistics
 
-__all__ = ["backward", "forward", "forward_with_statistics", "precision", "prepared", "prepared_backward", "repeatable",
-           "splits", "supports", "tile_sizes", "volunteers", "workspace", "write"]
+__all__ = ["backward", "backward_tangent", "forward", "forward_with_statistics", "precision", "prepared", "prepared_backward",
+           "repeatable", "splits", "supports", "supports_tangents", "tangent", "tile_sizes", "volunteers", "workspace", "write"]
 
 
 def supports(problem: Problem) -> str | None:
@@ -81,3 +83,17 @@ def forward_with_statistics(problem: Problem, operands: Operands) -> tuple[Tenso
 def backward(problem: Problem, operands: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
              needs: Needs) -> Gradients:
     return gradients.backward(problem, operands, out, lse, dout, dlse, needs)
+
+
+def supports_tangents(problem: Problem) -> str | None:
+    """None, or why `tangent` and `backward_tangent` cannot compute the problem."""
+    return "keys from a cache, which is for inference" if problem.cached else None
+
+
+def tangent(problem: Problem, operands: Operands, direction: Tangents, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    return tangents.tangent(problem, operands, direction, out, lse)
+
+
+def backward_tangent(problem: Problem, operands: Operands, direction: Tangents, out: Tensor, lse: Tensor, out_tangent: Tensor,
+                     lse_tangent: Tensor, dout: Tensor, dlse: Tensor | None, needs: Needs) -> Gradients:
+    return tangents.backward_tangent(problem, operands, direction, out, lse, out_tangent, lse_tangent, dout, dlse, needs)

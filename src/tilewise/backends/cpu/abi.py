@@ -8,13 +8,15 @@ import torch
 
 POINTERS = ("q", "k", "v", "bias", "sinks", "rng", "q_rows", "k_rows", "pages", "k_scale", "v_scale", "list", "order", "out",
             "lse", "max_score", "entropy", "key_mass", "dout", "dlse", "delta", "dq", "dk", "dv", "dbias", "sums",
-            "sums_strides", "sums_sizes", "captured", "ints", "floats", "parallel", "scratch")
+            "sums_strides", "sums_sizes", "captured", "ints", "floats", "parallel", "scratch", "q_tangent", "k_tangent",
+            "v_tangent", "bias_tangent", "sinks_tangent", "out_tangent", "lse_tangent", "delta_tangent")
 NUMBERS = ("batch", "heads", "kv_heads", "nq", "nk", "dim", "dim_v", "lse_rows", "page_size", "pages_row", "dropout", "cached",
            "q_kind", "k_kind", "bias_kind", "sinks_kind", "list_rows", "list_batch", "list_heads", "threads", "block_rows",
            "panels", "fold", "splits", "few_rows", "units_together", "parts", "span", "lists", "aligned", "bias_pattern",
            "dbias_kind", "key_mass_rows")
 STRIDES = ("q_strides", "k_strides", "v_strides", "out_strides", "dout_strides", "dq_strides", "dk_strides", "dv_strides",
-           "bias_strides", "dbias_strides")
+           "bias_strides", "dbias_strides", "q_tangent_strides", "k_tangent_strides", "v_tangent_strides",
+           "bias_tangent_strides", "out_tangent_strides")
 KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.float64: 3, torch.float8_e4m3fn: 4}   # rows.h: Kind
 
 POINTER_TYPES = {"captured": "const void* const*", "ints": "const long*", "floats": "const double*"}

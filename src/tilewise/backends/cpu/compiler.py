@@ -57,8 +57,7 @@ def cache_directory() -> Path:
 
 @functools.lru_cache(maxsize=512)
 def library(kernel: str, program: str, dtypes: tuple[torch.dtype, ...], compiled: abi.Compiled = PLAIN) -> ctypes.CDLL:
-    """The library of a kernel, "forward", "decode", "backward" or "key_mass", for a program's text and the dtypes of its
-    captured tensors.
+    """The library of a kernel, the name of a .cpp file in KERNELS, for a program's text and the dtypes of its captured tensors.
 
     Raises RuntimeError with the compiler's words if it fails.
     """

@@ -23,8 +23,7 @@ PATTERNS = {"direct": BY_ENTRY, "cols": BY_KEY, "rows": BY_QUERY, "diagonal": DI
 
 def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
              needs: Needs) -> Gradients:
-    if dout.stride(3) != 1 and dout.shape[3] > 1:  # such as the expanded gradient of a sum
-        dout = dout.contiguous()
+    dout = launch.with_rows(dout)
     tables, ints = contiguous_tables(problem.graphs.learned, x.captured, x.ints)
     x = x._replace(captured=tables, ints=ints)
     dq, dk, dv = problem.new_q(problem.head_dim), problem.new_k(problem.head_dim), problem.new_k(problem.head_dim_v)
@@ -33,8 +32,7 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
     wanted = [lookup if lookup.slot < len(needs.captured) and needs.captured[lookup.slot] else None
               for lookup in problem.graphs.learned]
     of_tables = [table_sums(problem, x, lookup) if lookup is not None else None for lookup in wanted]
-    numbers = sizes.backward(problem, shared=any(sums is not None and sums.shared for sums in (of_bias, *of_tables)),
-                             listed=any(sums is not None and sums.listed for sums in (of_bias, *of_tables)))
+    numbers = sizes.backward(problem, **kinds([of_bias, *of_tables])) | of_bias_numbers(of_bias)
     arrays = (ctypes.c_void_p * len(wanted))(*(None if sums is None else sums.tensor.data_ptr() for sums in of_tables)), \
         (ctypes.c_long * (4 * len(wanted)))(*(n for sums in of_tables for n in launch.in_elements(sums and sums.by_entry))), \
         (ctypes.c_long * len(wanted))(*(0 if sums is None else sums.tensor[0].numel() for sums in of_tables))
@@ -43,13 +41,10 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
             out=out, lse=lse, dout=dout, dlse=None if dlse is None else dlse.contiguous(), delta=delta, dq=dq, dk=dk, dv=dv,
             dbias=None if of_bias is None else of_bias.tensor), dict(
             out_strides=out, dout_strides=dout, dq_strides=dq, dk_strides=dk, dv_strides=dv,
-            dbias_strides=of_bias and of_bias.by_entry), numbers | dict(
-            bias_pattern=0 if of_bias is None else of_bias.pattern,
-            dbias_kind=0 if of_bias is None or of_bias.pattern != BY_ENTRY else KINDS[of_bias.tensor.dtype]),
+            dbias_strides=of_bias and of_bias.by_entry), numbers,
             dict(zip(("sums", "sums_strides", "sums_sizes"), arrays, strict=True)), Compiled(paired=launch.paired(x)))
-    dbias = None if of_bias is None or x.bias is None else of_bias.total(problem).sum_to_size(x.bias.shape).to(x.bias.dtype)
     dsinks = sink_gradient(x.sinks, lse, delta) if needs.sinks and x.sinks is not None else None
-    return Gradients(dq, dk, dv, dbias, dsinks, captured_gradients(problem, x, wanted, of_tables))
+    return Gradients(dq, dk, dv, bias_gradient(problem, x, of_bias), dsinks, captured_gradients(problem, x, wanted, of_tables))
 
 
 def prepared(problem: Problem, x: Operands, out: Tensor, dout: Tensor) -> Callable[..., None] | None:
@@ -89,6 +84,11 @@ class Sums(NamedTuple):
         return sums[..., None] if self.pattern == BY_QUERY else sums
 
 
+def kinds(all_sums: Sequence[Sums | None]) -> dict[str, bool]:
+    """What kinds there are among them."""
+    return {kind: any(sums is not None and getattr(sums, kind) for sums in all_sums) for kind in ("shared", "listed")}
+
+
 def padded(problem: Problem) -> int:
     return -(-problem.seqlen_k // sizes.PANEL) * sizes.PANEL
 
@@ -100,6 +100,18 @@ def bias_sums(problem: Problem, x: Operands) -> Sums:
         own = (batch, heads) == (problem.batch, problem.heads)
         return Sums(torch.zeros(x.bias.shape, dtype=x.bias.dtype if own else torch.float32), BY_ENTRY, shared=not own)
     return new_sums(problem, BY_KEY if rows == 1 else BY_QUERY)
+
+
+def of_bias_numbers(of_bias: Sums | None) -> dict[str, int]:
+    """Fields of `abi.Problem`."""
+    if of_bias is None:
+        return {}
+    return dict(bias_pattern=of_bias.pattern, dbias_kind=KINDS[of_bias.tensor.dtype] if of_bias.pattern == BY_ENTRY else 0)
+
+
+def bias_gradient(problem: Problem, x: Operands, of_bias: Sums | None) -> Tensor | None:
+    """In the shape and dtype of the bias."""
+    return None if of_bias is None or x.bias is None else of_bias.total(problem).sum_to_size(x.bias.shape).to(x.bias.dtype)
 
 
 def new_sums(problem: Problem, pattern: int) -> Sums:

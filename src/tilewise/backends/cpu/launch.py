@@ -178,6 +178,11 @@ def visited(problem: Problem, x: Operands, block_rows: int) -> TileList:
         (problem.seqlen_q, problem.seqlen_k), (block_rows, sizes.PANEL), False, False, problem.device), x.captured, rows)
 
 
+def with_rows(x: Tensor) -> Tensor:
+    """x, or where the numbers of its rows do not lie one after another, such as in an expanded gradient of a sum, a copy."""
+    return x if x.stride(3) == 1 or x.shape[3] <= 1 else x.contiguous()
+
+
 def in_elements(x: Tensor | None) -> Any:
     """Strides, 0 for dimensions of size 1, which a bias shares."""
     if x is None:

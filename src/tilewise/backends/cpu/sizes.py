@@ -55,7 +55,11 @@ def splits(problem: Problem) -> int:
     if problem.splits or problem.batch_invariant:
         return max(1, problem.splits)
     few = problem.seqlen_q * problem.group <= few_rows(problem)
-    tasks = problem.batch * (1 if few else problem.kv_heads * blocks(problem, rows(problem)))
+    return shares(problem, problem.batch * (1 if few else problem.kv_heads * blocks(problem, rows(problem))))
+
+
+def shares(problem: Problem, tasks: int) -> int:
+    """Of the keys, for so many tasks that have all of them."""
     if tasks == 0 or tasks >= TASKS * threads.count():
         return 1
     longest = problem.seqlen_k // (SHARE_PANELS * PANEL)
@@ -64,19 +68,32 @@ def splits(problem: Problem) -> int:
 
 def forward(problem: Problem) -> dict[str, int]:
     """Fields of `abi.Problem`."""
-    per_unit, few = blocks(problem, rows(problem)), few_rows(problem)
+    few = few_rows(problem)
     many = problem.seqlen_q * problem.group > few
-    packed = 4 * (problem.seqlen_k + PANEL) * (problem.head_dim + problem.head_dim_v)
-    together = max(cache_bytes(3) // 2 // packed, -(-TASKS * threads.count() // per_unit), 1)
     return dict(block_rows=rows(problem), panels=PANELS, fold=folds(problem), splits=splits(problem), few_rows=few,
-                aligned=problem.batch_invariant,
-                units_together=min(problem.batch * problem.kv_heads, together) if many else 0)
+                aligned=problem.batch_invariant, units_together=units_together(problem, 1) if many else 0)
 
 
-def backward(problem: Problem, shared: bool, listed: bool) -> dict[str, int]:
-    """Fields of `abi.Problem`. shared, listed: what sums are wanted (`gradients.Sums`)."""
+def units_together(problem: Problem, packs: int) -> int:
+    """Units whose packed keys and values, so many of each, stay in the last cache; enough that every thread has work."""
+    packed = 4 * packs * (problem.seqlen_k + PANEL) * (problem.head_dim + problem.head_dim_v)
+    together = max(cache_bytes(3) // 2 // packed, -(-TASKS * threads.count() // blocks(problem, rows(problem))), 1)
+    return min(problem.batch * problem.kv_heads, together)
+
+
+def tangent(problem: Problem) -> dict[str, int]:
+    """Fields of `abi.Problem`, as forward; keys and values are packed with their tangents."""
+    tasks = problem.batch * problem.kv_heads * blocks(problem, rows(problem))
+    return dict(block_rows=rows(problem), panels=PANELS, fold=folds(problem), aligned=problem.batch_invariant,
+                splits=1 if problem.batch_invariant else shares(problem, tasks), units_together=units_together(problem, 2))
+
+
+def backward(problem: Problem, shared: bool, listed: bool, moving: bool = False) -> dict[str, int]:
+    """Fields of `abi.Problem`. shared, listed: what sums are wanted (`gradients.Sums`); moving: of the derivative in a
+    direction, in which keys and values have tangents."""
     units, workers = problem.batch * problem.kv_heads, threads.count()
-    keys = 4 * PANEL * (3 * problem.head_dim + 2 * problem.head_dim_v)
+    of_keys, of_values = (5, 3) if moving else (3, 2)               # copies, dK and dV among them
+    keys = 4 * PANEL * (of_keys * problem.head_dim + of_values * problem.head_dim_v)
     panels = max(1, min(BACKWARD_PANELS, int(0.6 * cache_bytes(2)) // keys))
     even = units >= TASKS * workers or (units % workers == 0 and not problem.unequal)
     parts = 1 if even else -(-TASKS * workers // max(1, units))

@@ -7,33 +7,9 @@
 // Panels are walked in groups of `x.panels`. If `x.aligned`, groups begin at multiples of that and values are added panel by panel,
 // so that a row's sums do not depend on the rows beside it.
 #include "multiply.h"
+#include "pack.h"
 #include "softmax.h"
 #include "threads.h"
-
-// Where panel p of a unit's keys [D, PANEL] and values [PANEL, width of DV] begins among packed ones.
-struct Packed {
-  float *k, *v;
-  long k_panel, v_panel;
-  float* key(long p) const { return k + p * k_panel; }
-  float* value(long p) const { return v + p * v_panel; }
-};
-
-static Packed packed_of(const Problem& x, float* at, long panels) {
-  const long k_panel = (long)words(x.dim) * PANEL, v_panel = (long)words(PANEL) * width(x.dim_v);
-  return {at, at + panels * k_panel, k_panel, v_panel};
-}
-
-static void pack_panel(const Problem& x, const Unit& u, int panel, float* rows, float* key, float* value) {
-  bool hidden[PANEL];
-  const int first = panel * PANEL;
-  if (BANDS) hidden_keys(x, u.s, u.kv_head, first, hidden);
-  const bool* of_hidden = BANDS ? hidden - first : nullptr;
-  read_keys(x, u.s, x.k, x.k_scale, x.k_strides, u.kv_head, first, PANEL, (int)x.dim, width(x.dim), of_hidden, rows);
-  transposed(rows, words(x.dim), width(x.dim), key);
-  float* to = PAIRS ? rows : value;
-  read_keys(x, u.s, x.v, x.v_scale, x.v_strides, u.kv_head, first, PANEL, (int)x.dim_v, width(x.dim_v), of_hidden, to);
-  if (PAIRS) pair_all_rows(rows, width(x.dim_v), PANEL, width(x.dim_v), value, width(x.dim_v));
-}
 
 // What one thread works with.
 struct Scratch {
@@ -53,14 +29,13 @@ static void attend(const Problem& x, const Unit& u, const Block& block, const Sc
   const int dim = (int)x.dim, wide = width(dim), wide_v = width(x.dim_v), length = (int)x.panels * PANEL;
   begin(x, u, block, w.state, PAIRS ? 1 : (float)x.scale);
   for (int done = 0, n; done < count; done += n, visited += n) {
-    const auto together = [&](int j) { return x.aligned ? visited[j] / 2 / x.panels == visited[0] / 2 / x.panels : j < x.panels; };
-    for (n = 1; done + n < count && together(n);) n++;
+    n = group_of(x, visited, count - done);
     for (int j = 0; j < n; j++)
       multiply<false, false>(w.state.q, wide, packed.key(visited[j] / 2), PANEL, w.scores + j * PANEL, length, block.rows, PANEL, dim);
     update(x, u, block, w.state, w.scores, length, visited, n, PAIRS ? (float)x.scale : 1);
     for (int r = 0; PAIRS && r < block.rows; r++) pair_columns(w.scores + (long)r * length, n * PANEL);
     for (int j = 0, run; j < n; j += run) {         // neighbouring panels as one product
-      for (run = 1; !x.aligned && j + run < n && visited[j + run] / 2 == visited[j] / 2 + run;) run++;
+      run = x.aligned ? 1 : neighbours(visited + j, n - j);
       multiply<false, true>(w.scores + words(j * PANEL), length, packed.value(visited[j] / 2), wide_v, w.state.out, wide_v, block.rows, wide_v,
                             run * PANEL);
     }
@@ -74,8 +49,8 @@ struct Memory {
   Workers<Scratch> workers;
 
   Memory(const Problem& x, Arena arena)
-      : unit_size(panels_of((int)x.nk) * ((long)PANEL * words(x.dim) + (long)words(PANEL) * width(x.dim_v))),
-        part(part_size(x, x.block_rows)), packed(arena.take<float>(x.units_together * unit_size)),
+      : unit_size(Packed::size(x, panels_of((int)x.nk))), part(part_size(x, x.block_rows)),
+        packed(arena.take<float>(x.units_together * unit_size)),
         parts(arena.take<float>(x.splits > 1 ? x.units_together * blocks_of(x, (int)x.nq) * x.splits * part : 0)),
         workers(x, arena) {}
 };
@@ -91,7 +66,7 @@ extern "C" void forward(const Problem* problem) {
   const Memory memory(x, Arena{(char*)x.scratch});
   const long units = x.batch * x.kv_heads, together = x.units_together, block_count = blocks_of(x, (int)x.nq);
   const long panels = panels_of((int)x.nk), part = memory.part;
-  const auto packed = [&](long slot) { return packed_of(x, memory.packed + slot * memory.unit_size, panels); };
+  const auto packed = [&](long slot) { return Packed(x, memory.packed + slot * memory.unit_size, panels); };
   for (long first = 0; first < units; first += together) {
     const long here = units - first < together ? units - first : together;
     in_parallel(x, here * panels, [&](int worker, Tasks tasks) {
@@ -100,7 +75,10 @@ extern "C" void forward(const Problem* problem) {
         const Unit u = unit_of(x, first + task / panels);
         const Packed to = packed(task / panels);
         const long p = task % panels;
-        if (p < panels_of(u.s.nk) && !has_few(x, u.s)) pack_panel(x, u, (int)p, w.rows, to.key(p), to.value(p));
+        if (p >= panels_of(u.s.nk) || has_few(x, u.s)) continue;
+        const Panel panel(x, u, (int)p);
+        panel.pack(x.k, x.k_strides, x.k_scale, (int)x.dim, w.rows, nullptr, to.key(p));
+        panel.pack(x.v, x.v_strides, x.v_scale, (int)x.dim_v, w.rows, to.value(p), nullptr);
       }
     });
     in_parallel(x, here * block_count * x.splits, [&](int worker, Tasks tasks) {

@@ -3,10 +3,9 @@
 // A task is a block of keys of one unit; the queries of its group walk past it, so that each sum belongs to one thread and is taken
 // in one order.
 #include "multiply.h"
+#include "pack.h"
 #include "scoring.h"
 #include "threads.h"
-#include "visits.h"
-#include "work.h"
 
 // What one thread works with.
 struct Scratch {
@@ -20,19 +19,6 @@ struct Scratch {
     visits = arena.take<int>(x.panels);
   }
 };
-
-// Q of a block, multiplied by scale without PAIRS, 0 where a query sees no key, since padding may hold NaN; and lse.
-static void read_queries(const Problem& x, const Unit& u, const Block& block, const Scratch& w) {
-  const int kind = (int)x.q_kind, dim = (int)x.dim, wide = width(dim);
-  for (int r = 0; r < block.rows; r++) {
-    const int h = block.head_of(r), i = block.query(r);
-    float* own = w.q + (long)r * wide;
-    if (BANDS && hidden_query(x, u.s, h, i)) memset(own, 0, sizeof(float) * wide);
-    else read_words(kind, at(x.q, kind, u.s.of_query(x.q_strides, h, i)), dim, wide, PAIRS ? 1 : (float)x.scale, own);
-    const float lse = ((const float*)x.lse)[u.s.of_statistics(x, h, i)];
-    w.lse[r] = lse == -INFINITY ? INFINITY : lse;
-  }
-}
 
 // Adds what the rows of a block give to n panels, of which visited[t] is the (visited[t] / 2 - first)-th of the task.
 static void add_block(const Problem& x, const Unit& u, const Block& block, const Scratch& w, int first, int n) {
@@ -55,18 +41,16 @@ static void key_block(const Problem& x, const Unit& u, const Scratch& w, int fir
   const int dim = (int)x.dim, wide = width(dim), group = (int)(x.heads / x.kv_heads);
   const long length = x.panels * PANEL;
   for (int t = 0; t < n; t++) {
-    bool hidden[PANEL];
-    const int key = (first + t) * PANEL;
-    if (BANDS) hidden_keys(x, u.s, u.kv_head, key, hidden);
-    read_keys(x, u.s, x.k, x.k_scale, x.k_strides, u.kv_head, key, PANEL, dim, wide, BANDS ? hidden - key : nullptr, w.rows);
-    transposed(w.rows, words(dim), wide, w.keys + (long)t * PANEL * words(dim));
+    const Panel panel(x, u, first + t);
+    panel.pack(x.k, x.k_strides, x.k_scale, dim, w.rows, nullptr, w.keys + (long)t * PANEL * words(dim));
   }
   memset(w.mass, 0, sizeof(float) * group * length);
   for (int index = 0; index < blocks_of(x, u.s.nq); index++) {
     const Block block = block_of(x, u, index);
     const int count = visits(x, u.s, block, first, first + n, w.visits);
     if (!count) continue;
-    read_queries(x, u, block, w);
+    read_queries(x, u, block, x.q, x.q_strides, dim, (float)x.scale, w.q);
+    read_lse(x, u, block, w.lse);
     for (int t = 0; t < count; t++)
       multiply<false, false>(w.q, wide, w.keys + (long)(w.visits[t] / 2 - first) * PANEL * words(dim), PANEL, w.scores + t * PANEL,
                              length, block.rows, PANEL, dim);

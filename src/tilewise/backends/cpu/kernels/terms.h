@@ -24,10 +24,14 @@ struct Terms {
   Terms(const Problem& x, const Sequence& s, int h, int i, int list)
       : x(x), s(s), h(h), i(i), list(list), row(s.b * x.heads + h), padded((x.nk + PANEL - 1) / PANEL * PANEL) {}
 
-  // The terms of a panel: raw has scale * q.k, ds the gradients of finished scores, p the probabilities.
-  void take(int panel, bool partial, const float* raw, const float* ds, const float* p) {
+  // The terms of a panel: ds has the gradients of finished scores.
+  void of_bias(int panel, const float* ds) {
+    if (x.dbias) add((int)x.bias_pattern, x.dbias, x.dbias_strides, x.dbias_kind, panel * PANEL, ds, bias_sum);
+  }
+
+  // raw has scale * q.k, p the probabilities.
+  void of_tables(int panel, bool partial, const float* raw, const float* ds, const float* p) {
     const int first = panel * PANEL;
-    if (x.dbias) add((int)x.bias_pattern, x.dbias, x.dbias_strides, x.dbias_kind, first, ds, bias_sum);
     for (int n = 0; n < LOOKUPS; n++) {
       void* to = ((void* const*)x.sums)[n];
       if (!to) continue;
@@ -73,7 +77,7 @@ struct Terms {
   void finish() {
     const long place = (list * x.batch * x.heads + row) * x.nq + i;
     if (x.dbias && x.bias_pattern == BY_QUERY) ((float*)x.dbias)[place] += bias_sum;
-    for (int n = 0; n < LOOKUPS; n++)
+    for (int n = 0; x.sums && n < LOOKUPS; n++)
       if (PATTERNS[n] == BY_QUERY && ((void* const*)x.sums)[n]) ((float*)((void* const*)x.sums)[n])[place] += sums[n];
   }
 };

@@ -51,6 +51,21 @@ static int visits(const Problem& x, const Sequence& s, const Block& block, int f
   return count;
 }
 
+// How many of n visited panels, from the first on, are neighbours: they are one product with values.
+static inline int neighbours(const int* visited, int n) {
+  int run = 1;
+  while (run < n && visited[run] / 2 == visited[0] / 2 + run) run++;
+  return run;
+}
+
+// How many of `count` visited panels form the first group; if `x.aligned`, those between two multiples of `x.panels`.
+static inline int group_of(const Problem& x, const int* visited, int count) {
+  const auto together = [&](int j) { return x.aligned ? visited[j] / 2 / x.panels == visited[0] / 2 / x.panels : j < x.panels; };
+  int n = 1;
+  while (n < count && together(n)) n++;
+  return n;
+}
+
 // Whether a query sees no key, or a key is seen by no query of a group, as far as intervals tell: it may be padding.
 static bool nothing_seen(const long* band, long n) {
   for (int i = 0; i < BANDS; i++)
