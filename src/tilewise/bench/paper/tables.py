@@ -9,7 +9,7 @@ from tilewise.bench.record import Row
 
 Columns = Sequence[tuple[str, Row]]     # what stands above a column, and the row of the result that it shows
 HERE, PUBLISHED = "contenders", "published"
-NAME, CELL = 30, 9                      # widths
+NAME, SHORT_NAME, CELL = 30, 20, 9      # widths
 
 
 def grouped(rows: Sequence[Row], key: Callable[[Row], Any]) -> dict[Any, list[Row]]:
@@ -35,13 +35,13 @@ def grid(title: str, columns: Columns, quantity: str, unit: float) -> list[str]:
 def transposed(title: str, columns: Columns, quantity: str, unit: float) -> list[str]:
     """A column for each method: measured here, then published elsewhere, marked by *."""
     names = list(dict.fromkeys((part, name) for part in (HERE, PUBLISHED) for _, row in columns for name in present(row, part)))
-    heads = [name + "*" * (part == PUBLISHED) for part, name in names]
-    widths = [max(len(head), CELL) + 2 for head in heads]
-    found = [f"{title:{NAME}}" + "".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True))]
+    heads = [name.split(",")[0] + "*" if part == PUBLISHED else name for part, name in names]
+    widths = [max(len(head) + 2, CELL) for head in heads]
+    found = [f"{title:{SHORT_NAME}}" + "".join(f"{head:>{width}}" for head, width in zip(heads, widths, strict=True))]
     for title, row in columns:
-        found.append(f"  {title:{NAME - 2}}" + "".join(f"{cell(present(row, part).get(name), quantity, unit):>{width}}"
-                                                       for (part, name), width in zip(names, widths, strict=True)))
-    return [*found, "* published, other hardware"]
+        found.append(f"  {title:{SHORT_NAME - 2}}" + "".join(f"{cell(present(row, part).get(name), quantity, unit):>{width}}"
+                                                             for (part, name), width in zip(names, widths, strict=True)))
+    return [*found, "  * published, other hardware"]
 
 
 def present(row: Row, part: str) -> dict[str, Any]:
