@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+
+from tilewise.report import cli as report
+from tilewise.terminal import console, plain_errors
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -27,7 +29,6 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
     help="Exact attention, computed tile by tile.\n\nStart with `tilewise demo`.",
 )
-console = Console(highlight=False)
 CELLS = (("·", "grey50"), ("■", "orange1"), ("■", "dodger_blue1"))     # hidden, visible in a partial tile, in a full one
 MOST_DRAWN = 64             # queries and keys, as text that is not on a terminal
 MOST_TILES = 2**13          # on a side, when only counting
@@ -41,16 +42,6 @@ class Precision(str, Enum):
     bfloat16 = "bfloat16"
     float32 = "float32"
     float64 = "float64"
-
-
-@contextmanager
-def plain_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds are the user's to mend: one line, exit status 2, no traceback."""
-    try:
-        yield
-    except kinds as error:
-        Console(stderr=True, highlight=False).print(f"[red]Error:[/red] {escape(str(error))}", soft_wrap=True)
-        raise typer.Exit(2) from None
 
 
 def print_version(wanted: bool) -> None:
@@ -429,6 +420,9 @@ def time_with_status(where: torch.device, out: Path | None, quick: bool, masks: 
         from tilewise.bench import run
 
         return run.benchmark(run.shapes(where, quick), where, seconds=run.PATIENCE, out=out, progress=status.update)
+
+
+app.command("report")(report.report)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,54 @@
+"""Blocks as Markdown, for READMEs and docs: text and tables; pictures are for the page."""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from tilewise.report import headline
+from tilewise.report.blocks import Block, Cell, Facts, Heading, Picture, Section, Table, Text
+from tilewise.report.results import File
+from tilewise.report.sections.shared import machines
+
+
+def whole(files: Sequence[File], sections: Sequence[Section]) -> str:
+    """Headlines and all sections."""
+    parts = ["# Tilewise, measured", headlines(files), *(f"## {one.title}\n\n{blocks(one.blocks)}" for one in sections)]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def headlines(files: Sequence[File]) -> str:
+    """A list for each machine."""
+    found = []
+    for machine, of in machines(files).items():
+        cards = headline.cards(of)
+        if cards:
+            found.append("\n".join([f"**{line(machine)}**", "", *(f"* **{line(c.number)}** {line(c.words)}" for c in cards)]))
+    return "\n\n".join([*found, headline.RULE] if found else [])
+
+
+def blocks(found: Sequence[Block]) -> str:
+    return "\n\n".join(part for one in found for part in block(one))
+
+
+def block(one: Block) -> Iterator[str]:
+    if isinstance(one, Text):
+        yield line(one.words)
+    elif isinstance(one, Heading):
+        yield f"**{line(one.words)}**"
+    elif isinstance(one, Facts):
+        yield table(Table("", [one.title, ""], [list(pair) for pair in one.pairs]))
+    elif not isinstance(one, Picture) and not one.folded:
+        yield table(one)
+
+
+def table(one: Table) -> str:
+    lines = [list(one.head), [":--"] + ["--:"] * (len(one.head) - 1), *([cell(c) for c in row] for row in one.rows)]
+    return "\n".join(f"| {' | '.join(c if i == 1 else line(c) for c in row)} |" for i, row in enumerate(lines))
+
+
+def cell(one: Cell | str) -> str:
+    return one.text if isinstance(one, Cell) else one
+
+
+def line(words: str) -> str:
+    """Text of a file in one line, in which nothing begins a tag or ends a cell."""
+    return " ".join(words.replace("\\", "\\\\").replace("&", "&amp;").replace("<", "&lt;").replace("|", "\\|").split())

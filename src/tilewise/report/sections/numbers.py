@@ -1,0 +1,95 @@
+"""Benchmarks whose result is a number for each contender: overhead, bytes of traffic, instructions, errors."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tilewise.pages.words import digits, duration
+from tilewise.report import names
+from tilewise.report.blocks import Block, Cell, Table, Text
+from tilewise.report.results import Entry, File, Row
+from tilewise.report.sections.shared import NOTHING, all_times, each_machine, everyone, grouped, head_dim, pictures
+
+
+def overhead(files: Sequence[File]) -> list[Block]:
+    """Time until the caller has its thread back."""
+    def of_machine(rows: list[Row]) -> list[Block]:
+        value = host if any(e.host_seconds for row in rows for e in row.entries.values()) else lambda e: e.seconds
+        return [all_times(rows, "Time of a call on the host", value, duration, folded="")]
+
+    found = each_machine(files, ["overhead"], of_machine)
+    return found and [Text("What a call costs before and beside the work itself: Python, checks, planning, launching."), *found]
+
+
+def host(entry: Entry) -> float | None:
+    return entry.seconds if entry.host_seconds is None else entry.host_seconds
+
+
+def traffic(files: Sequence[File]) -> list[Block]:
+    """Bytes between slow and fast memory."""
+    def of_machine(rows: list[Row]) -> list[Block]:
+        drawn = pictures(rows, key=lambda r: (names.mode(r), names.dtype(r), head_dim(r), names.mask(r), grouped(r)),
+                         value=lambda e: e.count, words=gigabytes, label="bytes read and written", ticks="bytes")
+        return [*drawn, counted(rows)]
+
+    found = each_machine(files, ["traffic"], of_machine)
+    return found and [Text("Bytes that attention moves between slow memory and fast: as counted in our kernels, as the closed form "
+                           "says, and as papers print them."), *found]
+
+
+def counted(rows: Sequence[Row]) -> Table:
+    """Every count, what is published, and ours over the closed form where both are there."""
+    who, printed = everyone(rows), list(dict.fromkeys(p.who for row in rows for p in row.published if p.bytes))
+    lines: list[list[Cell | str]] = []
+    for row in rows:
+        counts = [row.entries[n].count if n in row.entries else None for n in who]
+        published = {p.who: p.bytes for p in row.published}
+        first, second = ([c for c in counts if c] + [None, None])[:2]
+        lines.append([row.case, *(gigabytes(c) if c else NOTHING for c in counts),
+                      *(gigabytes(published[p]) if published.get(p) else NOTHING for p in printed),
+                      f"{first / second:.3f}" if first and second else NOTHING])
+    head = ["case", *map(names.title, who), *(f"{p} (published)" for p in printed), "first over second"]
+    return Table("Traffic: every case", head, lines)
+
+
+def gigabytes(count: float) -> str:
+    """Powers of 1000, as the papers have it."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{digits(count / scale)} {unit}"
+    return f"{count:,.0f} B"
+
+
+def instructions(files: Sequence[File]) -> list[Block]:
+    """Exact counts."""
+    return each_machine(files, ["instructions"], lambda rows: [
+        all_times(rows, "Instructions", lambda e: e.count, lambda n: f"{n:,.0f}", folded="")])
+
+
+def numerics(files: Sequence[File]) -> list[Block]:
+    """Each tensor's largest error, and standard attention's in the same precision."""
+    found = each_machine(files, ["numerics"], lambda rows: [errors(rows)] if any(
+        e.errors for row in rows for e in row.entries.values()) else [])
+    return found and [Text("Largest error of each result against the same computed in fp64. Standard attention in the inputs' "
+                           "precision is the measure: twice its error is allowed, three times for gradients."), *found]
+
+
+def errors(rows: Sequence[Row]) -> Table:
+    who = [name for name in everyone(rows) if any(row.entries[name].errors for row in rows if name in row.entries)]
+    lines: list[list[Cell | str]] = []
+    for row in rows:
+        tensors = dict.fromkeys(t for e in row.entries.values() for t in e.errors)
+        for tensor in tensors:
+            lines.append([f"{row.case}, {tensor}", *(error(row.entries.get(name), tensor) for name in who), allowed(row, tensor)])
+    return Table("Largest errors", ["case, result", *map(names.title, who), "allowed"], lines)
+
+
+def error(entry: Entry | None, tensor: str) -> Cell | str:
+    if entry is None or tensor not in entry.errors:
+        return NOTHING
+    found, most = entry.errors[tensor]
+    return Cell(f"{found:.1e}", "" if found <= most else "bad")
+
+
+def allowed(row: Row, tensor: str) -> str:
+    found = [e.errors[tensor][1] for e in row.entries.values() if tensor in e.errors]
+    return f"{found[0]:.1e}"
