@@ -26,9 +26,9 @@ LAYERS = [
     ["ops"],
     ["api"],
     ["__init__"],
-    ["models", "inspect", "doctor", "compat"],
+    ["models", "inspect", "doctor", "compat", "pages", "terminal"],
     ["train", "bench"],
-    ["demo", "mask_text"],
+    ["demo", "mask_text", "report"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -123,7 +123,7 @@ def test_wheel_is_small_and_serves_attention(tmp_path):
     (wheel,) = tmp_path.glob("tilewise-*.whl")
     assert wheel.stat().st_size < 1_000_000
     with zipfile.ZipFile(wheel) as archive:
-        assert "tilewise/demo/page.html" in archive.namelist()
+        assert {"tilewise/demo/page.html", "tilewise/report/page.html", "tilewise/pages/style.css"} <= set(archive.namelist())
         archive.extractall(tmp_path / "site")
     done = run_without({"triton"}, tmp_path / "site")
     assert done.returncode == 0, done.stderr

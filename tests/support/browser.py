@@ -66,11 +66,11 @@ class Browser:
             self.events.append(message)
         return message
 
-    def open(self, page: Path, width: int = 1280, height: int = 900, *, dark: bool = False, media: str = "screen") -> None:
+    def open(self, page: Path, width: int = 1280, height: int = 900, *, dark: bool = False) -> None:
         """Loads a page as a screen so wide would show it."""
         self.events.clear()
         self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 700)
-        self.call("Emulation.setEmulatedMedia", media=media,
+        self.call("Emulation.setEmulatedMedia", media="",       # left to printing
                   features=[{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}])
         self.call("Page.navigate", url=page.resolve().as_uri())
         while not any(event["method"] == "Page.loadEventFired" for event in self.events):

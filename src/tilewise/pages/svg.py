@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from tilewise.pages.words import size
+
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 INK, GREY, GRID = "#1f2430", "#5c6370", "#e3e6ea"
 BLUE, ORANGE = "#0072b2", "#d55e00"     # Okabe and Ito: apart for every kind of colour vision
+DARK_BLUE, DARK_ORANGE = "#005b94", "#a84300"       # the same, dark enough for letters
 SERIES = (BLUE, ORANGE, "#009e73", "#cc79a7", "#a87400", "#56b4e9", "#7a5195", "#4d4d4d")
 # What each colour is called in style.css, where it has another value on dark screens.
-NAMES = {INK: "ink", GREY: "soft", GRID: "line", "#005b94": "series-0", "#a84300": "series-1",
+NAMES = {INK: "ink", GREY: "soft", GRID: "line", DARK_BLUE: "blue", DARK_ORANGE: "bad",
          **{colour: f"series-{i}" for i, colour in enumerate(SERIES)}}
 STYLE: Any = {
     "font.family": "sans-serif", "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"], "font.size": 11,
@@ -26,10 +31,6 @@ STYLE: Any = {
     "text.parse_math": False,           # a dollar sign in a name is a dollar sign
     "svg.fonttype": "none", "svg.hashsalt": "tilewise",
 }
-SECONDS = [(10.0**power, word) for power, word in
-           zip(range(-7, 4), ("0.1 µs", "1 µs", "10 µs", "0.1 ms", "1 ms", "10 ms", "0.1 s", "1 s", "10 s", "100 s", "1000 s"),
-               strict=True)]
-BYTES = [(2.0**power, f"{2 ** (power % 10)} {'KMGT'[power // 10 - 1]}iB") for power in range(10, 50, 2)]
 
 
 @contextmanager
@@ -48,6 +49,28 @@ def to_svg(figure: Figure) -> str:
     stream = io.StringIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
     return stream.getvalue()
+
+
+def log_ticks(low: float, high: float, words: Callable[[float], str]) -> list[tuple[float, str]]:
+    """Round numbers between two others with what they are called: at most 7 and, where there is room for them, at least 3.
+
+    Round are 1, 2 and 5 times powers of 10; of bytes (words = `size`) powers of 2.
+    """
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    finest = [float(f"{m}e{d}") for d in decades for m in (1, 2, 5)]
+    choices = [finest[::9], finest[::6], finest[::3], finest]
+    if words is size:
+        finest = [2.0**p for p in range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1)]
+        choices = [[v for v in finest if math.log2(v) % step == 0] for step in (6, 4, 2, 1)]
+    inside = [[v for v in choice if low <= v <= high] for choice in choices]
+    chosen = max((found for found in inside if len(found) <= 7), key=len, default=inside[0])
+    return [(v, words(v)) for v in chosen]
+
+
+def set_ticks(axis: Axis, ticks: Sequence[tuple[float, str]]) -> None:
+    """These and no others."""
+    axis.set_ticks([v for v, _ in ticks], [words for _, words in ticks])
+    axis.set_ticks([], minor=True)
 
 
 def inline(svg: str, name: str, words: str) -> str:

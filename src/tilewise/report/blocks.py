@@ -29,11 +29,13 @@ class Heading:
 
 @dataclass(frozen=True)
 class Table:
-    """A row's first cell names it. folded: the page shows it on request only, under these words."""
+    """A row's first cell names it. folded: the page shows it on request only, under these words;
+    detail: only there, neither on paper nor in Markdown."""
     caption: str
     head: Sequence[str]
     rows: Sequence[Sequence[Cell | str]]
     folded: str = ""
+    detail: bool = False
 
 
 @dataclass(frozen=True)

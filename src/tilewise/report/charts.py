@@ -1,19 +1,23 @@
 """The report's pictures, as SVG text: curves over sequence length or density, and the roofline. Needs matplotlib."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from tilewise.pages.svg import BYTES, GREY, INK, SECONDS, SERIES, styled, to_svg
-from tilewise.pages.words import length
+from tilewise.pages.svg import GREY, INK, SERIES, log_ticks, set_ticks, styled, to_svg
+from tilewise.pages.words import digits, length
 from tilewise.report.names import kind, title
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
+Words = Callable[[float], str]
 MARKERS = "osD^vP*X"
 DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))      # apart in black and white too
-SIZE = (5.2, 4.0)       # inches; a phone shows them at two thirds of that
+USUAL = ("tilewise", "standard", "sdpa flash", "sdpa cudnn", "flex", "flash_attn", "sdpa efficient", "sdpa math")
+WIDTH, HEIGHT, LINE = 4.6, 3.2, 0.21        # inches, of a picture, its part above the legend, a line of that
+COLUMNS = 3                                 # of the legend
 
 
 class Look(NamedTuple):
@@ -37,72 +41,64 @@ class Guide(NamedTuple):
 
 
 def looks(names: Sequence[str]) -> dict[str, Look]:
-    """One look for each name, the same in every picture for the same names: ours first, then standard attention."""
-    order = [n for n in names if kind(n) == "ours"] + [n for n in names if kind(n) == "standard"] \
-        + [n for n in names if kind(n) in ("peer", "ruler")]
-    found, free = {}, [0, *range(2, len(SERIES))]
-    for name in dict.fromkeys(order):
-        if kind(name) == "standard":
-            found[name] = Look(SERIES[1], MARKERS[1], DASHES[1], 1.8)
-            continue
-        place = len([n for n in found if kind(n) != "standard"])
-        colour = free[place % len(free)]
-        found[name] = Look(SERIES[colour], MARKERS[colour], DASHES[0 if place == 0 else (1 + place) % len(DASHES)],
+    """One look for each name, ours first, then standard attention: of the usual names everywhere the same."""
+    order = sorted(dict.fromkeys(names), key=lambda name: ("ours", "standard", "peer", "ruler").index(kind(name)))
+    found: dict[str, Look] = {}
+    taken = [USUAL.index(name) for name in order if name in USUAL]
+    for name in order:
+        if name not in USUAL:
+            taken.append(next(i for i in range(2, 1000) if i not in taken))
+        place = USUAL.index(name) if name in USUAL else taken[-1]
+        colour = place if place < len(SERIES) else 2 + place % (len(SERIES) - 2)
+        found[name] = Look(SERIES[colour], MARKERS[(place + place // len(MARKERS)) % len(MARKERS)], DASHES[place % len(DASHES)],
                            2.8 if place == 0 else 1.6)
     return found
 
 
-def curves(drawn: Sequence[Curve], look: dict[str, Look], *, x: str, y: str, guides: Sequence[Guide] = (),
-           ticks: str = "plain", log_y: bool = True, lengths: bool = True) -> str:
-    """Curves over a logarithmic x. ticks: "seconds", "bytes" or "plain"; lengths: x counts tokens."""
-    from matplotlib.figure import Figure
-
+def curves(drawn: Sequence[Curve], look: dict[str, Look], *, x: str, y: str, words: Words, guides: Sequence[Guide] = (),
+           log_y: bool = True, lengths: bool = True) -> str:
+    """Curves over a logarithmic x. words: of numbers on the y axis; lengths: x counts tokens."""
     with styled():
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.subplots()
+        figure, axes = canvas(len(drawn) + len(guides))
+        values = [v for one in (*drawn, *guides) for _, v in one.points]
+        low, high = min(values) / 1.5, max(values) * (1.6 if log_y else 1.08)
+        for depth, one in enumerate(reversed(drawn)):       # ours on top
+            style = look[one.name]
+            axes.plot(*zip(*one.points, strict=True), color=style.colour, marker=style.marker, linestyle=style.dash, markersize=6.5,
+                      linewidth=style.width, zorder=3 + depth, clip_on=False, label=title(one.name))
+            axes.plot(one.crosses, [high] * len(one.crosses), color=style.colour, marker="x", markersize=9, markeredgewidth=2.5,
+                      linestyle="none", clip_on=False)
+        for guide in guides:
+            axes.plot(*zip(*guide.points, strict=True), color=GREY, linestyle=(0, (2, 2)), linewidth=1.4, label=guide.words)
         axes.set_xscale("log", base=2)
         if log_y:
             axes.set_yscale("log")
-        values = [v for one in (*drawn, *guides) for _, v in one.points]
-        low, high = min(values), max(values)
-        for one in reversed(drawn):         # ours on top
-            style = look[one.name]
-            axes.plot(*zip(*one.points, strict=True), color=style.colour, marker=style.marker, linestyle=style.dash,
-                      linewidth=style.width, markersize=6.5, label=title(one.name)) if one.points else None
-        top = high * 1.6 if log_y else high * 1.08
-        for one in drawn:
-            for place in one.crosses:
-                axes.plot([place], [top], color=look[one.name].colour, marker="x", markersize=9, markeredgewidth=2.5,
-                          linestyle="none", clip_on=False)
-        for guide in guides:
-            axes.plot(*zip(*guide.points, strict=True), color=GREY, linestyle=(0, (2, 2)), linewidth=1.4, label=guide.words)
-        axes.set_ylim((low / 1.6, top) if log_y else (0, top))
-        set_ticks(axes, [v for one in drawn for v, _ in one.points] + [v for one in drawn for v in one.crosses], ticks,
-                  low / 1.6, top, lengths)
+            set_ticks(axes.yaxis, log_ticks(low, high, words))
+        axes.set_ylim(low if log_y else 0, high)
+        places = sorted({place for one in drawn for place in (*(v for v, _ in one.points), *one.crosses)})
+        set_ticks(axes.xaxis, [(v, length(v) if lengths else f"{v:.3g}") for v in places[:: -(-len(places) // 7)]])
         axes.set_xlabel(x)
         axes.set_title(y, loc="left", fontsize=11, color=INK)
-        add_legend(axes, figure)
+        add_legend(axes, figure, [title(name) for name in look])
         return to_svg(figure)
 
 
-def set_ticks(axes: Axes, places: Sequence[float], kind: str, low: float, high: float, lengths: bool) -> None:
-    """Words at the measured lengths or densities, and at round numbers above one another."""
-    shown = sorted(set(places))
-    shown = shown[:: -(-len(shown) // 7)]
-    axes.set_xticks(shown, [length(n) if lengths else f"{n:.3g}" for n in shown])
-    if kind != "plain":
-        wanted = [t for t in (SECONDS if kind == "seconds" else BYTES) if low <= t[0] <= high]
-        if len(wanted) > 1:
-            axes.set_yticks([v for v, _ in wanted], [words for _, words in wanted])
-    axes.minorticks_off()
+def canvas(names: int) -> tuple[Figure, Axes]:
+    """A figure with room for so many names below its axes; all have their axes at the same place."""
+    from matplotlib.figure import Figure
+
+    height = HEIGHT + LINE * -(-names // COLUMNS)
+    figure = Figure(figsize=(WIDTH, height))
+    axes = figure.add_axes((0.8 / WIDTH, 1 - (HEIGHT - 0.6) / height, 1 - 1.0 / WIDTH, (HEIGHT - 0.9) / height))
+    return figure, axes
 
 
-def add_legend(axes: Axes, figure) -> None:
-    """Names below the picture, ours first."""
-    handles, names = axes.get_legend_handles_labels()
-    order = sorted(range(len(names)), key=lambda i: (not names[i].startswith("Tilewise"), names[i] != "standard attention"))
-    figure.legend([handles[i] for i in order], [names[i] for i in order], loc="outside lower center", ncols=min(3, len(names)),
-                  fontsize=9.5, handlelength=2.6, columnspacing=1.2)
+def add_legend(axes: Axes, figure: Figure, order: Sequence[str]) -> None:
+    """Names below the picture, in this order, then all others."""
+    found = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    names = [name for name in order if name in found] + [name for name in found if name not in order]
+    figure.legend([found[name] for name in names], names, loc="lower center", ncols=min(COLUMNS, len(names)), fontsize=9.5,
+                  handlelength=2.3, columnspacing=1.0, borderaxespad=0.1)
 
 
 class Roof(NamedTuple):
@@ -114,14 +110,11 @@ class Roof(NamedTuple):
 
 def roofline(points: dict[str, list[tuple[float, float]]], roofs: Sequence[Roof], look: dict[str, Look]) -> str:
     """FLOP per byte against FLOP/s in 10^12, with the roofs; Williams, Waterman and Patterson 2009."""
-    from matplotlib.figure import Figure
-
     with styled():
-        figure = Figure(figsize=SIZE, layout="constrained")
-        axes = figure.subplots()
+        figure, axes = canvas(len(points))
         places = [x for of in points.values() for x, _ in of]
         left, right = min(places) / 3, max(*places, *(1e3 * r.tflops / r.gb_per_s for r in roofs)) * 3
-        lowest = min(y for of in points.values() for _, y in of) / 3
+        lowest, highest = min(y for of in points.values() for _, y in of) / 3, 3 * max(r.tflops for r in roofs)
         for i, roof in enumerate(roofs):
             knee = 1e3 * roof.tflops / roof.gb_per_s
             axes.loglog([left, knee, right], [left * roof.gb_per_s / 1e3, roof.tflops, roof.tflops], color=INK,
@@ -131,9 +124,10 @@ def roofline(points: dict[str, list[tuple[float, float]]], roofs: Sequence[Roof]
             axes.loglog(*zip(*points[name], strict=True), color=look[name].colour, marker=look[name].marker, markersize=7,
                         linestyle="none", label=title(name))
         axes.set_xlim(left, right)
-        axes.set_ylim(lowest, 3 * max(r.tflops for r in roofs))
+        axes.set_ylim(lowest, highest)
         axes.set_xlabel("FLOP per byte of memory traffic")
         axes.set_title("TFLOP/s", loc="left", fontsize=11, color=INK)
-        axes.minorticks_off()
-        add_legend(axes, figure)
+        set_ticks(axes.xaxis, log_ticks(left, right, digits))
+        set_ticks(axes.yaxis, log_ticks(lowest, highest, digits))
+        add_legend(axes, figure, [title(name) for name in look])
         return to_svg(figure)

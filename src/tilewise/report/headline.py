@@ -2,17 +2,19 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from tilewise.pages.words import ratio, size
 from tilewise.report import names
-from tilewise.report.results import File, Promise, Ratio, Row
+from tilewise.report.results import Entry, File, Promise, Ratio, Row
 
 DENSE = ("attention", "cpu")            # benchmarks whose cases the speed headlines count
-RULE = ("How these numbers are chosen: speed is the median over every attention case of these files in which both were timed, with the "
-        "slowest and the fastest case named beside it; memory is taken at the longest sequence that both could do. Other "
-        "implementations count only where their results are right. Ratios are taken within one run on one machine.")
+RULE = ("How these numbers are chosen: a speed is the median over all attention cases of these files that both were timed in, with the "
+        "slowest and the fastest of them named; memory is taken at the longest sequence that both could do, and if several cases have "
+        "it, in the least favourable. Other implementations count only where their results are right. Ratios are taken within one "
+        "run on one machine.")
 
 
 class Card(NamedTuple):
@@ -30,7 +32,7 @@ class Comparison(NamedTuple):
 
 
 class Loss(NamedTuple):
-    """A case in which another is faster, or ours does not run."""
+    """A case in which another is faster, or ours does not run, for a reason."""
     file: File
     row: Row
     other: str
@@ -38,31 +40,38 @@ class Loss(NamedTuple):
     reason: str = ""
 
 
+class Duel(NamedTuple):
+    """All comparisons with one other implementation in one benchmark on one machine, by how many times faster ours is."""
+    file: File
+    other: str
+    count: int
+    losses: list[Loss]
+
+
 def cards(files: Sequence[File]) -> list[Card]:
     """The headlines of files of one machine."""
-    dense = [row for file in files if file.benchmark in DENSE for row in file.rows if names.length(row) and names.mode(row)]
-    found = [speed(dense, "than the fastest other implementation", names.best_peer),
-             speed(dense, "than standard attention", lambda row: standard(row)), memory(files), longest(files), decoding(files)]
+    dense = [row for file in files if file.benchmark in DENSE for row in file.rows if names.is_attention(row)]
+    found = [speed(dense, "the fastest other implementation", names.best_peer),
+             speed(dense, "standard attention", names.best_standard), memory(files), longest(files), decoding(files)]
     return [card for card in found if card is not None]
 
 
-def standard(row: Row) -> tuple[str, Ratio] | None:
-    found = names.against_standard(row)
-    return None if found is None else ("standard", found)
-
-
-def speed(rows: Sequence[Row], words: str, against: Callable[[Row], tuple[str, Ratio] | None]) -> Card | None:
+def speed(rows: Sequence[Row], whom: str, against: Callable[[Row], tuple[str, Ratio] | None]) -> Card | None:
     """The median over cases, and both ends."""
     found = sorted((Comparison(row, *pair) for row in rows if (pair := against(row)) is not None), key=lambda c: c.found.median)
     if not found:
         return None
     middle = statistics.median(c.found.median for c in found)
-    several = words.startswith("than the fastest")
-    ends = " to ".join(f"{ratio(c.found.median)} ({c.row.case}{f', {names.title(c.other)}' if several else ''})"
-                       for c in ([found[0]] if len(found) == 1 else [found[0], found[-1]]))
+    tone = "" if middle >= 1 else "bad"
     if len(found) == 1:
-        return Card(times(middle), f"{words}: the one case that both were timed in, {ends}.")
-    return Card(times(middle), f"{words}, in the median of {len(found)} cases: from {ends}.")
+        return Card(times(middle), f"than {whom} in the one case that both were timed in: {where(found[0])}.", tone)
+    return Card(times(middle), f"than {whom} in the median of {len(found)} cases. At worst {ratio(found[0].found.median)}, "
+                f"{where(found[0])}; at best {ratio(found[-1].found.median)}, {where(found[-1])}.", tone)
+
+
+def where(one: Comparison) -> str:
+    """The case, and the other where it could be any."""
+    return one.row.case + (f", against {names.title(one.other)}" if names.kind(one.other) == "peer" else "")
 
 
 def times(value: float) -> str:
@@ -71,33 +80,37 @@ def times(value: float) -> str:
 
 
 def memory(files: Sequence[File]) -> Card | None:
-    """Standard attention's bytes over ours, at the longest length both have."""
+    """Standard attention's bytes over ours, at the longest length both have, where it is least."""
     found = []
     for row in (row for file in files for row in file.rows if names.length(row)):
         other = next((e for name, e in row.entries.items() if name in names.STANDARD and e.bytes), None)
         if row.ours and row.ours.bytes and other and other.bytes:
-            found.append((names.length(row) or 0, row, other.bytes, row.ours.bytes))
+            found.append((names.length(row) or 0, -other.bytes / row.ours.bytes, row, other.bytes, row.ours.bytes))
     if not found:
         return None
-    _, row, theirs, ours = max(found, key=lambda f: f[0])
-    words = f"at {row.case}: {size(ours)} beside inputs and outputs, standard attention {size(theirs)}."
-    return Card(f"{ratio(theirs / ours)} less memory" if theirs >= ours else f"{ratio(ours / theirs)} more memory", words)
+    _, less, row, theirs, ours = max(found, key=lambda f: f[:2])
+    words = f"at {row.case}: {size(ours)} beside inputs and outputs, where standard attention needs {size(theirs)}."
+    return Card(f"{ratio(-less)} less memory", words) if less < -1 else Card(f"{ratio(-1 / less)} more memory", words, "bad")
 
 
 def longest(files: Sequence[File]) -> Card | None:
-    """The longest sequence of ours, beside the longest that standard attention was not refused at."""
-    rows = [row for file in files if file.benchmark in ("memory", *DENSE) for row in file.rows if names.length(row)]
-    ours = {names.length(row): row for row in rows if row.ours and row.ours.state == "timed"}
-    theirs = [names.length(row) or 0 for row in rows for n, e in row.entries.items() if n in names.STANDARD and e.state == "timed"]
-    refused = [(names.length(row) or 0, e.reason) for row in rows for n, e in row.entries.items()
-               if n in names.STANDARD and e.state == "refused" and row.ours and row.ours.state == "timed"]
-    if not refused or not theirs or not ours:
-        return None
-    most = max(n for n in ours if n)
-    if most <= max(theirs):
-        return None
-    return Card(f"{most:,} tokens", f"is the longest sequence measured, {ours[most].case}. Standard attention got to {max(theirs):,}; "
-                f"at {min(refused)[0]:,} it was refused: {min(refused)[1]}.")
+    """The longest sequence of ours over that of standard attention, in one mode, where it was refused what ours could do."""
+    for benchmark in ("memory", *DENSE):
+        found = []
+        rows = [row for file in files if file.benchmark == benchmark for row in file.rows if names.length(row)]
+        for mode in {names.mode(row) for row in rows}:
+            of = [row for row in rows if names.mode(row) == mode]
+            ours = {names.length(row) or 0: row for row in of if row.ours and row.ours.state == "timed"}
+            theirs = {n: row.entries[s] for row in of for s in names.STANDARD if s in row.entries if (n := names.length(row) or 0)}
+            done = [n for n, e in theirs.items() if e.state == "timed"]
+            if done and ours and max(ours) > max(done):
+                refused = [(n, e.reason) for n, e in sorted(theirs.items()) if e.state == "refused" and n > max(done)]
+                found += [(max(ours) / max(done), ours[max(ours)].case, max(ours), max(done), *refused[0])] if refused else []
+        if found:
+            times_longer, case, ours_most, theirs_most, at, reason = min(found)
+            return Card(f"{ratio(times_longer)} longer", f"sequences: {ours_most:,} tokens, the longest that was tried ({case}), against "
+                        f"{theirs_most:,}. At {at:,} standard attention was refused: {reason}.")
+    return None
 
 
 def decoding(files: Sequence[File]) -> Card | None:
@@ -112,23 +125,33 @@ def decoding(files: Sequence[File]) -> Card | None:
     return Card(f"{share:.0%} of a copy", f"is the memory bandwidth at which decoding reads its cache, at the longest context: {row.case}.")
 
 
-def losses(files: Sequence[File]) -> tuple[list[Loss], int]:
-    """Every comparison, in all benchmarks, in which ours is slower or does not run, worst first; and how many there are."""
-    found, count = [], 0
+def duels(files: Sequence[File]) -> list[Duel]:
+    """Every comparison in all benchmarks, with others and with standard attention; of each duel the losses, worst first."""
+    counts: dict[tuple[str, str, str], int] = Counter()
+    lost: dict[tuple[str, str, str], list[Loss]] = defaultdict(list)
+    of = {}
     for file in files:
         for row in file.rows:
-            if row.ours is None or names.kind(row.ours.name) == "ruler":
-                continue
-            for name, entry in row.timed().items():
-                if names.kind(name) not in ("peer", "standard"):
-                    continue
-                count += 1
-                faster = row.faster(name)
-                if row.ours.state != "timed":
-                    found.append(Loss(file, row, name, None, f"{row.ours.state}: {row.ours.reason}"))
-                elif entry is not row.ours and faster is not None and faster.median < 1:
-                    found.append(Loss(file, row, name, faster))
-    return sorted(found, key=lambda loss: loss.found.median if loss.found else 0), count
+            for name in row.timed():
+                if names.kind(name) in ("peer", "standard") and row.ours is not None:
+                    key = file.benchmark, file.machine, name
+                    counts[key] += 1
+                    of.setdefault(key, file)
+                    loss = lost_to(file, row, row.ours, name)
+                    lost[key] += [loss] if loss else []
+    found = [Duel(of[key], key[2], count, sorted(lost[key], key=severity)) for key, count in counts.items()]
+    return sorted(found, key=lambda duel: -len(duel.losses) / duel.count)
+
+
+def lost_to(file: File, row: Row, ours: Entry, name: str) -> Loss | None:
+    if ours.state != "timed":
+        return Loss(file, row, name, None, f"{ours.state}: {ours.reason}")
+    found = row.faster(name)
+    return Loss(file, row, name, found) if found is not None and found.median < 1 else None
+
+
+def severity(loss: Loss) -> float:
+    return loss.found.median if loss.found else 0.0
 
 
 def unmet(files: Sequence[File]) -> list[tuple[File, Row, Promise]]:

@@ -8,6 +8,10 @@ from itertools import groupby
 
 from tilewise.pages.svg import inline
 from tilewise.report.blocks import Block, Cell, Facts, Heading, Picture, Section, Table, Text
+from tilewise.report.results import STATES
+
+
+NUMBERLIKE = ("", "–", "NaN", "inf", *STATES)       # what stands where a number would
 
 
 def section(one: Section) -> str:
@@ -55,12 +59,14 @@ def table(one: Table) -> str:
     caption = f"<caption>{escape(one.caption)}</caption>\n" if one.caption and not one.folded else ""
     html = (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(one.caption)}"><table>\n{caption}'
             f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n")
-    return f"<details><summary>{escape(one.folded)}</summary>\n{html}</details>\n" if one.folded else html
+    return f"<details{'' if one.detail else ' class=paper'}><summary>{escape(one.folded)}</summary>\n{html}</details>\n" if one.folded else html
 
 
 def is_words(column: Sequence[Cell | str]) -> bool:
-    """Whether a column is read rather than compared: most of its cells begin with a letter."""
-    texts = [t for c in column if (t := c.text if isinstance(c, Cell) else c) not in ("", "–")]
+    """Whether a column is read rather than compared: most of its cells begin with a letter, or one may be long."""
+    if any(isinstance(c, Cell) and c.tone == "long" for c in column):
+        return True
+    texts = [t for c in column if (t := c.text if isinstance(c, Cell) else c) not in NUMBERLIKE]
     return sum(t[0].isalpha() and not t.startswith("at ") for t in texts) * 2 > len(texts)
 
 

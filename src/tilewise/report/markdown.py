@@ -36,7 +36,7 @@ def block(one: Block) -> Iterator[str]:
         yield f"**{line(one.words)}**"
     elif isinstance(one, Facts):
         yield table(Table("", [one.title, ""], [list(pair) for pair in one.pairs]))
-    elif not isinstance(one, Picture) and not one.folded:
+    elif not isinstance(one, Picture) and not one.detail:
         yield table(one)
 
 

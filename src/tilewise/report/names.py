@@ -11,6 +11,7 @@ RULERS = {"copy": "a copy of memory", "sum": "a sum over memory", "sgemm": "an f
           "full": "full attention", "dense": "full attention"}
 PLAIN = {"standard": "standard attention", "reference": "standard attention", "tilewise": "Tilewise", "flex": "FlexAttention",
          "flash_attn": "flash-attn"}
+APART = ("decode", "packed", "compiling", "butterfly", "sparse", "masks")     # parts of the CPU benchmark
 MODES = {"both": "forward + backward", "fwd+bwd": "forward + backward", "forward+backward": "forward + backward"}
 MODE_ORDER = ("forward", "backward", "forward + backward")
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
@@ -50,6 +51,17 @@ def best_peer(row: Row) -> tuple[str, Ratio] | None:
 def against_standard(row: Row) -> Ratio | None:
     """How many times faster ours is than standard attention."""
     return next((found for name in row.timed(*STANDARD) if (found := row.faster(name)) is not None), None)
+
+
+def best_standard(row: Row) -> tuple[str, Ratio] | None:
+    """Standard attention, and how many times faster ours is."""
+    found = against_standard(row)
+    return None if found is None else (STANDARD[0], found)
+
+
+def is_attention(row: Row) -> bool:
+    """Attention of a sequence to itself, with one mask: what else a file measures has sections of its own."""
+    return bool(mode(row) and length(row)) and row.part not in APART
 
 
 def mode(row: Row) -> str:

@@ -40,7 +40,7 @@ def render(files: Sequence[File]) -> str:
         machines=" and ".join(f"<b>{escape(machine)}</b>" for machine in machines(files)),
         notes="".join(f'<p class="note">{escape(words)}</p>\n' for words in notes(files)),
         headlines=headlines(files), contents=contents(found), sections="".join(html.section(one) for one in found),
-        missing=missing(found),
+        missing=missing(found, files),
     )
 
 
@@ -65,12 +65,13 @@ def headlines(files: Sequence[File]) -> str:
 
 def lost(files: Sequence[File]) -> Card:
     """In how many comparisons ours is slower, and what is promised but not met."""
-    losses, count = headline.losses(files)
+    every = headline.duels(files)
+    losses, count = sum(len(duel.losses) for duel in every), sum(duel.count for duel in every)
     missed, promised = len(headline.unmet(files)), sum(len(row.promises()) for file in files for row in file.rows)
-    words = f"is how often Tilewise is slower, or does not run, among all comparisons with others in these files{': see below' if losses else ''}."
+    words = f"comparisons with others, in all benchmarks, are lost{': see below' if losses else ''}."
     if promised:
         words += f" Of {promised} promises {missed or 'none'} {'is' if missed == 1 else 'are'} not met."
-    return Card(f"{len(losses)} of {count}", words, "bad" if losses or missed else "")
+    return Card(f"{losses} of {count}", words, "bad" if losses or missed else "")
 
 
 def card(one: Card) -> str:
@@ -82,7 +83,7 @@ def contents(found: Sequence[Section]) -> str:
     return "".join(f'<li><a href="#{one.slug}">{escape(one.title)}</a></li>\n' for one in found)
 
 
-def missing(found: Sequence[Section]) -> str:
+def missing(found: Sequence[Section], files: Sequence[File]) -> str:
     """What these files say nothing about, and the command for it."""
-    items = "".join(f"<li>{escape(title)}: <code>{escape(command)}</code></li>\n" for title, command in sections.missing(found))
+    items = "".join(f"<li>{escape(title)}: <code>{escape(command)}</code></li>\n" for title, command in sections.missing(found, files))
     return f'<section id="missing">\n<h2>Not in these files</h2>\n<ul class="missing">\n{items}</ul>\n</section>\n' if items else ""

@@ -51,7 +51,7 @@ def build(files: Sequence[File], wanted: Sequence[str] = ()) -> list[Section]:
     return found
 
 
-def missing(sections: Sequence[Section]) -> list[tuple[str, str]]:
-    """Titles of the sections that are not there, and what makes them."""
-    there = {section.slug for section in sections}
+def missing(sections: Sequence[Section], files: Sequence[File]) -> list[tuple[str, str]]:
+    """Titles of the sections that no file is for, and what makes such a file."""
+    there = {section.slug for section in sections} | {file.benchmark for file in files}
     return [(kind.title, kind.command) for kind in KINDS if kind.command and kind.slug not in there]

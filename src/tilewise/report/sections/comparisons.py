@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from itertools import groupby
 
+from tilewise.report import names
 from tilewise.report.blocks import Block, Heading, Text
 from tilewise.report.results import File, Row
 from tilewise.report.sections.shared import all_times, contest, each_machine
@@ -16,6 +17,7 @@ def of(benchmark: str) -> Callable[[Sequence[File]], list[Block]]:
     """The section of one benchmark: a table for each part."""
     def of_machine(rows: list[Row]) -> list[Block]:
         found: list[Block] = []
+        rows = [row for row in rows if benchmark != "cpu" or not names.is_attention(row)]       # those have a section of their own
         for part, group in groupby(sorted(rows, key=order(rows)), key=lambda row: row.part):
             of = list(group)
             found += [contest(of, part or benchmark), all_times(of, f"{part or benchmark}: median times")]

@@ -34,7 +34,7 @@ def build(files: Sequence[File]) -> list[Block]:
 
 def of_machine(rows: list[Row]) -> list[Block]:
     found = pictures(rows, key=lambda r: (names.dtype(r), head_dim(r), shape(r), r.part), value=lambda e: e.gb_per_s, words=digits,
-                     label="GB/s of the cache", ticks="plain", log_y=False, x_label="context, tokens", guides=copy_line)
+                     label="GB/s of the cache", log_y=False, x_label="context, tokens", guides=copy_line)
     lines: list[list[Cell | str]] = []
     for row in rows:
         best, share = names.best_peer(row), of_copy(row)

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from tilewise.pages.words import ratio, size
 from tilewise.report import names
-from tilewise.report.blocks import Block, Cell, Heading, Table, Text
-from tilewise.report.results import File, Row
-from tilewise.report.sections.shared import NOTHING, each_machine, everyone, grouped, head_dim, modes, pictures, state
+from tilewise.report.blocks import Block, Cell, Table, Text
+from tilewise.report.results import Entry, File, Row
+from tilewise.report.sections.shared import NOTHING, each_machine, everyone, grouped, head_dim, pictures, state
 
 BENCHMARKS = ("memory",)
 
@@ -20,22 +20,17 @@ def build(files: Sequence[File]) -> list[Block]:
 
 def of_machine(rows: list[Row]) -> list[Block]:
     rows = [row for row in rows if any(e.bytes is not None for e in row.entries.values()) or row.error]
-    found: list[Block] = []
-    for mode in modes(rows) or [""]:
-        of = [row for row in rows if names.mode(row) == mode]
-        found += [Heading(mode[0].upper() + mode[1:], 4)] if mode else []
-        found += pictures(of, key=lambda r: (names.dtype(r), head_dim(r), names.mask(r), grouped(r)), value=positive, words=size,
-                          label="peak memory", ticks="bytes")
-        found.append(table(of, mode))
-    return found
+    drawn = pictures(rows, key=lambda r: (names.mode(r), names.dtype(r), head_dim(r), names.mask(r), grouped(r)), value=positive,
+                     words=size, label="peak memory")
+    return [*drawn, table(rows)] if rows else []
 
 
-def positive(entry) -> float | None:
+def positive(entry: Entry) -> float | None:
     """Bytes that a logarithmic axis can show: nothing at all is drawn as one KiB."""
     return None if entry.bytes is None else max(entry.bytes, 1024)
 
 
-def table(rows: Sequence[Row], mode: str) -> Table:
+def table(rows: Sequence[Row]) -> Table:
     who = everyone(rows)
     lines: list[list[Cell | str]] = []
     for row in rows:
@@ -43,4 +38,4 @@ def table(rows: Sequence[Row], mode: str) -> Table:
         theirs = next((e.bytes for n, e in row.entries.items() if n in names.STANDARD and e.bytes), None)
         lines.append([row.case, *(state(row.entries.get(name), lambda e: e.bytes, size) for name in who),
                       ratio(theirs / max(ours, 1)) if ours is not None and theirs else NOTHING])
-    return Table(f"Peak memory, {mode}" if mode else "Peak memory", ["case", *map(names.title, who), "standard ÷ Tilewise"], lines)
+    return Table("Peak memory", ["case", *map(names.title, who), "standard ÷ Tilewise"], lines)

@@ -28,8 +28,9 @@ def traffic(files: Sequence[File]) -> list[Block]:
     """Bytes between slow and fast memory."""
     def of_machine(rows: list[Row]) -> list[Block]:
         drawn = pictures(rows, key=lambda r: (names.mode(r), names.dtype(r), head_dim(r), names.mask(r), grouped(r)),
-                         value=lambda e: e.count, words=gigabytes, label="bytes read and written", ticks="bytes")
-        return [*drawn, counted(rows)]
+                         value=lambda e: e.count, words=gigabytes, label="bytes read and written")
+        counts = [row for row in rows if any(e.count for e in row.entries.values())]
+        return [*drawn, counted(counts)] if counts else []
 
     found = each_machine(files, ["traffic"], of_machine)
     return found and [Text("Bytes that attention moves between slow memory and fast: as counted in our kernels, as the closed form "
@@ -37,17 +38,17 @@ def traffic(files: Sequence[File]) -> list[Block]:
 
 
 def counted(rows: Sequence[Row]) -> Table:
-    """Every count, what is published, and ours over the closed form where both are there."""
-    who, printed = everyone(rows), list(dict.fromkeys(p.who for row in rows for p in row.published if p.bytes))
+    """Every count, what is published, and the first over the second: what is counted over what is predicted."""
+    who, printed = list(dict.fromkeys(name for row in rows for name in row.entries)), list(dict.fromkeys(p.who for row in rows for p in row.published if p.bytes))
     lines: list[list[Cell | str]] = []
     for row in rows:
         counts = [row.entries[n].count if n in row.entries else None for n in who]
         published = {p.who: p.bytes for p in row.published}
-        first, second = ([c for c in counts if c] + [None, None])[:2]
+        first, second = (*counts, None)[:2]
         lines.append([row.case, *(gigabytes(c) if c else NOTHING for c in counts),
                       *(gigabytes(published[p]) if published.get(p) else NOTHING for p in printed),
                       f"{first / second:.3f}" if first and second else NOTHING])
-    head = ["case", *map(names.title, who), *(f"{p} (published)" for p in printed), "first over second"]
+    head = ["case", *map(names.title, who), *(f"{p} (published)" for p in printed), " ÷ ".join(map(names.title, who[:2]))]
     return Table("Traffic: every case", head, lines)
 
 
@@ -87,7 +88,7 @@ def error(entry: Entry | None, tensor: str) -> Cell | str:
     if entry is None or tensor not in entry.errors:
         return NOTHING
     found, most = entry.errors[tensor]
-    return Cell(f"{found:.1e}", "" if found <= most else "bad")
+    return Cell(f"{found:.1e}".replace("nan", "NaN"), "" if found <= most else "bad")
 
 
 def allowed(row: Row, tensor: str) -> str:

@@ -9,7 +9,8 @@ from tilewise.report.blocks import Block, Cell, Facts, Table, Text
 from tilewise.report.results import File
 from tilewise.report.sections.shared import machines
 
-FEW = 3         # cases that are named one by one
+FEW = 3                 # cases that are named one by one
+DRAWN = ("roofs",)      # what sections of their own show
 
 
 def refused(files: Sequence[File]) -> list[Block]:
@@ -46,19 +47,19 @@ def build(files: Sequence[File]) -> list[Block]:
                       Cell("; ".join(notes) or "complete", "bad" if notes else "")])
     found: list[Block] = [Table("Files", ["file", "benchmark", "machine", "cases", "date (UTC)", "commit", "state"], lines)]
     for machine, of in machines(files).items():
-        for file, others in by_facts(of):
-            facts = [*file.facts.items(), *((k, said(v)) for k, v in file.others.items() if k != "roofs")]
-            title = machine if not others else f"{machine} ({', '.join(f.name for f in [file, *others])})"
-            found.append(Facts(title, facts))
+        for group in alike(of):
+            facts = [*group[0].facts.items(), *((k, said(v)) for k, v in group[0].others.items() if k not in DRAWN)]
+            names_of = [("Files", ", ".join(file.name for file in group))] if len(files) > 1 else []
+            found.append(Facts(machine, [*names_of, *((k, v) for k, v in facts if v)]))
     return found
 
 
-def by_facts(files: Sequence[File]) -> list[tuple[File, list[File]]]:
+def alike(files: Sequence[File]) -> list[list[File]]:
     """Files of one machine, those that say the same of it together."""
-    groups: dict[tuple[str, str], list[File]] = defaultdict(list)
+    groups: dict[str, list[File]] = defaultdict(list)
     for file in files:
-        groups[str(sorted(file.facts.items())), str(sorted(file.others.items()))].append(file)
-    return [(of[0], of[1:]) for of in groups.values()]
+        groups[str([sorted(file.facts.items()), sorted((k, str(v)) for k, v in file.others.items() if k not in DRAWN)])].append(file)
+    return list(groups.values())
 
 
 def date(text: str) -> str:

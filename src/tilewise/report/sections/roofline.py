@@ -27,7 +27,7 @@ def build(files: Sequence[File]) -> list[Block]:
                         lines.append([f"{row.case}, {names.title(name)}", f"{intensity:.3g}", f"{entry.tflops:.3g}",
                                       f"{entry.tflops / reach(roofs, intensity):.0%}" if roofs else ""])
         if points and roofs:
-            table = Table("Roofline", ["case", "FLOP per byte", "TFLOP/s", "of the roof"], lines, "The numbers")
+            table = Table("Roofline", ["case", "FLOP per byte", "TFLOP/s", "of the roof"], lines, "The numbers", detail=True)
             words = f"{len(lines)} points below the roofs of {machine}: " + "; ".join(r.words for r in roofs)
             found += [Heading(machine), Picture("", words, partial(charts.roofline, dict(points), roofs, charts.looks(list(points))),
                                                 table)]

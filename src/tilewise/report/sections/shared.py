@@ -9,12 +9,11 @@ from typing import Any
 from tilewise.pages.words import duration, length, ratio
 from tilewise.report import charts, names
 from tilewise.report.blocks import Block, Cell, Heading, Picture, Table
-from tilewise.report.charts import Curve, Guide
+from tilewise.report.charts import Curve, Guide, Words
 from tilewise.report.results import Entry, File, Ratio, Row
 
 NOTHING = "–"
 Value = Callable[[Entry], float | None]
-Words = Callable[[float], str]
 
 
 def machines(files: Sequence[File]) -> dict[str, list[File]]:
@@ -64,7 +63,7 @@ def state(entry: Entry | None, value: Value, words: Words) -> Cell | str:
     return NOTHING if entry.state in ("timed", "absent") else Cell(entry.state, "bad" if entry.state == "wrong" else "")
 
 
-def contest(rows: Sequence[Row], caption: str) -> Table:
+def contest(rows: Sequence[Row], caption: str, folded: str = "") -> Table:
     """Each case: our time, the fastest other implementation, standard attention."""
     lines: list[list[Cell | str]] = []
     for row in rows:
@@ -73,7 +72,7 @@ def contest(rows: Sequence[Row], caption: str) -> Table:
                       Cell(f"{names.title(best[0])}, {duration(row.entries[best[0]].seconds or 0)}") if best else NOTHING,
                       ratio_cell(best[1] if best else None), spread(best[1] if best else None), ratio_cell(standard)])
     head = ["case", "Tilewise", "TFLOP/s", "fastest other", "times faster", "quartiles", "than standard"]
-    return without_empty(Table(caption, head, lines))
+    return without_empty(Table(caption, head, lines, folded))
 
 
 def rate(row: Row) -> list[str]:
@@ -84,7 +83,8 @@ def without_empty(table: Table) -> Table:
     """The table without columns that say nothing."""
     kept = [i for i in range(len(table.head))
             if i == 0 or any((c.text if isinstance(c, Cell) else c) not in ("", NOTHING) for c in (row[i] for row in table.rows))]
-    return Table(table.caption, [table.head[i] for i in kept], [[row[i] for i in kept] for row in table.rows], table.folded)
+    return Table(table.caption, [table.head[i] for i in kept], [[row[i] for i in kept] for row in table.rows],
+                 table.folded, table.detail)
 
 
 def all_times(rows: Sequence[Row], caption: str, value: Value = lambda e: e.seconds, words: Words = duration,
@@ -92,10 +92,10 @@ def all_times(rows: Sequence[Row], caption: str, value: Value = lambda e: e.seco
     """Each case and the number of each contender."""
     who = everyone(rows)
     lines = [[row.case, *(state(row.entries.get(name), value, words) for name in who)] for row in rows]
-    return without_empty(Table(caption, ["case", *map(names.title, who)], lines, folded))
+    return without_empty(Table(caption, ["case", *map(names.title, who)], lines, folded, detail=bool(folded)))
 
 
-def pictures(rows: Sequence[Row], *, key: Callable[[Row], tuple[str, ...]], value: Value, words: Words, label: str, ticks: str,
+def pictures(rows: Sequence[Row], *, key: Callable[[Row], tuple[str, ...]], value: Value, words: Words, label: str,
              x: Callable[[Row], Any] = names.length, x_label: str = "sequence length, tokens", lengths: bool = True,
              log_y: bool = True, guides: Callable[[list[Row]], Sequence[Guide]] = lambda rows: ()) -> list[Block]:
     """A picture for each group of rows with two lengths or more, all contenders in it. key: a group's name, in parts."""
@@ -118,8 +118,8 @@ def pictures(rows: Sequence[Row], *, key: Callable[[Row], tuple[str, ...]], valu
             f"{names.title(c.name)} {words(c.points[0][1])} to {words(c.points[-1][1])}" for c in drawn)
         table = Table(f"{label}, {title}", [x_label.split(",")[0], *(names.title(c.name) for c in drawn)],
                       [[length(x(r)) if lengths else f"{x(r):.3g}", *(state(r.entries.get(c.name), value, words) for c in drawn)]
-                       for r in of], "The numbers")
-        draw = partial(charts.curves, drawn, look, x=x_label, y=label, ticks=ticks, log_y=log_y, lengths=lengths, guides=guides(of))
+                       for r in of], "The numbers", detail=True)
+        draw = partial(charts.curves, drawn, look, x=x_label, y=label, words=words, log_y=log_y, lengths=lengths, guides=guides(of))
         found.append(Picture(title, said, draw, table))
     return found
 

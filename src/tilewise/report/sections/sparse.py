@@ -4,7 +4,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tilewise.pages.words import duration, length
+from tilewise.pages.words import duration, length, ratio
 from tilewise.report import names
 from tilewise.report.blocks import Block, Cell, Table, Text
 from tilewise.report.charts import Guide
@@ -24,14 +24,14 @@ def build(files: Sequence[File]) -> list[Block]:
 def of_machine(rows: list[Row]) -> list[Block]:
     rows = [row for row in rows if density(row)]
     found = pictures(rows, key=lambda r: (names.mode(r), length_of(r), names.dtype(r), head_dim(r)),
-                     value=lambda e: e.seconds, words=duration, label="time", ticks="seconds", x=density,
+                     value=lambda e: e.seconds, words=duration, label="time", x=density,
                      x_label="share of blocks kept", lengths=False, guides=lambda of: ideal_line(rows, of))
     lines: list[list[Cell | str]] = []
     for row in rows:
         full, kept = full_seconds(rows, row), density(row)
         cost = row.ours.seconds / (full * kept) if row.ours and row.ours.seconds and full and kept else None
         lines.append([row.case, f"{kept:.1%}", state(row.ours, lambda e: e.seconds, duration), duration(full) if full else NOTHING,
-                      f"{full / row.ours.seconds:.3g}×" if full and row.ours and row.ours.seconds else NOTHING,
+                      ratio(full / row.ours.seconds) if full and row.ours and row.ours.seconds else NOTHING,
                       f"{cost:.2f}" if cost else NOTHING])
     head = ["case", "kept", "Tilewise", "full attention", "times faster than full", "cost over ideal"]
     return [*found, without_empty(Table("Sparse blocks: every case", head, lines)), all_times(rows, "Sparse blocks: median times")]

@@ -4,12 +4,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tilewise.pages.words import digits, duration
-from tilewise.report import names
+from tilewise.report import headline, names
 from tilewise.report.blocks import Block, Heading, Text
 from tilewise.report.results import File, Row
 from tilewise.report.sections.shared import all_times, contest, each_machine, grouped, head_dim, modes, pictures
 
-BENCHMARKS = ("attention", "cpu")
+BENCHMARKS = headline.DENSE
+FEW = 8         # cases whose table is shown at once, below pictures
 
 
 def build(files: Sequence[File]) -> list[Block]:
@@ -22,18 +23,22 @@ def build(files: Sequence[File]) -> list[Block]:
 
 
 def of_machine(rows: list[Row]) -> list[Block]:
-    rows = [row for row in rows if names.mode(row) and names.length(row) and is_attention(row)]
+    rows = [row for row in rows if names.is_attention(row)]
     found: list[Block] = []
     for mode in modes(rows):
         of = [row for row in rows if names.mode(row) == mode]
-        found += [Heading(mode[0].upper() + mode[1:], 4), *drawn(of),
-                  contest(of, f"{mode[0].upper() + mode[1:]}: every case"), all_times(of, f"{mode}: median times")]
+        title, pictures = mode[0].upper() + mode[1:], drawn(of)
+        folded = f"All {len(of)} cases: {mode}" if pictures and len(of) > FEW else ""
+        found += [Heading(title, 4), *summary(of), *pictures, contest(of, f"{title}: every case", folded),
+                  all_times(of, f"{title}: median times")]
     return found
 
 
-def is_attention(row: Row) -> bool:
-    """Plain attention of a sequence to itself: what else a file measures has sections of its own."""
-    return row.part not in ("decode", "packed", "compiling", "butterfly", "sparse", "masks")
+def summary(rows: Sequence[Row]) -> list[Block]:
+    """One sentence against each kind of other."""
+    found = [headline.speed(rows, "the fastest other implementation", names.best_peer),
+             headline.speed(rows, "standard attention", names.best_standard)]
+    return [Text(f"{card.number} {card.words}", card.tone) for card in found if card]
 
 
 def drawn(rows: Sequence[Row]) -> list[Block]:
@@ -42,6 +47,5 @@ def drawn(rows: Sequence[Row]) -> list[Block]:
     rates = all(e.tflops for row in rows for e in row.timed().values() if names.kind(e.name) != "ruler")
     if rates:
         return pictures(rows, key=lambda r: tuple(f(r) for f in key), value=lambda e: e.tflops, words=digits, label="TFLOP/s",
-                        ticks="plain", log_y=False)
-    return pictures(rows, key=lambda r: tuple(f(r) for f in key), value=lambda e: e.seconds, words=duration, label="time",
-                    ticks="seconds")
+                        log_y=False)
+    return pictures(rows, key=lambda r: tuple(f(r) for f in key), value=lambda e: e.seconds, words=duration, label="time")
