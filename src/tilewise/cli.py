@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import os
-from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from tilewise.report import cli as report
-from tilewise.terminal import console, plain_errors
+from tilewise.bench.cli import app as bench
+from tilewise.report.cli import report
+from tilewise.terminal import console, plain_errors, stage_bars
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
-
     import torch
-    from rich.progress import TaskID
     from torch import Tensor
 
     from tilewise.demo.results import Results
@@ -29,6 +26,8 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
     help="Exact attention, computed tile by tile.\n\nStart with `tilewise demo`.",
 )
+app.add_typer(bench, name="bench")
+app.command()(report)
 CELLS = (("·", "grey50"), ("■", "orange1"), ("■", "dodger_blue1"))     # hidden, visible in a partial tile, in a full one
 MOST_DRAWN = 64             # queries and keys, as text that is not on a terminal
 MOST_TILES = 2**13          # on a side, when only counting
@@ -86,24 +85,6 @@ def demo(
     with stage_bars() as progress:
         results = run.execute(job, progress)
     print_results(results, page.write(results, job.out))
-
-
-@contextmanager
-def stage_bars() -> Iterator[Callable[[str, int, int, str], None]]:
-    """Gives a function (stage, done, total, words) that keeps one progress bar per stage."""
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description:15}"), BarColumn(20), MofNCompleteColumn(), TimeElapsedColumn(),
-               TextColumn("{task.fields[words]}"))
-    with Progress(*columns, console=console) as bars:
-        tasks: dict[str, TaskID] = {}
-
-        def show(stage: str, done: int, total: int, words: str) -> None:
-            if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, words="")
-            bars.update(tasks[stage], completed=done, total=total, words=words)
-
-        yield show
 
 
 def print_results(results: Results, page: Path) -> None:
@@ -360,69 +341,6 @@ def doctor() -> None:
     console.print(table)
     for line in check.advice():
         console.print(f"\n[yellow]{escape(line)}[/yellow]")
-
-
-@app.command()
-def bench(
-    out: Annotated[Path | None, typer.Option(help="Also write the result as JSON.", show_default=False)] = None,
-    quick: Annotated[bool, typer.Option("--quick", help="Small shapes, in seconds.")] = False,
-    masks: Annotated[bool, typer.Option("--masks", help="Time masks and score functions instead.")] = False,
-    serving: Annotated[bool, typer.Option("--serving", help="Time decoding and packed batches instead.")] = False,
-    cpu: Annotated[bool, typer.Option("--cpu", help="Hold the CPU backend to what it promises instead.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:N, or auto: a GPU if there is one.")] = "auto",
-) -> None:
-    """Time attention, forward and backward, beside every other implementation that this machine has.
-
-    Each is first held to the tolerance rule; one that is wrong is not timed. About four minutes on two CPU cores.
-
-    With --masks: first calls with new functions, finding tiles, sparse blocks, gradients of captured tables.
-
-    With --serving: decoding from caches, sequences of unequal length, prompts in chunks, drafted tokens.
-
-    With --cpu: the CPU backend beside torch's fused attention, the machine's matrix products and its memory, each ratio with
-    the bar that it is held to; compilation. With --out also as a picture beside the JSON. About ten minutes.
-
-    Examples: `tilewise bench --quick`, `tilewise bench --out bench.json`, `tilewise bench --masks`, `tilewise bench --serving`,
-    `tilewise bench --cpu --out cpu.json`
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # as for demo
-    import torch
-
-    with plain_errors(OSError, RuntimeError, ValueError):
-        if masks + serving + cpu > 1:
-            raise ValueError("--masks, --serving, --cpu: expected one of them")
-        if cpu and device not in ("auto", "cpu"):
-            raise ValueError(f"--device: expected cpu or auto with --cpu, got {device!r}")
-        where = torch.device(device if device != "auto" else "cuda" if torch.cuda.is_available() and not cpu else "cpu")
-        torch.zeros(1, device=where)
-        if cpu:
-            from tilewise.bench.cpu import run as of_cpu
-
-            with stage_bars() as progress:
-                result = of_cpu.benchmark(quick=quick, out=out, progress=progress)
-        else:
-            result = time_with_status(where, out, quick, masks, serving)
-    for line in result["lines"]:
-        console.print(line, markup=False, soft_wrap=True)
-
-
-def time_with_status(where: torch.device, out: Path | None, quick: bool, masks: bool, serving: bool) -> dict[str, Any]:
-    """The result of a benchmark that says only what it measures now."""
-    with console.status("") as status:
-        if masks:
-            from tilewise.bench import masks as of_masks
-
-            return of_masks.benchmark(of_masks.QUICK if quick else of_masks.Sizes(), where, out, status.update)
-        if serving:
-            from tilewise.bench.serving import run as of_serving
-
-            return of_serving.benchmark(where, quick=quick, out=out, progress=status.update)
-        from tilewise.bench import run
-
-        return run.benchmark(run.shapes(where, quick), where, seconds=run.PATIENCE, out=out, progress=status.update)
-
-
-app.command("report")(report.report)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""Who may be timed: those whose results on the very problem to be timed pass the tolerance rule.
-
-Sequences and heads are independent, so truth is computed for one group of heads of the last sequence only.
-"""
+"""Who may be timed: those whose results on the very problem to be timed pass the tolerance rule."""
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,25 +11,45 @@ from tilewise.bench.cases import Call, Case
 from tilewise.bench.peers import Attend, ours
 from tilewise.bench.tolerance import Results, Verdict, judge
 
+Found = dict[str, Tensor]
+
+
+class Expected(NamedTuple):
+    """What is right: results in fp64, and those of standard attention in the inputs' dtype. inputs: q, k, v."""
+    truth: Found
+    standard: Found
+    inputs: tuple[Tensor, Tensor, Tensor]
+    causal: bool = False
+
+    def verdicts(self, found: Found) -> list[Verdict]:
+        call = Call(Case("timed"), *self.inputs, {"causal": self.causal})
+        return judge(call, Results(found), Results(self.truth), Results(self.standard))
+
+
+def faults(verdicts: Iterable[Verdict]) -> str:
+    """What is wrong; nothing, if all is right."""
+    return "; ".join(f"{v.name}: {v.note or f'error {v.error:.1e}, allowed {v.allowed:.1e}'}" for v in verdicts if not v.ok)
+
 
 class Gate:
-    """Judges implementations on inputs q [B, S, H, D], k and v [B, S, H_kv, D], dout like q."""
+    """Judges implementations of self-attention on inputs q [B, S, H, D], k and v [B, S, H_kv, D], dout like q.
+
+    Sequences and heads are independent, so truth is computed for one group of heads of the last sequence only.
+    """
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, causal: bool):
         self.inputs, self.dout, self.causal = (q, k, v), dout, causal
         self.group = q.shape[2] // k.shape[2]
         q, k, v, dout = self._last((q, k, v, dout))
-        self.call = Call(Case("timed"), q, k, v, {"causal": causal})
         standard = ours("reference").attend
         assert standard is not None
-        self.truth = _results(standard, (q.double(), k.double(), v.double()), dout.double(), causal)
-        self.standard = _results(standard, (q, k, v), dout, causal)
+        self.expected = Expected(_results(standard, (q.double(), k.double(), v.double()), dout.double(), causal),
+                                 _results(standard, (q, k, v), dout, causal), (q, k, v), causal)
 
-    def verdicts(self, attend: Attend) -> list[Verdict]:
-        """Runs `attend` forward and backward on the whole problem; a verdict for out, dq, dk and dv."""
-        found = _results(attend, self.inputs, self.dout, self.causal).tensors
-        found = dict(zip(found, self._last(tuple(found.values())), strict=True))
-        return judge(self.call, Results(found), self.truth, self.standard)
+    def verdicts(self, attend: Attend, gradients: bool = True) -> list[Verdict]:
+        """Runs `attend` on the whole problem; a verdict for out, and with `gradients` for dq, dk and dv."""
+        found = _results(attend, self.inputs, self.dout if gradients else None, self.causal)
+        return self.expected.verdicts(dict(zip(found, self._last(list(found.values())), strict=True)))
 
     def _last(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """The last sequence's last key head of k- and v-like tensors, and its query heads of q-like ones."""
@@ -39,8 +57,10 @@ class Gate:
         return [x[-1:, :, -(self.group if x.shape[2] == heads else 1):].detach() for x in tensors]
 
 
-def _results(attend: Attend, inputs: tuple[Tensor, Tensor, Tensor], dout: Tensor, causal: bool) -> Results:
-    q, k, v = (x.detach().requires_grad_() for x in inputs)
+def _results(attend: Attend, inputs: tuple[Tensor, Tensor, Tensor], dout: Tensor | None, causal: bool) -> Found:
+    q, k, v = (x.detach().requires_grad_(dout is not None) for x in inputs)
     out = attend(q, k, v, causal)
+    if dout is None:
+        return {"out": out}
     gradients = torch.autograd.grad(out, (q, k, v), dout)
-    return Results({"out": out.detach(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))})
+    return {"out": out.detach(), **dict(zip(("dq", "dk", "dv"), gradients, strict=True))}

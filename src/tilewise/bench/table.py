@@ -1,55 +1,158 @@
-"""Benchmark results as lines of plain text."""
+"""Results as lines of plain text, and as a table in Markdown."""
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import NamedTuple
 
-STATES = {"wrong": "wrong", "refused": "-", "absent": ""}
+from tilewise.bench.record import Entry, Faster, Row
+
+WIDTH = 128
+SHORT = {"bfloat16": "bf16", "float": "fp", "forward": "fwd", "backward": "bwd"}
 
 
-def lines(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """A line for each shape and pass; columns of those who took part; reasons for the rest at the end.
+def lines(rows: Sequence[Row]) -> list[str]:
+    """For each part a line per case: our time and rate, then how many times faster we are than each other, "!" where that is
+    less than promised; then why there are gaps."""
+    found = []
+    for part, group in groupby(rows, key=lambda row: row["part"]):
+        of_part = list(group)
+        others = list(dict.fromkeys(name for row in of_part for name, entry in list(row["contenders"].items())[1:]
+                                    if entry["state"] != "absent"))
+        names, rate = [short(row["case"]) for row in of_part], unit_of(of_part)
+        first = max(len(part), *(len(name) + 2 for name in names))
+        widths = [max(5, *map(len, name.rsplit(" ", 1))) for name in others]
+        upper, lower = ([name.rpartition(" ")[half].rjust(width) for name, width in zip(others, widths, strict=True)]
+                        for half in (0, 2))
+        blank = " " * (first + 19)
+        found += [" ".join([blank, *upper])] * any(map(str.strip, upper))
+        found.append(" ".join([f"{part:{first}} {'ours':>9} {rate:>8}", *lower]))
+        for row, title in zip(of_part, names, strict=True):
+            cells = [cell(row, name).rjust(width) for name, width in zip(others, widths, strict=True)]
+            found.append(" ".join([f"  {title:{first - 2}} {duration(ours(row)):>9} {rate_of(ours(row), rate):>8}", *cells]))
+        found += [f"  {words}" for words in (*promises(of_part), *remarks(of_part))]
+    return [line[:WIDTH].rstrip() for line in found]
 
-    Numbers are FLOP/s; the last column says how many times faster the first contender is than the fastest other.
-    """
-    names = list(dict.fromkeys(name for row in rows for name, entry in row.get("contenders", {}).items()
-                               if entry["state"] != "absent"))
-    widths = [max(len(name), 6) for name in names]
-    heads = " ".join(name.rjust(width) for name, width in zip(names, widths, strict=True))
-    unit, factor = ("TFLOP/s", 1) if _fastest(rows) >= 1 else ("GFLOP/s", 1000)
-    found = [f"{unit:22} {heads} {'ratio':>6}"]
+
+def markdown(rows: Sequence[Row]) -> str:
+    """One table: a line for each case and rival; what is promised, and whether it is kept."""
+    found = [Line("", "ours", "rate", "times faster than", "median", "quartiles", "promised", "kept"), Line(*["---"] * 8)]
+    for part, group in groupby(rows, key=lambda row: row["part"]):
+        found.append(Line(f"**{part}**", *[""] * 7))
+        of_part = list(group)
+        for row in of_part:
+            found += markdown_of(row, unit_of(of_part))
+    return "\n".join(f"| {' | '.join(line)} |" for line in found)
+
+
+class Line(NamedTuple):
+    case: str
+    ours: str
+    rate: str
+    rival: str
+    median: str
+    quartiles: str
+    promised: str
+    kept: str
+
+
+def markdown_of(row: Row, unit: str) -> Iterator[Line]:
+    entry = ours(row)
+    bar = entry.get("bar")
+    promised = "" if bar is None else f"<= {duration({**entry, 'seconds': bar})}"
+    kept = "" if bar is None or "seconds" not in entry else yes(entry["seconds"] <= bar)
+    rate = f"{rate_of(entry, unit)} {unit}" if rate_of(entry, unit) else ""
+    head = Line(row["case"], duration(entry) or entry["state"], rate, "", "", "", promised, kept)
+    for name, ratio in row["times_faster"].items():
+        low, high = map(number, ratio["quartiles"])
+        bar = ratio.get("bar")
+        yield head._replace(rival=name, median=number(ratio["median"]), quartiles=f"{low}-{high}",
+                            promised=promised if bar is None else f">= {number(bar)}",
+                            kept=kept if bar is None else yes(ratio["median"] >= bar))
+        head = Line(*[""] * 8)
+        promised = kept = ""
+    if head.case:
+        yield head
+
+
+def short(case: str) -> str:
+    """A case's name where there is little room."""
+    for long, brief in SHORT.items():
+        case = case.replace(long, brief)
+    return case
+
+
+def yes(kept: bool) -> str:
+    return "yes" if kept else "no"
+
+
+def ours(row: Row) -> Entry:
+    return next(iter(row["contenders"].values()))
+
+
+def cell(row: Row, name: str) -> str:
+    """How many times faster than one other, or why there is no such number; where nothing is compared, its memory."""
+    ratio, entry = row["times_faster"].get(name), row["contenders"].get(name)
+    if ratio is not None:
+        return number(ratio["median"]) + ("!" if short_of(ratio) else "")
+    if entry and not row["times_faster"] and "bytes" in entry:
+        return rate_of(entry, "MiB")
+    return {"wrong": "wrong", "refused": "-"}.get(entry["state"], "") if entry else ""
+
+
+def short_of(ratio: Faster) -> bool:
+    return "bar" in ratio and ratio["median"] < ratio["bar"]
+
+
+def promises(rows: Sequence[Row]) -> Iterator[str]:
+    """What falls short of what is promised."""
     for row in rows:
-        for mode in ("forward", "backward"):
-            found.append(f"{_title(row['shape'])} {'fwd' if mode == 'forward' else 'bwd'} " + (
-                row["error"] if "error" in row else _cells(row["contenders"], mode, names, widths, factor)))
-    return found + _remarks(rows)
+        for name, ratio in row["times_faster"].items():
+            if short_of(ratio):
+                low, high = map(number, ratio["quartiles"])
+                yield (f"! {short(row['case'])}: {number(ratio['median'])} ({low}-{high}) times faster than {name}, promised "
+                       f"{number(ratio['bar'])}")
+        entry = ours(row)
+        if entry.get("seconds", 0) > entry.get("bar", float("inf")):
+            yield f"! {short(row['case'])}: {duration(entry)}, promised {duration({**entry, 'seconds': entry['bar']})}"
 
 
-def _title(shape: dict[str, Any]) -> str:
-    length = f"{shape['seqlen'] // 1024}k" if shape["seqlen"] % 1024 == 0 else str(shape["seqlen"])
-    return f"d{shape['head_dim']:<4} {length:>4} {'causal' if shape['causal'] else 'full':7}"
-
-
-def _fastest(rows: Sequence[dict[str, Any]]) -> float:
-    return max((entry["forward"]["tflops"] for row in rows for entry in row.get("contenders", {}).values()
-                if "forward" in entry), default=0.0)
-
-
-def _cells(entries: dict[str, Any], mode: str, names: Sequence[str], widths: Sequence[int], factor: int) -> str:
-    rates = {name: entry[mode]["tflops"] for name, entry in entries.items() if mode in entry}
-    cells = [f"{rates[name] * factor:.3g}" if name in rates else STATES.get(entries[name]["state"], "") for name in names]
-    first, best = next(iter(entries)), max((rate for name, rate in list(rates.items())[1:]), default=0.0)
-    ratio = f"{rates[first] / best:.2f}" if best and first in rates else ""
-    return " ".join(cell.rjust(width) for cell, width in zip(cells, widths, strict=True)) + f" {ratio:>6}"
-
-
-def _remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """Why there is no number: one line per contender and reason."""
-    reasons: dict[tuple[str, str, str], int] = {}
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """Why there is no number: one line for each reason."""
+    who: dict[tuple[str, str], list[str]] = {}
     for row in rows:
-        for name, entry in row.get("contenders", {}).items():
+        for name, entry in row["contenders"].items():
             if entry["state"] != "timed":
-                key = name, entry["state"], entry["reason"]
-                reasons[key] = reasons.get(key, 0) + 1
-    return [f"{name}: {state}{f' {times} times' if times > 1 and state != 'absent' else ''}: {reason}"[:160]
-            for (name, state, reason), times in reasons.items()]
+                names = who.setdefault((entry["state"], entry["reason"]), [])
+                names += [name] * (name not in names)
+    return [f"{', '.join(names)}: {state}: {reason}" for (state, reason), names in who.items()]
+
+
+def unit_of(rows: Sequence[Row]) -> str:
+    """Of the rates of our entries, one for all of them."""
+    entries = list(map(ours, rows))
+    if flops := [entry["tflops"] for entry in entries if "tflops" in entry]:
+        return "TFLOP/s" if max(flops) >= 1 else "GFLOP/s"
+    return next((unit for key, unit in (("gb_per_s", "GB/s"), ("bytes", "MiB")) if any(key in x for x in entries)), "")
+
+
+def rate_of(entry: Entry, unit: str) -> str:
+    rates = {"TFLOP/s": entry.get("tflops"), "GFLOP/s": 1000 * entry.get("tflops", 0) or None, "GB/s": entry.get("gb_per_s"),
+             "MiB": entry.get("bytes", 0) / 2**20 or None, "": None}
+    return "" if rates[unit] is None else f"{rates[unit]:.3g}"
+
+
+def duration(entry: Entry) -> str:
+    """With its unit; nothing where nothing was timed."""
+    if "seconds" not in entry:
+        return ""
+    seconds = entry["seconds"]
+    for unit, factor in (("s", 1), ("ms", 1e3)):
+        if seconds * factor >= 1:
+            return f"{seconds * factor:.3g} {unit}"
+    return f"{seconds * 1e6:.3g} us"
+
+
+def number(value: float) -> str:
+    """Two decimals, of numbers below 10 only; of very small ones two digits."""
+    return f"{value:.2g}" if value < 0.095 else f"{value:.2f}" if value < 10 else f"{value:.0f}"

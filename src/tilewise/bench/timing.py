@@ -70,11 +70,13 @@ def compare(calls: Mapping[K, Call], device: torch.device, *, seconds: float, le
             for name, timing in found.items()}
 
 
-def times_faster(ours: Timing, other: Timing) -> float:
-    """How many times faster `ours` is: the median over rounds, where both have the same rounds."""
+def times_faster(ours: Timing, other: Timing) -> dict[str, Any]:
+    """How many times faster `ours` is: median and quartiles over rounds, where both have the same rounds."""
     if len(ours.rounds) != len(other.rounds):
-        return other.median / ours.median
-    return statistics.median(b / a for a, b in zip(ours.rounds, other.rounds, strict=True))
+        ours, other = Timing([ours.median], []), Timing([other.median], [])
+    found = [b / a for a, b in zip(ours.rounds, other.rounds, strict=True)]
+    paired = Timing(found, found)
+    return {"median": paired.median, "quartiles": paired.quartiles}
 
 
 def minus(whole: Timing, piece: Timing) -> Timing:
@@ -115,14 +117,16 @@ def _on_cuda(device: torch.device) -> Callable[[Mapping[K, Call], int], dict[K, 
     return clock
 
 
-def workspace(call: Callable[[], tuple[torch.Tensor, ...]], device: torch.device) -> int:
+def workspace(call: Call, device: torch.device) -> int:
     """Bytes that a call on a CUDA device holds at its peak, beside what was held before and the tensors that it returns."""
+    call(0)     # what libraries allocate once and keep is not counted
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     before = torch.cuda.memory_allocated(device)
-    results = call()
+    results = call(0)
     torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) - before - sum(x.nbytes for x in results)
+    own = [x for x in (results if isinstance(results, tuple) else (results,)) if isinstance(x, torch.Tensor)]
+    return torch.cuda.max_memory_allocated(device) - before - sum(x.nbytes for x in own)
 
 
 def finish(device: torch.device) -> None:

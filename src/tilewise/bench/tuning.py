@@ -14,6 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +25,10 @@ from tilewise.backends import Needs
 from tilewise.backends.triton import launch
 from tilewise.backends.triton.configs import Config
 from tilewise.bench import record
-from tilewise.bench.timing import alive, compare, finish
+from tilewise.bench.contest import FORWARD, Entrant, Outcome, race
+from tilewise.bench.record import Row
+from tilewise.bench.timing import alive, finish
+from tilewise.bench.tolerance import Verdict
 from tilewise.bench.workers import part, run_slices
 from tilewise.problem import make
 
@@ -154,33 +158,25 @@ def parsed(line: str) -> Any:
         return None
 
 
-def tune(one: Launch, runnable: Sequence[Config], device: torch.device) -> dict[str, Any]:
-    """Seconds of each candidate that gives the first one's results; what came of the others, by configuration."""
-    reference: list[Tensor] = []
-    right, failed = [], {}
-    for config in runnable:
+def tune(one: Launch, runnable: Sequence[Config], case: str, setting: dict[str, Any], device: torch.device) -> Row:
+    """A row whose contenders are the configurations: those that give the first one's results are timed."""
+    kept: list[Tensor] = []
+
+    def check(config: Config) -> Sequence[Verdict]:
         for x in one.results():
             x.fill_(torch.nan)
-        try:
-            with configured(config):
-                launch.run(*one)
-            finish(device)
-        except Exception as error:  # a failing candidate is a result
-            failed[str(tuple(config))] = record.words(error)
-            if not alive(device):
-                raise
-            continue
-        reference = reference or [x.clone() for x in one.results()]
-        off = max(map(deviation, one.results(), reference))
-        if off < 1:
-            right.append(config)
-        else:
-            failed[str(tuple(config))] = f"results differ: {off:.2g} times what is allowed"
-    for x, kept in zip(one.results(), reference, strict=False):
-        x.copy_(kept)       # the kernels that come after this one read them
-    found = compare({str(tuple(config)): _run_in(one, config) for config in right}, device, seconds=SECONDS)
-    return {"kernel": one.name, "failed": failed, "timings": {name: timing.summary() for name, timing in found.items()},
-            "seconds": {name: timing.median for name, timing in found.items()}}
+        with configured(config):
+            launch.run(*one)
+        finish(device)
+        kept.extend([] if kept else [x.clone() for x in one.results()])
+        return [Verdict("results", max(map(deviation, one.results(), kept)), 1.0)]
+
+    entrants = [Entrant(str(tuple(config)), {FORWARD: _run_in(one, config)}, partial(check, config)) for config in runnable]
+    none = Outcome(contenders={}, times_faster={})
+    found = race(entrants, device, (FORWARD,), seconds=SECONDS)[FORWARD] if entrants else none
+    for x, own in zip(one.results(), kept, strict=False):
+        x.copy_(own)        # the kernels that come after this one read them
+    return {"part": one.name, "case": f"{one.name} {case}", "setting": setting, **found}
 
 
 def _run_in(one: Launch, config: Config) -> Callable[[int], object]:
@@ -198,21 +194,33 @@ def deviation(x: Tensor, reference: Tensor) -> float:
     return math.inf if math.isnan(off) else off / max(allowed, 1e-30)
 
 
-def rows(results: Sequence[Mapping[str, Any]]) -> list[str]:
-    """For each kernel and head dim the configuration that is fastest on the whole, as a row for the table."""
-    lines = []
-    for kernel, head_dim in dict.fromkeys((r["kernel"], r["head_dim"]) for r in results):
-        group = [r for r in results if (r["kernel"], r["head_dim"]) == (kernel, head_dim)]
-        common = [name for name in group[0]["seconds"] if all(name in r["seconds"] for r in group)]
+def best(rows: Sequence[Row]) -> Iterator[tuple[str, int, str, list[float], list[Row]]]:
+    """For each kernel and head dim the configuration that is fastest on the whole, how many times faster than the table's it is
+    in each of the rows, and these; "" where none runs everywhere."""
+    for kernel, head_dim in dict.fromkeys((row["part"], row["setting"]["head_dim"]) for row in rows):
+        group = [row for row in rows if (row["part"], row["setting"]["head_dim"]) == (kernel, head_dim)]
+        seconds = [{name: x["seconds"] for name, x in row["contenders"].items() if name.startswith("(") and "seconds" in x}
+                   for row in group]
+        common = [name for name in seconds[0] if all(name in of for of in seconds)]
         if not common:
-            lines.append(f"({kernel!r}, {head_dim}): no configuration runs everywhere")
+            yield kernel, head_dim, "", [], group
             continue
-        best = min(common, key=lambda name: math.prod(r["seconds"][name] for r in group))
-        gains = [r["seconds"].get(r["shipped"], math.nan) / r["seconds"][best] for r in group]
-        where = ", ".join(f"{'causal' if r['causal'] else 'full'} {r['seqlen'] // 1024}k {gain:.2f}"
-                          for r, gain in zip(group, gains, strict=True))
-        lines.append(f"({kernel!r}, {head_dim}): Config{best},  # {geometric_mean(gains):.2f}x {group[0]['shipped']}: {where}")
-    return lines
+        name = min(common, key=lambda name: math.prod(of[name] for of in seconds))
+        shipped = [next(iter(row["contenders"])) for row in group]
+        yield kernel, head_dim, name, [of.get(first, math.nan) / of[name]
+                                       for of, first in zip(seconds, shipped, strict=True)], group
+
+
+def lines(rows: Sequence[Row]) -> list[str]:
+    """The best configurations as rows for the table."""
+    found = []
+    for kernel, head_dim, name, gains, group in best(rows):
+        where = ", ".join(f"{row['setting']['mask']} {row['setting']['seqlen'] // 1024}k {gain:.2f}"
+                          for row, gain in zip(group, gains, strict=False))
+        found.append(f"({kernel!r}, {head_dim}): Config{name},  # {geometric_mean(gains):.2f}x "
+                     f"{next(iter(group[0]['contenders']))}: {where}" if name else
+                     f"({kernel!r}, {head_dim}): no configuration runs everywhere")
+    return found
 
 
 def geometric_mean(values: Sequence[float]) -> float:
@@ -235,27 +243,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
     printed = run_slices("tilewise.bench.tuning", ["--head-dims", dims], options.jobs, 0.6 * options.seconds)
     found = [entry for entry in map(parsed, printed) if entry is not None]
     ran = [tuple(entry) for entry in found if isinstance(entry, list)]
-    result: dict[str, Any] = record.stamp() | {
-        "rows": [], "lines": [], "not_run": [entry for entry in found if isinstance(entry, dict)]}
+    result: dict[str, Any] = {**record.new("tuning", "cuda", False),
+                              "not_run": [entry for entry in found if isinstance(entry, dict)]}
     for row in tune_all(options.head_dims, ran, device, deadline):
         result["rows"].append(row)
-        result["lines"] = rows(result["rows"])
+        result["lines"] = lines(result["rows"])
         record.write(options.out, result)
+    record.write(options.out, result | {"complete": time.monotonic() <= deadline})
     print("\n".join(result["lines"]))
 
 
-def tune_all(head_dims: Sequence[int], ran: Sequence[tuple], device: torch.device, deadline: float) -> Iterator[dict[str, Any]]:
+def tune_all(head_dims: Sequence[int], ran: Sequence[tuple], device: torch.device, deadline: float) -> Iterator[Row]:
     """A row for each kernel, head dim, mask and length, as `ran` by `try_slice` allows; none begins after the deadline."""
     for head_dim, causal, seqlen in itertools.product(head_dims, (True, False), LENGTHS):
         if time.monotonic() > deadline:
             return
+        mask = "causal" if causal else "full"
+        setting = {"mode": "kernel", "head_dim": head_dim, "seqlen": seqlen, "mask": mask, "dtype": "bfloat16"}
         for one in launches(head_dim, seqlen, causal, device).values():
-            if one.name not in OUTPUTS:
-                continue
-            every = candidates(one)
-            runnable = [config for config in every if (one.name, head_dim, causal, list(config)) in ran]
-            yield tune(one, runnable, device) | {
-                "head_dim": head_dim, "causal": causal, "seqlen": seqlen, "shipped": str(tuple(every[0]))}
+            if one.name in OUTPUTS:
+                runnable = [config for config in candidates(one) if (one.name, head_dim, causal, list(config)) in ran]
+                yield tune(one, runnable, f"D {head_dim} N {seqlen} {mask}", setting, device)
 
 
 if __name__ == "__main__":

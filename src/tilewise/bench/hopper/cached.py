@@ -10,7 +10,7 @@ from torch import Tensor
 
 import tilewise as tw
 from tilewise.bench.cases import Case, Maker
-from tilewise.bench.serving.contest import Gate
+from tilewise.bench.gate import Expected, faults
 from tilewise.kv_cache import FP8
 from tilewise.packing import cu_seqlens
 from tilewise.problem import Problem
@@ -70,8 +70,8 @@ class CachedCall:
 
     def faults(self, backend: str) -> str:
         """What is wrong with a backend's results, by the tolerance rule."""
-        gate = Gate(self.exact().run("reference"), self.run("reference"), (self.q, self.cache.k, self.cache.v))
-        return gate.faults(self.run(backend))
+        right = Expected(self.exact().run("reference"), self.run("reference"), (self.q, self.cache.k, self.cache.v))
+        return faults(right.verdicts(self.run(backend)))
 
 
 def draw(case: CachedCase, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> CachedCall:

@@ -22,13 +22,15 @@ from torch import Tensor
 import tilewise as tw
 from tilewise.backends.hopper import configs, decoding
 from tilewise.backends.hopper.configs import Config
-from tilewise.bench import record
+from tilewise.bench import record, table
+from tilewise.bench.caches import Setting, World, paged, sdpa
+from tilewise.bench.contest import Entrant, Outcome, race
+from tilewise.bench.decode import ATTEND, expected, verdicts, yardsticks
+from tilewise.bench.gate import Expected
 from tilewise.bench.hopper.cached import CASES, draw
 from tilewise.bench.hopper.correctness import DTYPES
-from tilewise.bench.serving.contest import Gate, Row, admit
-from tilewise.bench.serving.decode import COPIED, copying, gate_of, sampled
-from tilewise.bench.serving.rivals import Setting, World, paged, sdpa
-from tilewise.bench.timing import Timing, alive, compare
+from tilewise.bench.record import Row
+from tilewise.bench.timing import Call, alive
 from tilewise.bench.workers import part, run_slices
 from tilewise.kv_cache import FP8
 
@@ -39,7 +41,7 @@ SETTINGS = tuple(Setting(*of) for of in (       # batch, context, heads, key hea
 TUNED = SETTINGS[0], SETTINGS[5], SETTINGS[6]
 
 
-def check(result: Row, device: torch.device, until: float, repeats: int, progress: Callable[[str], None]) -> None:
+def check(result: dict[str, Any], device: torch.device, until: float, repeats: int, progress: Callable[[str], None]) -> None:
     """All cases, into result["failures"], until the time is over."""
     for dtype in DTYPES:
         for case in CASES:
@@ -75,30 +77,25 @@ def faults(call: Any, repeats: int) -> str:
 
 @torch.inference_mode()
 def measure(setting: Setting, device: torch.device) -> Row:
-    """Seconds of each that is right, and its bandwidth as a share of a copy's."""
+    """Attention alone. The copy moves as many bytes as a 16-bit cache has: times faster than it is our share of its bandwidth."""
     world = World(setting, device)
     stored, rounded = in_fp8(world)
-    gate, gate_fp8 = gate_of(world, 0), gate_of(rounded, 0)
-    calls: dict[str, tuple[Callable[[int], Tensor], Gate]] = {}
+    right, right_fp8 = expected(world, 0), expected(rounded, 0)
+    calls: dict[str, tuple[Call, Expected]] = {}
     for backend in ("hopper", "triton"):
-        calls[backend] = attend(world, world.cache, None, backend), gate
-        calls[f"{backend} pages 16"] = attend(world, *paged(world, 16), backend), gate
-        calls[f"{backend} fp8"] = attend(world, stored, None, backend), gate_fp8
+        calls[backend] = attend(world, world.cache, None, backend), right
+        calls[f"{backend} pages 16"] = attend(world, *paged(world, 16), backend), right
+        calls[f"{backend} fp8"] = attend(world, stored, None, backend), right_fp8
     q, (k, v) = world.q.transpose(1, 2), world.contiguous
     k, v = k[:, :, :setting.context], v[:, :, :setting.context]
-    calls["sdpa"] = (lambda turn: sdpa(q, k, v).transpose(1, 2)), gate
-    states = {name: admit(partial(sampled, world, call), of, device) for name, (call, of) in calls.items()}
-    right = {name: call for name, (call, _) in calls.items() if states[name]["state"] == "timed"}
-    timed = compare({**right, **copying(min(setting.nbytes(), COPIED), device)}, device, seconds=SECONDS)
-    copied = 2 * min(setting.nbytes(), COPIED) / timed["copy"].median
-    return asdict(setting) | {"title": str(setting), "states": states, "copy_bandwidth": copied, "of_copy": {
-        name: share(name, setting, timed[name], copied) for name in right}, "seconds": {
-        name: timing.median for name, timing in timed.items()}}
+    calls["sdpa"] = (lambda turn: sdpa(q, k, v).transpose(1, 2)), right
+    entrants = [Entrant(name, {ATTEND: call}, partial(verdicts, world, call, of)) for name, (call, of) in calls.items()]
+    found = race([*entrants, *yardsticks(setting.nbytes(), device)], device, (ATTEND,), seconds=SECONDS)
+    return row_of("speed", setting, found[ATTEND])
 
 
-def share(name: str, setting: Setting, timing: Timing, copied: float) -> float:
-    """Of a copy's bandwidth."""
-    return setting.nbytes() / (2 if "fp8" in name else 1) / timing.median / copied
+def row_of(part: str, setting: Setting, found: Outcome) -> Row:
+    return {"part": part, "case": f"{setting}, {part}", "setting": asdict(setting) | {"mode": ATTEND}, **found}
 
 
 def attend(world: World, cache: Any, sequences: list[int] | None, backend: str) -> Callable[[int], Tensor]:
@@ -142,22 +139,14 @@ def configured(config: Config) -> Iterator[None]:
 
 @torch.inference_mode()
 def tune(setting: Setting, device: torch.device) -> Row:
-    """Seconds of each variant that is right."""
+    """A row whose contenders are the variants, the table's first."""
     world = World(setting, device)
-    gate = gate_of(world, 0)
-    call = attend(world, world.cache, None, "hopper")
-    found: dict[str, Callable[[int], Tensor]] = {}
-    failed = {}
+    right, call = expected(world, 0), attend(world, world.cache, None, "hopper")
+    entrants = []
     for config in candidates(setting.head_dim):
         one = in_variant(config, call)
-        state = admit(partial(sampled, world, one), gate, device)
-        if state["state"] == "timed":
-            found[str(tuple(config))] = one
-        else:
-            failed[str(tuple(config))] = state["reason"]
-    timed = compare(found, device, seconds=SECONDS) if found else {}
-    return {"title": str(setting), "head_dim": setting.head_dim, "failed": failed,
-            "seconds": {name: timing.median for name, timing in timed.items()}}
+        entrants.append(Entrant(str(tuple(config)), {ATTEND: one}, partial(verdicts, world, one, right)))
+    return row_of("variants", setting, race(entrants, device, (ATTEND,), seconds=SECONDS)[ATTEND])
 
 
 def in_variant(config: Config, call: Callable[[int], Tensor]) -> Callable[[int], Tensor]:
@@ -170,37 +159,36 @@ def in_variant(config: Config, call: Callable[[int], Tensor]) -> Callable[[int],
 
 # ---- the command ------------------------------------------------------------------------------------------------------------
 
-def lines(result: Row) -> list[str]:
+def lines(result: dict[str, Any]) -> list[str]:
+    """What is right, the speeds, and for each tuned setting the best variant as a row of the table."""
     found = [f"{result['right']} of {len(CASES) * len(DTYPES)} cases right, each {result['repeats'] + 1} times"]
     found += [f"{name}: {words}"[:160] for name, words in result["failures"].items()]
+    found += table.lines([row for row in result["rows"] if row["part"] == "speed"])
     for row in result["rows"]:
-        shares = ", ".join(f"{name} {of:.2f}" for name, of in row["of_copy"].items())
-        found.append(f"{row['title']}: of a copy's {row['copy_bandwidth'] / 1e12:.2f} TB/s {shares}")
-        found += [f"  {name}: {state['state']}: {state['reason']}"[:126] for name, state in row["states"].items()
-                  if state["state"] != "timed"]
-    for row in result["tuned"]:
-        if row["seconds"]:
-            best = min(row["seconds"], key=lambda name: row["seconds"][name])
-            shipped = row["seconds"].get(str(tuple(configs.table()["decode", row["head_dim"], row["head_dim"], "plain"])))
-            found.append("\t".join(["decode", *[str(row["head_dim"])] * 2, "plain", *best.strip("()").split(", ")])
-                         + ("" if shipped is None else f"   {shipped / row['seconds'][best]:.2f} times the table's speed"))
+        seconds = {name: x["seconds"] for name, x in row["contenders"].items() if "seconds" in x}
+        if row["part"] == "variants" and seconds:
+            best, head_dim = min(seconds, key=lambda name: seconds[name]), str(row["setting"]["head_dim"])
+            shipped = seconds.get(next(iter(row["contenders"])))
+            found.append("\t".join(["decode", head_dim, head_dim, "plain", *best.strip("()").split(", ")])
+                         + ("" if shipped is None else f"   {shipped / seconds[best]:.2f} times the table's speed"))
     return found
 
 
 def run(device: torch.device, *, seconds: float, repeats: int, out: Path | None = None,
-        progress: Callable[[str], None] = lambda words: None) -> Row:
+        progress: Callable[[str], None] = lambda words: None) -> dict[str, Any]:
     """Correctness for at most half of the time, then speed; written as it goes."""
     begin = time.monotonic()
-    result: Row = record.stamp() | {"right": 0, "repeats": repeats, "failures": {}, "rows": [], "tuned": [], "lines": []}
+    head = record.new("hopper decoding", device.type, False)
+    result: dict[str, Any] = {**head, "right": 0, "repeats": repeats, "failures": {}}
     check(result, device, begin + seconds / 2, repeats, progress)
-    for key, measured, settings in (("rows", measure, SETTINGS), ("tuned", tune, TUNED)):
-        for setting in settings:
-            if time.monotonic() > begin + seconds:
-                break
-            progress(f"{setting}")
-            result[key].append(measured(setting, device))
-            result["lines"] = lines(result)
-            record.write(out, result)
+    for measured, setting in [*((measure, s) for s in SETTINGS), *((tune, s) for s in TUNED)]:
+        if time.monotonic() > begin + seconds:
+            break
+        progress(f"{setting}")
+        result["rows"].append(measured(setting, device))
+        result["lines"] = lines(result)
+        record.write(out, result)
+    result["complete"] = len(result["rows"]) == len(SETTINGS) + len(TUNED)
     result["lines"] = lines(result)
     record.write(out, result)
     return result
@@ -208,7 +196,7 @@ def run(device: torch.device, *, seconds: float, repeats: int, out: Path | None 
 
 def warm(device: torch.device, text: str) -> None:
     """Compiles one slice of what is needed, by running it; errors are left to `run`."""
-    calls = [partial(draw(case, DTYPES[0], device).run, "hopper") for case in CASES]
+    calls: list[Callable[[], object]] = [partial(draw(case, DTYPES[0], device).run, "hopper") for case in CASES]
     calls += [partial(measure, setting, device) for setting in SETTINGS] + [partial(tune, setting, device) for setting in TUNED]
     for call in part(calls, text):
         try:

@@ -2,7 +2,7 @@
 
     python -m tilewise.bench.hopper.tuning --head-dims 128 [--out FILE] [--seconds 120]
 
-A variant must give what the table's own gives. The last lines printed are rows for `backends/hopper/configs.tsv`.
+A variant must give what the table's own gives; peers are held to the tolerance rule by `tilewise.bench attention`. The last lines printed are rows for `backends/hopper/configs.tsv`.
 """
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,17 @@ from tilewise.backends import Needs
 from tilewise.backends.hopper import configs, launch
 from tilewise.backends.hopper.configs import Config
 from tilewise.bench import record
+from tilewise.bench.attention import rates
+from tilewise.bench.contest import BACKWARD, FORWARD, Entrant, race
 from tilewise.bench.peers import discover
-from tilewise.bench.run import WORK, Shape
-from tilewise.bench.timing import Timing, alive, compare, finish
-from tilewise.bench.tuning import CHANNELS, LENGTHS, TOKENS, deviation, geometric_mean
+from tilewise.bench.record import Row
+from tilewise.bench.shapes import Shape
+from tilewise.bench.timing import finish
+from tilewise.bench.tolerance import Verdict
+from tilewise.bench.tuning import CHANNELS, LENGTHS, TOKENS, best, deviation
 from tilewise.problem import Problem, make
 
+Run = Callable[[], Sequence[torch.Tensor]]
 SECONDS = 1.5                           # for one kernel at one length, all variants and peers together
 PEERS = ("sdpa cudnn", "sdpa flash", "flex")
 CONSUMERS = {2: (240, 24), 3: (160, 32)}        # registers of a consumer's thread and of the producer's, by warpgroups
@@ -69,9 +75,9 @@ def configured(kernel: str, config: Config) -> Iterator[None]:
         launch.choose = table
 
 
-def measure(shape: Shape, device: torch.device) -> Iterator[dict[str, Any]]:
-    """A row for the forward kernel, one for each pass of the backward, with dQ added in any order, then repeatable: seconds of
-    all of the forward or backward by variant of this kernel and by peer, what came of the others."""
+def measure(shape: Shape, device: torch.device) -> Iterator[Row]:
+    """A row for the forward kernel, one for each pass of the backward, with dQ added in any order, then repeatable: the time of
+    all of the forward or backward, by variant of this kernel and by peer."""
     q, k, v, dout = shape.draw(device, 0)
     problem, x = make(*(t.detach() for t in (q, k, v)), causal=shape.causal)
     out, lse = launch.forward(problem, x)
@@ -79,53 +85,40 @@ def measure(shape: Shape, device: torch.device) -> Iterator[dict[str, Any]]:
     outs = {name: attend(q, k, v, shape.causal) for name, attend in peers.items()}
     repeatable = replace(problem, settings=problem.settings._replace(deterministic=True))
 
-    def backward(asked: Problem) -> Callable[[], Sequence[torch.Tensor]]:
+    def backward(asked: Problem) -> Run:
         return lambda: launch.backward(asked, x, out, lse, dout.transpose(1, 2), None, Needs(False, False))[:3]
 
-    runs: dict[str, Callable[[], Sequence[torch.Tensor]]] = {"forward": lambda: launch.forward(problem, x)}
+    runs: dict[str, Run] = {"forward": lambda: launch.forward(problem, x)}
     runs |= {kernel: backward(asked) for asked in (problem, repeatable) for kernel in configs.passes(asked)}
-    of_peers: dict[str, Callable[[str], object]] = {
-        "forward": lambda name: peers[name](q, k, v, shape.causal),
-        "backward": lambda name: torch.autograd.grad(outs[name], (q, k, v), dout, retain_graph=True)}
+    of_peers: dict[str, Callable[[str, int], object]] = {
+        FORWARD: lambda name, turn: peers[name](q, k, v, shape.causal),
+        BACKWARD: lambda name, turn: torch.autograd.grad(outs[name], (q, k, v), dout, retain_graph=True)}
     for kernel, run in runs.items():
-        direction = "forward" if kernel == "forward" else "backward"
-        shipped = configs.table().get((kernel, shape.head_dim, shape.head_dim, "plain"))
-        if shipped is None:
-            continue
-        right, failed = verified(kernel, shape.head_dim, run, device)
-        calls: dict[str, Callable[[int], object]] = {str(tuple(config)): in_variant(kernel, config, run) for config in right}
-        calls |= {name: in_turn(of_peers[direction], name) for name in peers}
-        found: Mapping[str, Timing] = compare(calls, device, seconds=SECONDS) if right else {}
-        yield {"kernel": kernel, "head_dim": shape.head_dim, "causal": shape.causal, "seqlen": shape.seqlen, "failed": failed,
-               "shipped": str(tuple(shipped)),
-               "seconds": {name: timing.median for name, timing in found.items()},
-               "tflops": {name: WORK[direction] * shape.flops() / timing.median / 1e12 for name, timing in found.items()}}
+        mode = FORWARD if kernel == "forward" else BACKWARD
+        if (kernel, shape.head_dim, shape.head_dim, "plain") in configs.table():
+            entrants = [*variants(kernel, shape.head_dim, mode, run, device),
+                        *(Entrant(name, {mode: partial(of_peers[mode], name)}, list) for name in peers)]
+            found = race(entrants, device, (mode,), seconds=SECONDS, rates=partial(rates, shape))
+            setting = asdict(shape) | {"mask": shape.mask, "mode": mode}
+            yield {"part": kernel, "case": f"{kernel} {shape}", "setting": setting, **found[mode]}
 
 
-def verified(kernel: str, head_dim: int, run: Callable[[], Sequence[torch.Tensor]],
-             device: torch.device) -> tuple[list[Config], dict[str, str]]:
-    """The variants that give the first one's results, and what came of the others."""
-    right, failed, reference = [], {}, None
-    for config in candidates(kernel, head_dim):
-        try:
-            with configured(kernel, config):
-                found = [t.clone() for t in run()]
-            finish(device)
-        except Exception as error:  # a variant that does not compile or fit is a result
-            failed[str(tuple(config))] = record.words(error)
-            if not alive(device):
-                raise
-            continue
-        reference = reference or found
-        off = max(map(deviation, found, reference))
-        if off < 1:
-            right.append(config)
-        else:
-            failed[str(tuple(config))] = f"results differ: {off:.2g} times what is allowed"
-    return right, failed
+def variants(kernel: str, head_dim: int, mode: str, run: Run, device: torch.device) -> list[Entrant]:
+    """The table's variant first; the others must give its results."""
+    reference: list[torch.Tensor] = []
+
+    def check(config: Config) -> Sequence[Verdict]:
+        with configured(kernel, config):
+            found = [t.clone() for t in run()]
+        finish(device)
+        reference.extend([] if reference else found)
+        return [Verdict("results", max(map(deviation, found, reference)), 1.0)]
+
+    return [Entrant(str(tuple(config)), {mode: in_variant(kernel, config, run)}, partial(check, config))
+            for config in candidates(kernel, head_dim)]
 
 
-def in_variant(kernel: str, config: Config, run: Callable[[], object]) -> Callable[[int], object]:
+def in_variant(kernel: str, config: Config, run: Run) -> Callable[[int], object]:
     def call(turn: int) -> None:
         with configured(kernel, config):
             run()
@@ -133,27 +126,19 @@ def in_variant(kernel: str, config: Config, run: Callable[[], object]) -> Callab
     return call
 
 
-def in_turn(run: Callable[[str], object], name: str) -> Callable[[int], object]:
-    return lambda turn: run(name)
-
-
-def lines(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def lines(rows: Sequence[Row]) -> list[str]:
     """For each shape the best variant beside the peers; then the table's rows that are best on the whole."""
-    found, best = [], []
-    for r in rows:
-        ours = {name: rate for name, rate in r["tflops"].items() if name.startswith("(")}
+    found = []
+    for row in rows:
+        rates = {name: x["tflops"] for name, x in row["contenders"].items() if "tflops" in x}
+        ours = {name: rate for name, rate in rates.items() if name.startswith("(")}
         if ours:
-            name = max(ours, key=lambda name: ours[name])
-            peers = ", ".join(f"{peer} {r['tflops'][peer]:.0f}" for peer in PEERS if peer in r["tflops"])
-            found.append(f"{r['kernel']} d{r['head_dim']} {r['seqlen'] // 1024}k {'causal' if r['causal'] else 'full'}: "
-                         f"{ours[name]:.0f} TFLOP/s by {name}, the table's {ours.get(r['shipped'], math.nan):.0f}; {peers}")
-    for kernel, head_dim in dict.fromkeys((r["kernel"], r["head_dim"]) for r in rows):
-        group = [r["seconds"] for r in rows if (r["kernel"], r["head_dim"]) == (kernel, head_dim)]
-        common = [name for name in group[0] if name.startswith("(") and all(name in seconds for seconds in group)]
-        if common:
-            name = min(common, key=lambda name: geometric_mean([seconds[name] for seconds in group]))
-            best.append("\t".join([kernel, str(head_dim), str(head_dim), "plain", *name.strip("()").split(", ")]))
-    return found + best
+            name, shipped = max(ours, key=lambda name: ours[name]), next(iter(row["contenders"]))
+            peers = ", ".join(f"{peer} {rates[peer]:.0f}" for peer in PEERS if peer in rates)
+            found.append(f"{row['case']}: {ours[name]:.0f} TFLOP/s by {name}, the table's {ours.get(shipped, math.nan):.0f}; "
+                         f"{peers}")
+    return found + ["\t".join([kernel, str(head_dim), str(head_dim), "plain", *name.strip("()").split(", ")])
+                    for kernel, head_dim, name, _, _ in best(rows) if name]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -163,7 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=300, help="begin no further shape after so long")
     options = parser.parse_args(arguments)
     device, deadline = torch.device("cuda"), time.monotonic() + options.seconds
-    result: dict[str, Any] = record.stamp() | {"rows": [], "lines": []}
+    result = record.new("hopper tuning", "cuda", False)
     for head_dim, seqlen, causal in itertools.product(options.head_dims, LENGTHS, (True, False)):
         if time.monotonic() > deadline:
             break
@@ -173,6 +158,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             result["rows"].append(row)
             result["lines"] = lines(result["rows"])
             record.write(options.out, result)
+    record.write(options.out, {**result, "complete": time.monotonic() <= deadline})
     print("\n".join(result["lines"]))
 
 

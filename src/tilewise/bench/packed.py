@@ -5,8 +5,6 @@ right: under a causal mask no query sees the padding behind it, so that is_causa
 """
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,12 +15,15 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import tilewise as tw
-from tilewise.bench.serving.contest import Found, Gate, Row, admit, ratio, summaries, why
-from tilewise.bench.timing import Call, Timing, compare
+from tilewise.bench.contest import BOTH, FORWARD, PASSES, Bars, Entrant, Outcome, race
+from tilewise.bench.gate import Expected, Found
+from tilewise.bench.peers import CUDA_ONLY, function_of
+from tilewise.bench.suite import Trial
+from tilewise.bench.tolerance import Verdict
 from tilewise.packing import cu_seqlens, pad, unpad
 
-MODES = "forward", "both"
-PROMISED = 1.5          # times the forward pass of SDPA on the padded batch, on the CPU
+BARS = {(FORWARD, "sdpa padded"): 1.5}
+FORWARD_ONLY = "its backward tells no more, and takes long"
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,6 @@ class Setting:
     longest: int = 4096
     dtype: str = "bfloat16"
     seconds: float = 3.0
-    promised: float | None = None
 
     def lengths(self) -> list[int]:
         share = torch.rand(self.sequences, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -51,7 +51,16 @@ def settings(device: torch.device, quick: bool = False) -> list[Setting]:
         return [Setting(4, causal, 2, longest=256, dtype="float32", seconds=1.0) for causal in (False, True)]
     if device.type == "cuda":
         return [Setting(32, causal) for causal in (True, False)]
-    return [Setting(16, causal, 2, dtype="float32", seconds=20.0, promised=PROMISED) for causal in (False, True)]
+    return [Setting(16, causal, 2, dtype="float32", seconds=20.0) for causal in (False, True)]
+
+
+def trial(setting: Setting, device: torch.device, *, part: str = "packed", modes: tuple[str, ...] = PASSES,
+          only: Sequence[str] | None = None, bars: Bars | None = None) -> Trial:
+    """only: those that take part beside ours."""
+    lengths = setting.lengths()
+    padding = 1 - sum(lengths) / (len(lengths) * max(lengths))
+    facts = asdict(setting) | {"batch": setting.sequences, "lengths": lengths, "padding": padding}
+    return Trial(part, str(setting), facts, modes, partial(measure, setting, device, modes, only, bars))
 
 
 class Inputs(NamedTuple):
@@ -95,12 +104,12 @@ class Batch:
 
 
 class Contender(NamedTuple):
-    """attend(q, k, v), of these inputs; or why it is absent. modes: the passes that are timed."""
+    """attend(q, k, v), of these inputs; or why it is absent. forward_only: why its backward is."""
     name: str
     attend: Callable[..., Tensor] | None
     inputs: Inputs
     reason: str = ""
-    modes: Sequence[str] = MODES
+    forward_only: str = ""
 
     def forward(self, turn: int) -> Tensor:
         assert self.attend is not None
@@ -109,12 +118,24 @@ class Contender(NamedTuple):
     def both(self, turn: int) -> tuple[Tensor, ...]:
         return torch.autograd.grad(self.forward(turn), self.inputs.leaves, self.inputs.dout)
 
-    def found(self, batch: Batch) -> Found:
+    def found(self, batch: Batch, gradients: bool = True) -> Found:
         """out and gradients, of the last head; as packed tensors [1, total, 1, D]."""
-        out = self.forward(0)
-        gradients = torch.autograd.grad(out, self.inputs.leaves, self.inputs.dout)
-        return {name: batch.flat(x.detach())[None, :, -1:] for name, x in zip(("out", "dq", "dk", "dv"), (out, *gradients),
-                                                                              strict=True)}
+        tensors = [self.forward(0)]
+        if gradients:
+            tensors += torch.autograd.grad(tensors[0], self.inputs.leaves, self.inputs.dout)
+        return {name: batch.flat(x.detach())[None, :, -1:] for name, x in zip(("out", "dq", "dk", "dv"), tensors, strict=False)}
+
+    def entrant(self, batch: Batch, expected: Expected, alone: bool) -> Entrant:
+        """alone: the forward pass, which keeps nothing for a backward."""
+        def check() -> Sequence[Verdict]:
+            return expected.verdicts(self.found(batch, gradients=not alone))
+
+        if self.attend is None:
+            return Entrant(self.name, reason=self.reason)
+        if alone:
+            return Entrant(self.name, {FORWARD: torch.no_grad()(self.forward)}, check)
+        return Entrant(self.name, {FORWARD: self.forward} | ({} if self.forward_only else {BOTH: self.both}), check,
+                       reason=self.forward_only)
 
 
 def contenders(batch: Batch) -> list[Contender]:
@@ -126,11 +147,10 @@ def contenders(batch: Batch) -> list[Contender]:
         Contender("sdpa padded", partial(sdpa, attn_mask=mask, is_causal=causal), batch.dense),
         Contender("sdpa in a loop", partial(in_a_loop, batch.setting.lengths(), causal), batch.packed),
         nested(batch), flash_attn(batch),
-        # The backward of these two tells no more, and takes long.
         Contender("tilewise padded", partial(tw.attention, mask=tw.key_lengths(batch.lengths), causal=causal, layout="bhsd"),
-                  batch.dense, modes=("forward",)),
+                  batch.dense, forward_only=FORWARD_ONLY),
         Contender("standard in a loop", partial(tw.attention_varlen, **varlen, backend="reference"), batch.packed,
-                  modes=("forward",))]
+                  forward_only=FORWARD_ONLY)]
 
 
 def in_a_loop(lengths: Sequence[int], causal: bool, *inputs: Tensor) -> Tensor:
@@ -142,7 +162,7 @@ def in_a_loop(lengths: Sequence[int], causal: bool, *inputs: Tensor) -> Tensor:
 def nested(batch: Batch) -> Contender:
     """torch's jagged tensors, whose kernels for packed sequences run on CUDA."""
     if batch.device.type != "cuda":
-        return Contender("sdpa nested", None, batch.packed, "it runs on CUDA only")
+        return Contender("sdpa nested", None, batch.packed, CUDA_ONLY)
 
     def attend(*inputs: Tensor) -> Tensor:
         ends = batch.cu_seqlens.long()
@@ -154,77 +174,28 @@ def nested(batch: Batch) -> Contender:
 
 
 def flash_attn(batch: Batch) -> Contender:
-    reason = "it runs on CUDA only" if batch.device.type != "cuda" else "it is not installed"
-    if batch.device.type != "cuda" or importlib.util.find_spec("flash_attn") is None:
+    function, reason = function_of("flash_attn", "flash_attn_varlen_func", batch.device)
+    if function is None:
         return Contender("flash_attn", None, batch.packed, reason)
-    try:
-        function = importlib.import_module("flash_attn").flash_attn_varlen_func
-    except Exception as error:  # as in tilewise.bench.peers
-        return Contender("flash_attn", None, batch.packed, f"{type(error).__name__}: {error}"[:200])
     return Contender("flash_attn", partial(
         function, cu_seqlens_q=batch.cu_seqlens, cu_seqlens_k=batch.cu_seqlens, max_seqlen_q=batch.longest,
         max_seqlen_k=batch.longest, causal=batch.setting.causal), batch.packed)
 
 
-def measure(setting: Setting, device: torch.device) -> Row:
-    """Forward, and forward with backward, of all contenders in turns."""
-    batch = Batch(setting, device)
-    field, gate = contenders(batch), gate_of(batch)
-    rows: dict[str, Row] = {c.name: {"state": "absent", "reason": c.reason} if c.attend is None else
-            admit(partial(c.found, batch), gate, device) for c in field}
-    calls: dict[tuple[str, str], Call] = {(c.name, mode): getattr(c, mode) for mode in MODES for c in field
-                                          if mode in c.modes and rows[c.name]["state"] == "timed"}
-    timed = compare(calls, device, seconds=setting.seconds)
-    for mode in MODES:
-        own = {name: timing for (name, what), timing in timed.items() if what == mode}
-        for name, entry in summaries(own, "tilewise").items():
-            rows[name][mode] = entry
-    return asdict(setting) | {"lengths": setting.lengths(), "padding": 1 - batch.total / (setting.sequences * batch.longest),
-                              "contenders": rows} | promise(setting, timed)
+def measure(setting: Setting, device: torch.device, modes: Sequence[str] = PASSES, only: Sequence[str] | None = None,
+            bars: Bars | None = None) -> dict[str, Outcome]:
+    """All contenders in turns."""
+    batch, alone = Batch(setting, device), tuple(modes) == (FORWARD,)
+    right = expected(batch, gradients=not alone)
+    field = [c.entrant(batch, right, alone) for c in contenders(batch) if only is None or c.name in ("tilewise", *only)]
+    return race(field, device, modes, seconds=setting.seconds, bars=bars)
 
 
-def gate_of(batch: Batch) -> Gate:
+def expected(batch: Batch, gradients: bool = True) -> Expected:
     """The right out and gradients of the last head of all sequences, by standard attention of each sequence."""
     last = [x.detach()[:, -1:] for x in batch.packed]
     attend = partial(tw.attention_varlen, cu_seqlens_q=batch.cu_seqlens, causal=batch.setting.causal, backend="reference")
-    truth, standard = (Contender("standard", attend, leaves(x.to(dtype) for x in last)).found(batch)
+    truth, standard = (Contender("standard", attend, leaves(x.to(dtype) for x in last)).found(batch, gradients)
                        for dtype in (torch.float64, last[0].dtype))
     q, k, v, _ = (x[None] for x in last)
-    return Gate(truth, standard, (q, k, v))
-
-
-def promise(setting: Setting, timed: dict[tuple[str, str], Timing]) -> Row:
-    pair = [timed.get((name, "forward")) for name in ("tilewise", "sdpa padded")]
-    if pair[0] is None or pair[1] is None:
-        return {}
-    return {"than_padded": ratio(pair[0], pair[1]) | {"promised": setting.promised}}
-
-
-# ---- the table ------------------------------------------------------------------------------------------------------------
-
-def lines(rows: Sequence[Row]) -> list[str]:
-    """A line for each contender: seconds, and how many times faster ours is."""
-    found = []
-    for row in rows:
-        found.append(f"packed, {row['sequences']} sequences of {min(row['lengths'])} to {max(row['lengths'])} "
-                     f"({row['padding']:.0%} of the padded batch is padding), H {row['heads']} D {row['head_dim']}, "
-                     f"{'causal' if row['causal'] else 'full'}")
-        found.append(f"  {'':20} {'fwd ms':>9} {'ours is times faster':>22} {'fwd+bwd ms':>12} {'times faster':>20}")
-        for name, entry in row["contenders"].items():
-            if entry["state"] != "absent":
-                found.append(f"  {name:20} " + (cells(entry) if entry["state"] == "timed" else why(entry)))
-        if (x := row.get("than_padded")) and x["promised"]:
-            found.append(f"  forward {x['median']:.2f} ({x['quartiles'][0]:.2f} to {x['quartiles'][1]:.2f}) times SDPA padded; "
-                         f"promised {x['promised']:g}")
-    return found
-
-
-def cells(entry: Row) -> str:
-    found = ""
-    for mode, widths in zip(MODES, ((9, 22), (12, 20)), strict=True):
-        if mode not in entry:
-            continue
-        x = entry[mode].get("times_faster")
-        words = f"{x['median']:.2f} ({x['quartiles'][0]:.2f}-{x['quartiles'][1]:.2f})" if x else ""
-        found += f"{1000 * entry[mode]['seconds']:>{widths[0]}.1f} {words:>{widths[1]}} "
-    return found.rstrip()
+    return Expected(truth, standard, (q, k, v))

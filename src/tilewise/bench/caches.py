@@ -1,8 +1,6 @@
 """Caches that hold the same keys and values, and what decodes with each: ours, and what a user would take instead."""
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +12,8 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 import tilewise as tw
-from tilewise.bench.serving.contest import free_bytes, gib
+from tilewise.bench.contest import free_bytes, gib
+from tilewise.bench.peers import function_of
 from tilewise.bench.timing import Call
 
 STEPS = 48              # tokens there is room for behind the context: rounds that are timed, and those before them
@@ -38,7 +37,6 @@ class Setting:
     head_dim_v: int = 128
     dtype: str = "bfloat16"
     seconds: float = 0.4
-    promised: float | None = None
 
     @property
     def v_in_k(self) -> bool:
@@ -199,14 +197,9 @@ def growing(world: World, name: str, attend: Attend, k: Tensor, v: Tensor) -> De
 
 
 def flash_attn(world: World) -> Decoder:
-    if world.device.type != "cuda":
-        return absent("flash_attn", "it runs on CUDA only")
-    if importlib.util.find_spec("flash_attn") is None:
-        return absent("flash_attn", "it is not installed")
-    try:
-        function = importlib.import_module("flash_attn").flash_attn_with_kvcache
-    except Exception as error:  # as in tilewise.bench.peers
-        return absent("flash_attn", f"{type(error).__name__}: {error}"[:200])
+    function, reason = function_of("flash_attn", "flash_attn_with_kvcache", world.device)
+    if function is None:
+        return absent("flash_attn", reason)
     k, v, start = world.cache.k, world.cache.v, world.cache.lengths.clone()
     lengths = start.clone()
 

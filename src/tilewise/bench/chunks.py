@@ -13,8 +13,12 @@ import torch
 from torch import Tensor
 
 import tilewise as tw
-from tilewise.bench.serving.contest import CHECKED, Found, Gate, Row, admit, summaries, why
-from tilewise.bench.timing import Call, compare
+from tilewise.bench.contest import FORWARD, Entrant, Outcome, race
+from tilewise.bench.decode import CHECKED
+from tilewise.bench.gate import Expected
+from tilewise.bench.suite import Trial
+from tilewise.bench.timing import Call
+from tilewise.bench.tolerance import Verdict
 
 PARENTS = -1, 0, 0, 1, 1, 2, 2, 3       # of the drafts: the node above each
 
@@ -38,9 +42,6 @@ class Setting:
                                dtype=getattr(torch, self.dtype)) for heads in (self.heads, self.kv_heads, self.kv_heads))
         return q, k, v
 
-    def __str__(self) -> str:
-        return f"prompt {self.prompt}, context {self.context}"
-
 
 def settings(device: torch.device, quick: bool = False) -> list[Setting]:
     if quick:
@@ -48,19 +49,22 @@ def settings(device: torch.device, quick: bool = False) -> list[Setting]:
     return [Setting() if device.type == "cuda" else Setting(dtype="float32", seconds=10.0)]
 
 
+def trials(setting: Setting, device: torch.device) -> list[Trial]:
+    shape = f"{setting.heads}/{setting.kv_heads}/{setting.head_dim}"
+    return [Trial("chunks", f"prompt of {setting.prompt} tokens, {shape}", asdict(setting), (FORWARD,),
+                  partial(prefill, setting, device)),
+            Trial("drafts", f"{len(PARENTS)} drafted tokens behind {setting.context}, {shape}", asdict(setting), (FORWARD,),
+                  partial(drafts, setting, device))]
+
+
 @torch.inference_mode()
-def measure(setting: Setting, device: torch.device) -> Row:
-    return asdict(setting) | {"prefill": prefill(setting, device), "drafts": drafts(setting, device)}
-
-
-def prefill(setting: Setting, device: torch.device) -> dict[str, Row]:
-    """A whole prompt by one call of attention, then into a cache in chunks of some sizes."""
+def prefill(setting: Setting, device: torch.device) -> dict[str, Outcome]:
+    """A whole prompt by one call of attention, and into a cache in chunks of some sizes."""
     q, k, v = setting.draw(setting.prompt, device)
     cache = tw.KVCache(1, setting.prompt, setting.kv_heads, setting.head_dim, dtype=q.dtype, device=device)
     calls: dict[str, Call] = {"at once": lambda turn: tw.attention(q, k, v, causal=True)}
-    for size in setting.chunks:
-        calls[f"chunks of {size}"] = partial(in_chunks, q, k, v, cache, size)
-    return race(calls, dict.fromkeys(calls, gate_of(q, k, v, tw.causal())), setting, device)
+    calls |= {f"chunks of {size}": partial(in_chunks, q, k, v, cache, size) for size in setting.chunks}
+    return contest(calls, dict.fromkeys(calls, expected(q, k, v, tw.causal())), setting, device)
 
 
 def in_chunks(q: Tensor, k: Tensor, v: Tensor, cache: tw.KVCache, size: int, turn: int) -> Tensor:
@@ -70,7 +74,8 @@ def in_chunks(q: Tensor, k: Tensor, v: Tensor, cache: tw.KVCache, size: int, tur
         q.split(size, 1), itertools.repeat(cache), k.split(size, 1), v.split(size, 1), strict=False)], 1)
 
 
-def drafts(setting: Setting, device: torch.device) -> dict[str, Row]:
+@torch.inference_mode()
+def drafts(setting: Setting, device: torch.device) -> dict[str, Outcome]:
     """Tokens that were guessed, each behind an earlier one: in one call with the tree's mask, and a token at a time."""
     q, k, v = setting.draw(setting.context + len(PARENTS), device)
     parents = torch.tensor(PARENTS, dtype=torch.int32, device=device)
@@ -87,50 +92,27 @@ def drafts(setting: Setting, device: torch.device) -> dict[str, Row]:
         return torch.cat([tw.attention_with_kv_cache(q, cache, k, v)
                           for q, k, v in zip(*(x.split(1, 1) for x in new), strict=True)], 1)
 
-    gates = {"tree": gate_of(new[0], k, v, tw.tree(parents)), "one by one": gate_of(new[0], k, v, tw.causal())}
-    return race({"tree": tree, "one by one": one_by_one}, gates, setting, device)
+    right = {"tree": expected(new[0], k, v, tw.tree(parents)), "one by one": expected(new[0], k, v, tw.causal())}
+    return contest({"tree": tree, "one by one": one_by_one}, right, setting, device)
 
 
-def gate_of(q: Tensor, k: Tensor, v: Tensor, mask: tw.Mask) -> Gate:
+def expected(q: Tensor, k: Tensor, v: Tensor, mask: tw.Mask) -> Expected:
     """The right out of some heads that share a key head."""
     heads = min(CHECKED, q.shape[2] // k.shape[2])
     inputs = q[:, :, -heads:], k[:, :, -1:], v[:, :, -1:]
     truth, standard = ({"out": tw.attention(*(x.to(dtype) for x in inputs), mask=mask, backend="reference")[:, :, -1:]}
                        for dtype in (torch.float64, q.dtype))
-    return Gate(truth, standard, inputs)
+    return Expected(truth, standard, inputs)
 
 
-def race(calls: Mapping[str, Call], gates: Mapping[str, Gate], setting: Setting, device: torch.device) -> dict[str, Row]:
-    """States and times; how many times faster the first is."""
-    rows = {name: admit(partial(last_head, call), gates[name], device) for name, call in calls.items()}
-    timed = compare({name: call for name, call in calls.items() if rows[name]["state"] == "timed"}, device,
-                    seconds=setting.seconds)
-    for name, entry in summaries(timed, next(iter(calls))).items():
-        rows[name] |= entry
-    return rows
+def contest(calls: Mapping[str, Call], right: Mapping[str, Expected], setting: Setting,
+            device: torch.device) -> dict[str, Outcome]:
+    entrants = [Entrant(name, {FORWARD: call}, partial(verdicts, call, right[name])) for name, call in calls.items()]
+    return race(entrants, device, (FORWARD,), seconds=setting.seconds)
 
 
-def last_head(call: Call) -> Found:
+def verdicts(call: Call, right: Expected) -> Sequence[Verdict]:
+    """Of the last head."""
     out = call(0)
     assert isinstance(out, Tensor)
-    return {"out": out[:, :, -1:]}
-
-
-# ---- the table ------------------------------------------------------------------------------------------------------------
-
-def lines(rows: Sequence[Row]) -> list[str]:
-    found = []
-    for row in rows:
-        shape = f"{row['heads']}/{row['kv_heads']}/{row['head_dim']}, ms"
-        for what, words in (("prefill", f"prefill of {row['prompt']} tokens"),
-                            ("drafts", f"{len(PARENTS)} drafted tokens behind {row['context']}")):
-            found.append(f"{words}, {shape}")
-            found += [f"  {name:16} " + (cells(entry) if entry["state"] == "timed" else why(entry))
-                      for name, entry in row[what].items()]
-    return found
-
-
-def cells(entry: Row) -> str:
-    x = entry.get("times_faster")
-    return f"{1000 * entry['seconds']:>9.2f}" + (f"   {x['median']:.2f} times the first's "
-                                                 f"({x['quartiles'][0]:.2f} to {x['quartiles'][1]:.2f})" if x else "")
+    return right.verdicts({"out": out[:, :, -1:]})

@@ -1,3 +1,0 @@
-from tilewise.bench.serving.run import main
-
-main()
