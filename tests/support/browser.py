@@ -28,7 +28,8 @@ class Browser:
         self.incoming, theirs_out = os.pipe()
         inside = [fcntl.fcntl(end, fcntl.F_DUPFD_CLOEXEC, 10) for end in (theirs_in, theirs_out)]     # free of 3 and 4
         options = ["--headless", "--remote-debugging-pipe", "--no-first-run", "--disable-gpu", "--disable-dev-shm-usage",
-                   "--disable-extensions", "--disable-background-networking", "--hide-scrollbars", f"--user-data-dir={self.folder}"]
+                   "--disable-extensions", "--disable-background-networking", "--hide-scrollbars",
+                   f"--user-data-dir={self.folder}"]
         options += ["--no-sandbox"] * (os.geteuid() == 0)
         nowhere = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_RDWR, 0) for fd in (0, 1, 2)]
         self.process = os.posix_spawn(path, [path, *options, "about:blank"], os.environ, setpgroup=0, file_actions=[

@@ -11,7 +11,6 @@ from tilewise.pages.words import duration, length, size
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 COLOURS = {STANDARD: ORANGE, TILEWISE: BLUE}
 MARKERS = {STANDARD: "s", TILEWISE: "o"}

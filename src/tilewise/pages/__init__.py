@@ -1,4 +1,4 @@
-"""What the pages that we write have in common: one look for screens, phones and paper, pictures as SVG inside them, numbers in words.
+"""What the pages that we write have in common: one look for screens, phones and paper, pictures as SVG, numbers in words.
 
 A page is one HTML file that asks for nothing else: no script, no font, no picture from elsewhere.
 """

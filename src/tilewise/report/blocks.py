@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 
 class Cell(NamedTuple):
-    """A table's cell. tone: "good", "bad", "published", "long" (it may take several lines) or nothing; bar: how full the bar below its text is, 0 to 1."""
+    """A table's cell. tone: "good", "bad", "published", "long" (it may take several lines) or nothing; bar: how full the bar
+    below its text is, 0 to 1."""
     text: str
     tone: str = ""
     bar: float | None = None

@@ -60,12 +60,12 @@ def curves(drawn: Sequence[Curve], look: dict[str, Look], *, x: str, y: str, wor
     """Curves over a logarithmic x. words: of numbers on the y axis; lengths: x counts tokens."""
     with styled():
         figure, axes = canvas(len(drawn) + len(guides))
-        values = [v for one in (*drawn, *guides) for _, v in one.points]
+        values = [v for points in (*(c.points for c in drawn), *(g.points for g in guides)) for _, v in points]
         low, high = min(values) / 1.5, max(values) * (1.6 if log_y else 1.08)
         for depth, one in enumerate(reversed(drawn)):       # ours on top
             style = look[one.name]
-            axes.plot(*zip(*one.points, strict=True), color=style.colour, marker=style.marker, linestyle=style.dash, markersize=6.5,
-                      linewidth=style.width, zorder=3 + depth, clip_on=False, label=title(one.name))
+            axes.plot(*zip(*one.points, strict=True), color=style.colour, marker=style.marker, linestyle=style.dash,
+                      markersize=6.5, linewidth=style.width, zorder=3 + depth, clip_on=False, label=title(one.name))
             axes.plot(one.crosses, [high] * len(one.crosses), color=style.colour, marker="x", markersize=9, markeredgewidth=2.5,
                       linestyle="none", clip_on=False)
         for guide in guides:
@@ -119,7 +119,7 @@ def roofline(points: dict[str, list[tuple[float, float]]], roofs: Sequence[Roof]
             knee = 1e3 * roof.tflops / roof.gb_per_s
             axes.loglog([left, knee, right], [left * roof.gb_per_s / 1e3, roof.tflops, roof.tflops], color=INK,
                         linestyle=DASHES[i % len(DASHES)], linewidth=1.6)
-            axes.annotate(roof.words, (right, roof.tflops), xytext=(-2, 4), textcoords="offset points", ha="right", fontsize=9.5)
+            axes.text(0.99, 0.97 - 0.07 * i, roof.words, transform=axes.transAxes, ha="right", va="top", fontsize=9.5)
         for name in reversed(list(points)):
             axes.loglog(*zip(*points[name], strict=True), color=look[name].colour, marker=look[name].marker, markersize=7,
                         linestyle="none", label=title(name))

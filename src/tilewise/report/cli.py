@@ -10,7 +10,8 @@ from tilewise.terminal import console, plain_errors
 
 
 def report(
-    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="What `tilewise bench ... --out` wrote.", show_default=False)],
+    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="What `tilewise bench ... --out` wrote.",
+                                                show_default=False)],
     out: Annotated[Path, typer.Option(help="Folder for index.html and report.md.")] = Path("report"),
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead; write nothing.")] = False,
     section: Annotated[list[str] | None, typer.Option(help="With --markdown: only this section; may be given again.",

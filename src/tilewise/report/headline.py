@@ -11,10 +11,10 @@ from tilewise.report import names
 from tilewise.report.results import Entry, File, Promise, Ratio, Row
 
 DENSE = ("attention", "cpu")            # benchmarks whose cases the speed headlines count
-RULE = ("How these numbers are chosen: a speed is the median over all attention cases of these files that both were timed in, with the "
-        "slowest and the fastest of them named; memory is taken at the longest sequence that both could do, and if several cases have "
-        "it, in the least favourable. Other implementations count only where their results are right. Ratios are taken within one "
-        "run on one machine.")
+RULE = ("How these numbers are chosen: a speed is the median over all attention cases of these files that both were timed "
+        "in, with the slowest and the fastest of them named; memory is taken at the longest sequence that both could do, "
+        "and if several cases have it, in the least favourable. Other implementations count only where their results are "
+        "right. Ratios are taken within one run on one machine.")
 
 
 class Card(NamedTuple):
@@ -44,7 +44,7 @@ class Duel(NamedTuple):
     """All comparisons with one other implementation in one benchmark on one machine, by how many times faster ours is."""
     file: File
     other: str
-    count: int
+    compared: int
     losses: list[Loss]
 
 
@@ -83,7 +83,7 @@ def memory(files: Sequence[File]) -> Card | None:
     """Standard attention's bytes over ours, at the longest length both have, where it is least."""
     found = []
     for row in (row for file in files for row in file.rows if names.length(row)):
-        other = next((e for name, e in row.entries.items() if name in names.STANDARD and e.bytes), None)
+        other = names.standard(row)
         if row.ours and row.ours.bytes and other and other.bytes:
             found.append((names.length(row) or 0, -other.bytes / row.ours.bytes, row, other.bytes, row.ours.bytes))
     if not found:
@@ -101,15 +101,15 @@ def longest(files: Sequence[File]) -> Card | None:
         for mode in {names.mode(row) for row in rows}:
             of = [row for row in rows if names.mode(row) == mode]
             ours = {names.length(row) or 0: row for row in of if row.ours and row.ours.state == "timed"}
-            theirs = {n: row.entries[s] for row in of for s in names.STANDARD if s in row.entries if (n := names.length(row) or 0)}
+            theirs = {names.length(row) or 0: entry for row in of if (entry := names.standard(row))}
             done = [n for n, e in theirs.items() if e.state == "timed"]
             if done and ours and max(ours) > max(done):
                 refused = [(n, e.reason) for n, e in sorted(theirs.items()) if e.state == "refused" and n > max(done)]
                 found += [(max(ours) / max(done), ours[max(ours)].case, max(ours), max(done), *refused[0])] if refused else []
         if found:
             times_longer, case, ours_most, theirs_most, at, reason = min(found)
-            return Card(f"{ratio(times_longer)} longer", f"sequences: {ours_most:,} tokens, the longest that was tried ({case}), against "
-                        f"{theirs_most:,}. At {at:,} standard attention was refused: {reason}.")
+            return Card(f"{ratio(times_longer)} longer", f"sequences: {ours_most:,} tokens, the longest that was tried "
+                        f"({case}), against {theirs_most:,}. At {at:,} standard attention was refused: {reason}.")
     return None
 
 
@@ -117,30 +117,31 @@ def decoding(files: Sequence[File]) -> Card | None:
     """The longest context decoded: bytes per second as a share of what the machine copies."""
     from tilewise.report.sections.decode import of_copy
 
-    rows = [(names.length(row) or 0, row, share) for file in files if file.benchmark in ("decode", "serving")
+    rows = [(names.length(row) or 0, -share, row) for file in files if file.benchmark in ("decode", "serving")
             for row in file.rows if (share := of_copy(row)) is not None]
     if not rows:
         return None
-    _, row, share = max(rows, key=lambda f: f[0])
-    return Card(f"{share:.0%} of a copy", f"is the memory bandwidth at which decoding reads its cache, at the longest context: {row.case}.")
+    _, less, row = max(rows, key=lambda f: f[:2])
+    return Card(f"{-less:.0%} of a copy", "is the memory bandwidth at which decoding reads its cache, at the longest context: "
+                f"{row.case}.")
 
 
 def duels(files: Sequence[File]) -> list[Duel]:
     """Every comparison in all benchmarks, with others and with standard attention; of each duel the losses, worst first."""
     counts: dict[tuple[str, str, str], int] = Counter()
     lost: dict[tuple[str, str, str], list[Loss]] = defaultdict(list)
-    of = {}
+    of: dict[tuple[str, str, str], File] = {}
     for file in files:
         for row in file.rows:
-            for name in row.timed():
-                if names.kind(name) in ("peer", "standard") and row.ours is not None:
+            for name, entry in row.timed().items():
+                if names.role(entry) in ("peer", "standard") and row.ours is not None:
                     key = file.benchmark, file.machine, name
                     counts[key] += 1
                     of.setdefault(key, file)
                     loss = lost_to(file, row, row.ours, name)
                     lost[key] += [loss] if loss else []
     found = [Duel(of[key], key[2], count, sorted(lost[key], key=severity)) for key, count in counts.items()]
-    return sorted(found, key=lambda duel: -len(duel.losses) / duel.count)
+    return sorted(found, key=lambda duel: -len(duel.losses) / duel.compared)
 
 
 def lost_to(file: File, row: Row, ours: Entry, name: str) -> Loss | None:

@@ -10,7 +10,6 @@ from tilewise.pages.svg import inline
 from tilewise.report.blocks import Block, Cell, Facts, Heading, Picture, Section, Table, Text
 from tilewise.report.results import STATES
 
-
 NUMBERLIKE = ("", "–", "NaN", "inf", *STATES)       # what stands where a number would
 
 
@@ -54,12 +53,15 @@ def picture(one: Picture, name: str) -> str:
 def table(one: Table) -> str:
     """In a box of its own that scrolls where the screen is narrow."""
     words = [is_words([row[i] for row in one.rows]) for i in range(len(one.head))]
-    head = "".join(f"<th scope=col{' class=w' if w else ''}>{escape(name)}</th>" for name, w in zip(one.head, words, strict=True))
+    head = "".join(f"<th scope=col{' class=w' if w else ''}>{escape(name)}</th>"
+                   for name, w in zip(one.head, words, strict=True))
     body = "\n".join("<tr>" + "".join(cell(c, i == 0, words[i]) for i, c in enumerate(row)) + "</tr>" for row in one.rows)
     caption = f"<caption>{escape(one.caption)}</caption>\n" if one.caption and not one.folded else ""
     html = (f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(one.caption)}"><table>\n{caption}'
             f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody></table></div>\n")
-    return f"<details{'' if one.detail else ' class=paper'}><summary>{escape(one.folded)}</summary>\n{html}</details>\n" if one.folded else html
+    if not one.folded:
+        return html
+    return f"<details{'' if one.detail else ' class=paper'}><summary>{escape(one.folded)}</summary>\n{html}</details>\n"
 
 
 def is_words(column: Sequence[Cell | str]) -> bool:
@@ -75,4 +77,6 @@ def cell(one: Cell | str, first: bool, words: bool) -> str:
     classes = " ".join([*["w"] * (words or found.tone == "long"), *[found.tone] * bool(found.tone)])
     bar = "" if found.bar is None else f'<span class="bar"><span style="width:{100 * found.bar:.0f}%"></span></span>'
     attributes = f' class="{classes}"' if classes else ""
-    return f"<th scope=row{attributes}>{escape(found.text)}</th>" if first else f"<td{attributes}>{escape(found.text)}{bar}</td>"
+    if first:
+        return f"<th scope=row{attributes}>{escape(found.text)}</th>"
+    return f"<td{attributes}>{escape(found.text)}{bar}</td>"

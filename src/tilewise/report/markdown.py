@@ -36,8 +36,10 @@ def block(one: Block) -> Iterator[str]:
         yield f"**{line(one.words)}**"
     elif isinstance(one, Facts):
         yield table(Table("", [one.title, ""], [list(pair) for pair in one.pairs]))
-    elif not isinstance(one, Picture) and not one.detail:
-        yield table(one)
+    else:
+        found = one.table if isinstance(one, Picture) else one
+        if not found.detail:
+            yield table(found)
 
 
 def table(one: Table) -> str:

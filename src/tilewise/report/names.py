@@ -5,10 +5,10 @@ from typing import Any
 
 from tilewise.report.results import Entry, Ratio, Row
 
-OURS = ("tilewise", "hopper", "triton", "cpu", "tiled")
+OURS = ("tilewise", "hopper", "triton", "cpu", "tiled", "pages")      # pages: a paged cache
 STANDARD = ("standard", "reference")
-RULERS = {"copy": "a copy of memory", "sum": "a sum over memory", "sgemm": "an fp32 matrix product", "matmul": "a matrix product",
-          "full": "full attention", "dense": "full attention"}
+RULERS = {"copy": "a copy of memory", "sum": "a sum over memory", "sgemm": "an fp32 matrix product", "full": "full attention",
+          "full x density": "full attention × density"}
 PLAIN = {"standard": "standard attention", "reference": "standard attention", "tilewise": "Tilewise", "flex": "FlexAttention",
          "flash_attn": "flash-attn"}
 APART = ("decode", "packed", "compiling", "butterfly", "sparse", "masks")     # parts of the CPU benchmark
@@ -18,10 +18,21 @@ DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "
 
 
 def kind(name: str) -> str:
-    """"ours", "standard", "ruler" or "peer"."""
-    if name.split()[0:1] and (name.split()[0] in OURS or name.startswith("tilewise")):
-        return "ours"
-    return "standard" if name in STANDARD else "ruler" if name in RULERS else "peer"
+    """"ours", "standard", "ruler" or "peer", by the name alone."""
+    first = name.split()[0] if name.split() else ""
+    if first in OURS or first in STANDARD:
+        return "ours" if first in OURS else "standard"
+    return "ruler" if name in RULERS else "peer"
+
+
+def role(entry: Entry) -> str:
+    """The same of an entry, whose file may call it a yardstick."""
+    return "ruler" if entry.yardstick else kind(entry.name)
+
+
+def standard(row: Row) -> Entry | None:
+    """Standard attention in a row."""
+    return next((e for e in row.entries.values() if role(e) == "standard"), None)
 
 
 def title(name: str) -> str:
@@ -35,7 +46,7 @@ def title(name: str) -> str:
 
 def peers(row: Row) -> dict[str, Entry]:
     """Other implementations that were timed, fastest first; standard attention is none of them."""
-    found = {name: e for name, e in row.timed().items() if kind(name) == "peer"}
+    found = {name: e for name, e in row.timed().items() if role(e) == "peer"}
     return dict(sorted(found.items(), key=lambda item: item[1].seconds or 0.0))
 
 
@@ -48,15 +59,11 @@ def best_peer(row: Row) -> tuple[str, Ratio] | None:
     return None
 
 
-def against_standard(row: Row) -> Ratio | None:
-    """How many times faster ours is than standard attention."""
-    return next((found for name in row.timed(*STANDARD) if (found := row.faster(name)) is not None), None)
-
-
 def best_standard(row: Row) -> tuple[str, Ratio] | None:
     """Standard attention, and how many times faster ours is."""
-    found = against_standard(row)
-    return None if found is None else (STANDARD[0], found)
+    entry = standard(row)
+    found = row.faster(entry.name) if entry else None
+    return (entry.name, found) if entry and found else None
 
 
 def is_attention(row: Row) -> bool:

@@ -48,7 +48,7 @@ def notes(files: Sequence[File]) -> list[str]:
     """What a reader must know before any number."""
     unfinished = [file.name for file in files if not file.complete]
     quick = [file.name for file in files if file.quick]
-    return [f"Unfinished: {', '.join(unfinished)} {'holds' if len(unfinished) == 1 else 'hold'} only some of the cases."] * bool(unfinished) \
+    return [f"Unfinished, with only some of the cases: {', '.join(unfinished)}."] * bool(unfinished) \
         + [f"Quick runs, on shapes too small to tell about speed: {', '.join(quick)}."] * bool(quick)
 
 
@@ -66,7 +66,7 @@ def headlines(files: Sequence[File]) -> str:
 def lost(files: Sequence[File]) -> Card:
     """In how many comparisons ours is slower, and what is promised but not met."""
     every = headline.duels(files)
-    losses, count = sum(len(duel.losses) for duel in every), sum(duel.count for duel in every)
+    losses, count = sum(len(duel.losses) for duel in every), sum(duel.compared for duel in every)
     missed, promised = len(headline.unmet(files)), sum(len(row.promises()) for file in files for row in file.rows)
     words = f"comparisons with others, in all benchmarks, are lost{': see below' if losses else ''}."
     if promised:
@@ -85,5 +85,8 @@ def contents(found: Sequence[Section]) -> str:
 
 def missing(found: Sequence[Section], files: Sequence[File]) -> str:
     """What these files say nothing about, and the command for it."""
-    items = "".join(f"<li>{escape(title)}: <code>{escape(command)}</code></li>\n" for title, command in sections.missing(found, files))
-    return f'<section id="missing">\n<h2>Not in these files</h2>\n<ul class="missing">\n{items}</ul>\n</section>\n' if items else ""
+    items = "".join(f"<li>{escape(title)}: <code>{escape(command)}</code></li>\n"
+                    for title, command in sections.missing(found, files))
+    if not items:
+        return ""
+    return f'<section id="missing">\n<h2>Not in these files</h2>\n<ul class="missing">\n{items}</ul>\n</section>\n'

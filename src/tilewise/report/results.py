@@ -11,21 +11,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-STATES = ("timed", "wrong", "refused", "absent")
+STATES = ("timed", "right", "wrong", "refused", "absent")       # right: its errors are measured, not its time
+DONE = ("timed", "right")
 QUANTITIES = ("seconds", "host_seconds", "tflops", "bytes", "gb_per_s", "share", "count", "bar")
 TAKEN = {"machine", "commit", "date", "benchmark", "device", "quick", "complete", "rows", "lines"}
 
 
 class Ratio(NamedTuple):
-    """How many times faster ours is than another: the median over rounds, and quartiles if there were rounds to pair. bar: what is
-    promised at least."""
+    """How many times faster ours is than another: the median over rounds, and quartiles if there were rounds to pair. bar: what
+    is promised at least."""
     median: float
     quartiles: tuple[float, float] | None = None
     bar: float | None = None
 
 
 class Promise(NamedTuple):
-    """A number that is held to a bar: `against` a contender at least so many times faster, without one at most so many seconds."""
+    """A number that is held to a bar: `against` a contender at least so many times faster, without one at most so many
+    seconds."""
     against: str
     found: Ratio
     bar: float
@@ -37,9 +39,9 @@ class Promise(NamedTuple):
 
 @dataclass(frozen=True)
 class Entry:
-    """One contender in one row. Seconds are medians; tflops in 10^12 FLOP/s; bytes beside inputs and outputs, at the peak; share
-    of the roofline, 0 to 1; errors by tensor [error, allowed]; count: an exact number, such as bytes of traffic; bar: seconds that
-    are promised at most."""
+    """One contender in one row. Seconds are medians; tflops in 10^12 FLOP/s; bytes beside inputs and outputs, at the peak;
+    share of the roofline, 0 to 1; errors by tensor [error, allowed]; count: an exact number, such as bytes of traffic; bar:
+    seconds that are promised at most; yardstick: what the machine can do, no other implementation."""
     name: str
     state: str
     reason: str = ""
@@ -51,6 +53,7 @@ class Entry:
     share: float | None = None
     count: float | None = None
     bar: float | None = None
+    yardstick: bool = False
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
@@ -145,10 +148,10 @@ def read(paths: Sequence[Path]) -> list[File]:
     seen: dict[tuple[str, ...], str] = {}
     for file in files:
         for row in file.rows:
-            key = (file.benchmark, file.machine, row.case)
+            key = (file.benchmark, file.machine, row.case, str(sorted(row.setting.items())))
             if seen.setdefault(key, file.name) != file.name:
-                raise Problem(f"{file.name}: {seen[key]} holds case {row.case!r} of benchmark {file.benchmark} on {file.machine} "
-                              "too: expected one measurement of each case, give one of the two files")
+                raise Problem(f"{file.name}: {seen[key]} holds case {row.case!r} of benchmark {file.benchmark} on "
+                              f"{file.machine} too: expected one measurement of each case, give one of the two files")
     return files
 
 
@@ -164,7 +167,8 @@ def read_one(path: Path) -> File:
     with_keys = reader.mapping(data, "the file")
     for name in ("benchmark", "rows", "machine"):
         if name not in with_keys:
-            raise Problem(f"{path}: expected a result of `tilewise bench --out`, with benchmark, machine and rows, got no {name!r}")
+            raise Problem(f"{path}: expected a result of `tilewise bench --out`, with benchmark, machine and rows, "
+                          f"got no {name}")
     if not reader.sequence(data["rows"], "rows"):
         raise Problem(f"{path}: expected rows, got none: nothing has been measured yet")
     rows = [reader.row(row, f"rows[{i}]") for i, row in enumerate(data["rows"])]
@@ -237,8 +241,8 @@ class Reader:
             faster[first] = faster[first]._replace(bar=self.number(bar, f"{where}: bar"))
         published = [self.published(who, one, f"{where}: published: {who}")
                      for who, one in self.mapping(data.get("published") or {}, f"{where}: published").items()]
-        return Row(str(data.get("part", "")), case, self.mapping(data.get("setting") or {}, f"{where}: setting"), entries, faster,
-                   published, str(data.get("error") or ""))
+        setting = self.mapping(data.get("setting") or {}, f"{where}: setting")
+        return Row(str(data.get("part", "")), case, setting, entries, faster, published, str(data.get("error") or ""))
 
     def entry(self, name: str, value: Any, where: str) -> Entry:
         data = self.mapping(value, where)
@@ -248,12 +252,13 @@ class Reader:
         quantities = {key: self.positive(data[key], f"{where}: {key}") if key in ("seconds", "tflops")
                       else self.number(data[key], f"{where}: {key}")
                       for key in QUANTITIES if key in data and (data[key] is not None or key == "seconds")} \
-            if state == "timed" else {}
+            if state in DONE else {}
         errors = {tensor: self.pair(pair, f"{where}: errors: {tensor}", finite=False)
                   for tensor, pair in self.mapping(data.get("errors") or {}, f"{where}: errors").items()}
         if state == "timed" and not quantities and not errors:
             raise self.refuse(where, f"seconds or another of {', '.join(QUANTITIES[1:])}, errors", "none of them")
-        return Entry(name, state, str(data.get("reason") or ""), errors=errors, **quantities)
+        return Entry(name, state, str(data.get("reason") or ""), yardstick=bool(data.get("yardstick")), errors=errors,
+                     **quantities)
 
     def ratio(self, value: Any, where: str) -> Ratio:
         data = self.mapping(value, where)

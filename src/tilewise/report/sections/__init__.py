@@ -6,7 +6,19 @@ from typing import NamedTuple
 
 from tilewise.report.blocks import Block, Section
 from tilewise.report.results import File
-from tilewise.report.sections import comparisons, decode, memory, numbers, origin, paper, promises, roofline, slower, sparse, speed
+from tilewise.report.sections import (
+    comparisons,
+    decode,
+    memory,
+    numbers,
+    origin,
+    paper,
+    promises,
+    roofline,
+    slower,
+    sparse,
+    speed,
+)
 
 
 class Kind(NamedTuple):
@@ -22,14 +34,14 @@ KINDS = [
     Kind("speed", "Speed", speed.build, "tilewise bench attention --out attention.json"),
     Kind("memory", "Memory", memory.build, "tilewise bench memory --out memory.json"),
     Kind("decode", "Decoding", decode.build, "tilewise bench decode --out decode.json"),
-    Kind("serving", "Serving: packed batches and caches", comparisons.of("serving"), "tilewise bench serving --out serving.json"),
+    Kind("serving", "Packed batches and chunks", comparisons.of("serving"), "tilewise bench serving --out serving.json"),
     Kind("sparse", "Sparse blocks", sparse.build, "tilewise bench sparse --out sparse.json"),
     Kind("masks", "Masks and score functions", comparisons.of("masks"), "tilewise bench masks --out masks.json"),
     Kind("cpu", "The CPU backend", comparisons.of("cpu"), "tilewise bench cpu --out cpu.json"),
     Kind("promises", "Promised, and met or not", promises.build, "tilewise bench cpu --out cpu.json"),
     Kind("overhead", "Overhead of a call", numbers.overhead, "tilewise bench overhead --out overhead.json"),
-    Kind("traffic", "Memory traffic against theory", numbers.traffic, "tilewise traffic --out traffic.json"),
-    Kind("roofline", "Roofline", roofline.build, "tilewise traffic --roofline --out roofline.json"),
+    Kind("traffic", "Memory traffic against theory", numbers.traffic, "tilewise traffic table --out traffic.json"),
+    Kind("roofline", "Roofline", roofline.build, "tilewise traffic roofline --device H200 --out roofline.json"),
     Kind("instructions", "Instructions", numbers.instructions, "tilewise bench instructions --out instructions.json"),
     Kind("paper", "The papers' tables", paper.build, "tilewise bench paper --out paper.json"),
     Kind("numerics", "Errors against fp64", numbers.numerics, "tilewise bench numerics --out numerics.json"),

@@ -17,7 +17,7 @@ def of(benchmark: str) -> Callable[[Sequence[File]], list[Block]]:
     """The section of one benchmark: a table for each part."""
     def of_machine(rows: list[Row]) -> list[Block]:
         found: list[Block] = []
-        rows = [row for row in rows if benchmark != "cpu" or not names.is_attention(row)]       # those have a section of their own
+        rows = [row for row in rows if benchmark != "cpu" or not names.is_attention(row)]   # those have a section
         for part, group in groupby(sorted(rows, key=order(rows)), key=lambda row: row.part):
             of = list(group)
             found += [contest(of, part or benchmark), all_times(of, f"{part or benchmark}: median times")]
@@ -36,6 +36,7 @@ def unknown(files: Sequence[File]) -> list[Block]:
     """Tables of whatever else the files hold."""
     found: list[Block] = []
     for benchmark in dict.fromkeys(file.benchmark for file in files if file.benchmark not in KNOWN):
-        found += [Heading(benchmark), Text(f"This version of Tilewise does not know benchmark `{benchmark}`: its rows as they are.")]
+        found += [Heading(benchmark), Text(f"This version of Tilewise does not know benchmark `{benchmark}`: its rows as they "
+                                           "are.")]
         found += of(benchmark)(files)
     return found

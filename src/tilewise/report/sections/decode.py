@@ -22,26 +22,26 @@ from tilewise.report.sections.shared import (
 )
 
 BENCHMARKS = ("decode",)
+INTRO = ("One new token for each sequence, attending to a cache of keys and values; one layer. Tokens per second are "
+         "sequences over that layer's time: a model has many layers, and more than attention. Nothing can read the cache "
+         "faster than memory is read; a copy of memory, measured in the same rounds, says how fast that is here.")
 
 
 def build(files: Sequence[File]) -> list[Block]:
     blocks = each_machine(files, BENCHMARKS, of_machine)
-    return blocks and [Text("One new token for each sequence, attending to a cache of keys and values; one layer. Tokens per second "
-                            "are sequences over that layer's time: a model has many layers, and more than attention. Nothing can "
-                            "read the cache faster than memory is read; a copy of memory, measured in the same rounds, says how "
-                            "fast that is here."), *blocks]
+    return blocks and [Text(INTRO), *blocks]
 
 
 def of_machine(rows: list[Row]) -> list[Block]:
-    found = pictures(rows, key=lambda r: (names.dtype(r), head_dim(r), shape(r), r.part), value=lambda e: e.gb_per_s, words=digits,
-                     label="GB/s of the cache", log_y=False, x_label="context, tokens", guides=copy_line)
+    found = pictures(rows, key=lambda r: (names.mode(r), names.dtype(r), head_dim(r), shape(r)), value=lambda e: e.gb_per_s,
+                     words=digits, label="GB/s of the cache", log_y=False, x_label="context, tokens", guides=copy_line)
     lines: list[list[Cell | str]] = []
     for row in rows:
-        best, share = names.best_peer(row), of_copy(row)
+        best, standard, share = names.best_peer(row), names.best_standard(row), of_copy(row)
         lines.append([row.case, state(row.ours, lambda e: e.seconds, duration), tokens(row),
                       state(row.ours, lambda e: e.gb_per_s, digits), NOTHING if share is None else f"{share:.0%}",
                       names.title(best[0]) if best else NOTHING, ratio_cell(best[1] if best else None),
-                      spread(best[1] if best else None), ratio_cell(names.against_standard(row))])
+                      spread(best[1] if best else None), ratio_cell(standard[1] if standard else None)])
     head = ["case", "Tilewise", "tokens/s", "GB/s", "of a copy", "fastest other", "times faster", "quartiles", "than standard"]
     return [*found, without_empty(Table("Decoding: every case", head, lines)), all_times(rows, "Decoding: median times")]
 

@@ -27,26 +27,27 @@ def host(entry: Entry) -> float | None:
 def traffic(files: Sequence[File]) -> list[Block]:
     """Bytes between slow and fast memory."""
     def of_machine(rows: list[Row]) -> list[Block]:
+        rows = [row for row in rows if row.part != "roofline"]          # a section of its own
         drawn = pictures(rows, key=lambda r: (names.mode(r), names.dtype(r), head_dim(r), names.mask(r), grouped(r)),
                          value=lambda e: e.count, words=gigabytes, label="bytes read and written")
         counts = [row for row in rows if any(e.count for e in row.entries.values())]
         return [*drawn, counted(counts)] if counts else []
 
     found = each_machine(files, ["traffic"], of_machine)
-    return found and [Text("Bytes that attention moves between slow memory and fast: as counted in our kernels, as the closed form "
-                           "says, and as papers print them."), *found]
+    return found and [Text("Bytes that attention moves between slow memory and fast: as counted in our kernels, as the closed "
+                           "form says, and as papers print them."), *found]
 
 
 def counted(rows: Sequence[Row]) -> Table:
     """Every count, what is published, and the first over the second: what is counted over what is predicted."""
-    who, printed = list(dict.fromkeys(name for row in rows for name in row.entries)), list(dict.fromkeys(p.who for row in rows for p in row.published if p.bytes))
+    who = list(dict.fromkeys(name for row in rows for name in row.entries))
+    printed = list(dict.fromkeys(p.who for row in rows for p in row.published if p.bytes))
     lines: list[list[Cell | str]] = []
     for row in rows:
         counts = [row.entries[n].count if n in row.entries else None for n in who]
         published = {p.who: p.bytes for p in row.published}
         first, second = (*counts, None)[:2]
-        lines.append([row.case, *(gigabytes(c) if c else NOTHING for c in counts),
-                      *(gigabytes(published[p]) if published.get(p) else NOTHING for p in printed),
+        lines.append([row.case, *(gigabytes(c) if c else NOTHING for c in [*counts, *(published.get(p) for p in printed)]),
                       f"{first / second:.3f}" if first and second else NOTHING])
     head = ["case", *map(names.title, who), *(f"{p} (published)" for p in printed), " ÷ ".join(map(names.title, who[:2]))]
     return Table("Traffic: every case", head, lines)
@@ -80,7 +81,8 @@ def errors(rows: Sequence[Row]) -> Table:
     for row in rows:
         tensors = dict.fromkeys(t for e in row.entries.values() for t in e.errors)
         for tensor in tensors:
-            lines.append([f"{row.case}, {tensor}", *(error(row.entries.get(name), tensor) for name in who), allowed(row, tensor)])
+            lines.append([f"{row.case}, {tensor}", *(error(row.entries.get(name), tensor) for name in who),
+                          allowed(row, tensor)])
     return Table("Largest errors", ["case, result", *map(names.title, who), "allowed"], lines)
 
 

@@ -6,11 +6,12 @@ from collections.abc import Mapping, Sequence
 
 from tilewise.report import names
 from tilewise.report.blocks import Block, Cell, Facts, Table, Text
-from tilewise.report.results import File
+from tilewise.report.results import DONE, File
 from tilewise.report.sections.shared import machines
 
-FEW = 3                 # cases that are named one by one
-DRAWN = ("roofs",)      # what sections of their own show
+FEW = 3         # cases that are named one by one
+INTRO = ("Before it is timed, each contender's results are held to the tolerance rule on the same inputs. Wrong: they "
+         "missed it. Refused: it raised, for example for want of memory. Absent: it is not there on this machine.")
 
 
 def refused(files: Sequence[File]) -> list[Block]:
@@ -22,7 +23,7 @@ def refused(files: Sequence[File]) -> list[Block]:
             if row.error:
                 found[file.machine, "all", "failed", row.error].append(row.case)
             for name, entry in row.entries.items():
-                if entry.state != "timed":
+                if entry.state not in DONE:
                     found[file.machine, names.title(name), entry.state, entry.reason].append(row.case)
     if not found:
         return []
@@ -30,11 +31,9 @@ def refused(files: Sequence[File]) -> list[Block]:
     lines: list[list[Cell | str]] = []
     for (machine, who, state, reason), cases in sorted(found.items(), key=lambda item: weight[item[0][2]]):
         where = "; ".join(cases) if len(cases) <= FEW else f"{len(cases)} cases, from {cases[0]} to {cases[-1]}"
-        lines.append([who, *[machine] * several, Cell(state, "bad" if state in ("wrong", "failed") else ""), Cell(reason, "long"),
-                      Cell(where, "long")])
-    return [Text("Before it is timed, each contender's results are held to the tolerance rule on the same inputs. Wrong: they missed "
-                 "it. Refused: it raised, for example for want of memory. Absent: it is not there on this machine."),
-            Table("Not timed", ["contender", *["machine"] * several, "state", "reason", "cases"], lines)]
+        lines.append([who, *[machine] * several, Cell(state, "bad" if state in ("wrong", "failed") else ""),
+                      Cell(reason, "long"), Cell(where, "long")])
+    return [Text(INTRO), Table("Not timed", ["contender", *["machine"] * several, "state", "reason", "cases"], lines)]
 
 
 def build(files: Sequence[File]) -> list[Block]:
@@ -48,7 +47,7 @@ def build(files: Sequence[File]) -> list[Block]:
     found: list[Block] = [Table("Files", ["file", "benchmark", "machine", "cases", "date (UTC)", "commit", "state"], lines)]
     for machine, of in machines(files).items():
         for group in alike(of):
-            facts = [*group[0].facts.items(), *((k, said(v)) for k, v in group[0].others.items() if k not in DRAWN)]
+            facts = [*group[0].facts.items(), *((k, said(v)) for k, v in group[0].others.items())]
             names_of = [("Files", ", ".join(file.name for file in group))] if len(files) > 1 else []
             found.append(Facts(machine, [*names_of, *((k, v) for k, v in facts if v)]))
     return found
@@ -58,7 +57,7 @@ def alike(files: Sequence[File]) -> list[list[File]]:
     """Files of one machine, those that say the same of it together."""
     groups: dict[str, list[File]] = defaultdict(list)
     for file in files:
-        groups[str([sorted(file.facts.items()), sorted((k, str(v)) for k, v in file.others.items() if k not in DRAWN)])].append(file)
+        groups[str([sorted(file.facts.items()), sorted((k, str(v)) for k, v in file.others.items())])].append(file)
     return list(groups.values())
 
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import groupby
+from operator import attrgetter
 
 from tilewise.pages.words import digits, duration, size
 from tilewise.report import names
@@ -11,11 +12,13 @@ from tilewise.report.results import File, Published, Row
 from tilewise.report.sections.comparisons import order
 from tilewise.report.sections.shared import NOTHING, each_machine, everyone, state
 
+INTRO = ("Columns in italics are the papers' own numbers, from other hardware: they show the shape of a result, and no "
+         "ratio to them means anything.")
+
 
 def build(files: Sequence[File]) -> list[Block]:
     blocks = each_machine(files, ["paper"], of_machine)
-    return blocks and [Text("Columns in italics are the papers' own numbers, from other hardware: they show the shape of a result, and no "
-                            "ratio to them means anything."), *blocks]
+    return blocks and [Text(INTRO), *blocks]
 
 
 def of_machine(rows: list[Row]) -> list[Block]:
@@ -27,12 +30,8 @@ def table(rows: Sequence[Row], part: str) -> Table:
     who = everyone(rows)
     printed = list(dict.fromkeys((p.who, p.hardware) for row in rows for p in row.published))
     unit = next((p for row in rows for p in row.published), Published("", "", seconds=1.0))
-    if unit.tflops:
-        value, words = (lambda e: e.tflops), digits
-    elif unit.bytes:
-        value, words = (lambda e: e.bytes), size
-    else:
-        value, words = (lambda e: e.seconds), duration
+    quantity, words = ("tflops", digits) if unit.tflops else ("bytes", size) if unit.bytes else ("seconds", duration)
+    value = attrgetter(quantity)
     lines: list[list[Cell | str]] = []
     for row in rows:
         published = {(p.who, p.hardware): p for p in row.published}

@@ -1,49 +1,78 @@
-"""The roofline: how much a device could do for the bytes that a case moves, and how much each contender did."""
+"""The roofline: what a device could do for the bytes that a case moves (`tilewise traffic roofline`), and what was measured."""
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from functools import partial
+from typing import Any
 
+from tilewise.pages.words import digits, duration
 from tilewise.report import charts, names
-from tilewise.report.blocks import Block, Heading, Picture, Table, Text
+from tilewise.report.blocks import Block, Cell, Heading, Picture, Table, Text
 from tilewise.report.charts import Roof
-from tilewise.report.results import File
-from tilewise.report.sections.shared import machines
+from tilewise.report.results import Entry, File, Row
+
+PART, MODEL = "roofline", "least time, by the model"
+NEEDED = ("device", "peak", "bandwidth", "intensity", "flops")
+INTRO = ("The sloped line is what memory allows, the level one what the arithmetic units allow (Williams, Waterman and "
+         "Patterson 2009). The least time of a case is a model's; how far below it a measured point lies is what is left "
+         "to gain.")
 
 
 def build(files: Sequence[File]) -> list[Block]:
-    found: list[Block] = []
-    for machine, of in machines(files).items():
-        roofs = [roof for file in of for roof in roofs_of(file)]
-        points: dict[str, list[tuple[float, float]]] = defaultdict(list)
-        lines = []
-        for row in (row for file in of for row in file.rows):
-            intensity = row.setting.get("flop_per_byte")
-            if isinstance(intensity, (int, float)) and intensity > 0:
-                for name, entry in row.entries.items():
-                    if entry.tflops:
-                        points[name].append((float(intensity), entry.tflops))
-                        lines.append([f"{row.case}, {names.title(name)}", f"{intensity:.3g}", f"{entry.tflops:.3g}",
-                                      f"{entry.tflops / reach(roofs, intensity):.0%}" if roofs else ""])
-        if points and roofs:
-            table = Table("Roofline", ["case", "FLOP per byte", "TFLOP/s", "of the roof"], lines, "The numbers", detail=True)
-            words = f"{len(lines)} points below the roofs of {machine}: " + "; ".join(r.words for r in roofs)
-            found += [Heading(machine), Picture("", words, partial(charts.roofline, dict(points), roofs, charts.looks(list(points))),
-                                                table)]
-    return found and [Text("The sloped line is what memory allows, the level one what the arithmetic units allow; a case's distance "
-                           "below them is what is left (Williams, Waterman and Patterson 2009)."), *found]
+    modelled: dict[str, list[Row]] = defaultdict(list)
+    for file in files:
+        for row in file.rows:
+            if row.part == PART and all(row.setting.get(name) for name in NEEDED):
+                modelled[str(row.setting["device"])].append(row)
+    found = [block for device, rows in modelled.items() for block in of_device(device, rows, files)]
+    return found and [Text(INTRO), *found]
 
 
-def roofs_of(file: File) -> list[Roof]:
-    """Of a file's `roofs`: {words: {"tflops": ..., "gb_per_s": ...}}."""
-    roofs = file.others.get("roofs")
-    if not isinstance(roofs, Mapping):
-        return []
-    return [Roof(str(words), float(roof["tflops"]), float(roof["gb_per_s"])) for words, roof in roofs.items()
-            if isinstance(roof, Mapping) and all(isinstance(roof.get(k), (int, float)) and roof[k] > 0 for k in ("tflops", "gb_per_s"))]
+def of_device(device: str, rows: Sequence[Row], files: Sequence[File]) -> list[Block]:
+    points: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    lines: list[list[Cell | str]] = []
+    for row in rows:
+        setting, least = row.setting, row.ours.seconds if row.ours else None
+        if not least:
+            continue
+        points[MODEL].append((setting["intensity"], setting["flops"] / least / 1e12))
+        entry = measured(row, device, files)
+        seconds = entry.seconds if entry else None
+        if entry and seconds:
+            points[entry.name].append((setting["intensity"], setting["flops"] / seconds / 1e12))
+        lines.append([f"{names.title(row.case)}, {case(row)}", digits(setting["intensity"]), str(setting.get("bound", "")),
+                      duration(least), duration(seconds) if seconds else "–", f"{least / seconds:.0%}" if seconds else "–"])
+    first = rows[0].setting
+    roof = Roof(f"{device}: {first['peak'] / 1e12:,.0f} TFLOP/s, {first['bandwidth'] / 1e9:,.0f} GB/s", first["peak"] / 1e12,
+                first["bandwidth"] / 1e9)
+    words = f"{len(lines)} cases below the roof of {roof.words}"
+    table = Table(f"Roofline of {device}", ["case", "FLOP per byte", "bound by", "least time", "measured", "of the roof"],
+                  lines, "The numbers")
+    draw = partial(charts.roofline, dict(points), [roof], charts.looks(list(points)))
+    return [Heading(device), Picture("", words, draw, table)]
 
 
-def reach(roofs: Sequence[Roof], intensity: float) -> float:
-    """The highest TFLOP/s that the roofs allow at an intensity."""
-    return max(min(roof.tflops, intensity * roof.gb_per_s / 1e3) for roof in roofs)
+def measured(row: Row, device: str, files: Sequence[File]) -> Entry | None:
+    """The contender whose model a row is, in a row of the same setting that was measured on this device."""
+    for file in files:
+        if device in file.machine.split() or device == file.device == "cpu":
+            for other in file.rows:
+                if other.part != PART and facts(other.setting) == facts(row.setting) and names.is_attention(other):
+                    entry = names.standard(other) if names.kind(row.case) == "standard" else other.ours
+                    if entry and entry.seconds:
+                        return entry
+    return None
+
+
+def facts(setting: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two rows of the same case agree in, whatever their settings call it."""
+    heads, mask = setting.get("heads"), setting.get("mask") or ("causal" if setting.get("causal") else "full")
+    return (setting.get("batch"), setting.get("seqlen") or setting.get("seqlen_q"), heads, setting.get("kv_heads") or heads,
+            setting.get("head_dim"), setting.get("dtype"), mask, setting.get("mode"))
+
+
+def case(row: Row) -> str:
+    """A setting in words."""
+    batch, seqlen, heads, _, head_dim, dtype, mask, mode = facts(row.setting)
+    return f"B {batch} N {seqlen} H {heads} D {head_dim} {dtype} {mask} {mode}"

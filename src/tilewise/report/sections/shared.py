@@ -10,7 +10,7 @@ from tilewise.pages.words import duration, length, ratio
 from tilewise.report import charts, names
 from tilewise.report.blocks import Block, Cell, Heading, Picture, Table
 from tilewise.report.charts import Curve, Guide, Words
-from tilewise.report.results import Entry, File, Ratio, Row
+from tilewise.report.results import DONE, Entry, File, Ratio, Row
 
 NOTHING = "–"
 Value = Callable[[Entry], float | None]
@@ -57,20 +57,21 @@ def state(entry: Entry | None, value: Value, words: Words) -> Cell | str:
     """An entry's number, or why it has none."""
     if entry is None:
         return ""
-    found = value(entry) if entry.state == "timed" else None
+    found = value(entry) if entry.state in DONE else None
     if found is not None:
         return words(found)
-    return NOTHING if entry.state in ("timed", "absent") else Cell(entry.state, "bad" if entry.state == "wrong" else "")
+    return NOTHING if entry.state in (*DONE, "absent") else Cell(entry.state, "bad" if entry.state == "wrong" else "")
 
 
 def contest(rows: Sequence[Row], caption: str, folded: str = "") -> Table:
     """Each case: our time, the fastest other implementation, standard attention."""
     lines: list[list[Cell | str]] = []
     for row in rows:
-        best, standard = names.best_peer(row), names.against_standard(row)
+        best, standard = names.best_peer(row), names.best_standard(row)
         lines.append([row.case, state(row.ours, lambda e: e.seconds, duration), *rate(row),
                       Cell(f"{names.title(best[0])}, {duration(row.entries[best[0]].seconds or 0)}") if best else NOTHING,
-                      ratio_cell(best[1] if best else None), spread(best[1] if best else None), ratio_cell(standard)])
+                      ratio_cell(best[1] if best else None), spread(best[1] if best else None),
+                      ratio_cell(standard[1] if standard else None)])
     head = ["case", "Tilewise", "TFLOP/s", "fastest other", "times faster", "quartiles", "than standard"]
     return without_empty(Table(caption, head, lines, folded))
 
@@ -81,8 +82,8 @@ def rate(row: Row) -> list[str]:
 
 def without_empty(table: Table) -> Table:
     """The table without columns that say nothing."""
-    kept = [i for i in range(len(table.head))
-            if i == 0 or any((c.text if isinstance(c, Cell) else c) not in ("", NOTHING) for c in (row[i] for row in table.rows))]
+    said = [{c.text if isinstance(c, Cell) else c for c in column} - {"", NOTHING} for column in zip(*table.rows, strict=True)]
+    kept = [i for i in range(len(table.head)) if i == 0 or said[i]]
     return Table(table.caption, [table.head[i] for i in kept], [[row[i] for i in kept] for row in table.rows],
                  table.folded, table.detail)
 
@@ -109,7 +110,7 @@ def pictures(rows: Sequence[Row], *, key: Callable[[Row], tuple[str, ...]], valu
         of = sorted(of, key=x)
         drawn = [Curve(name, [(x(r), v) for r in of if name in r.entries and (v := value(r.entries[name])) is not None],
                        [x(r) for r in of if name in r.entries and r.entries[name].state == "refused"])
-                 for name in look if names.kind(name) != "ruler"]
+                 for name in look if all(names.role(r.entries[name]) != "ruler" for r in of if name in r.entries)]
         drawn = [curve for curve in drawn if curve.points]
         if not drawn or max(len(curve.points) for curve in drawn) < 2:
             continue
@@ -117,9 +118,10 @@ def pictures(rows: Sequence[Row], *, key: Callable[[Row], tuple[str, ...]], valu
         said = f"{label} against {x_label}, {title}: " + "; ".join(
             f"{names.title(c.name)} {words(c.points[0][1])} to {words(c.points[-1][1])}" for c in drawn)
         table = Table(f"{label}, {title}", [x_label.split(",")[0], *(names.title(c.name) for c in drawn)],
-                      [[length(x(r)) if lengths else f"{x(r):.3g}", *(state(r.entries.get(c.name), value, words) for c in drawn)]
-                       for r in of], "The numbers", detail=True)
-        draw = partial(charts.curves, drawn, look, x=x_label, y=label, words=words, log_y=log_y, lengths=lengths, guides=guides(of))
+                      [[length(x(r)) if lengths else f"{x(r):.3g}",
+                        *(state(r.entries.get(c.name), value, words) for c in drawn)] for r in of], "The numbers", detail=True)
+        draw = partial(charts.curves, drawn, look, x=x_label, y=label, words=words, log_y=log_y, lengths=lengths,
+                       guides=guides(of))
         found.append(Picture(title, said, draw, table))
     return found
 

@@ -15,26 +15,30 @@ FEW = 10        # that are shown at once
 
 def build(files: Sequence[File]) -> list[Block]:
     every = duels(files)
-    count, lost = sum(duel.count for duel in every), [loss for duel in every for loss in duel.losses]
+    count, lost = sum(duel.compared for duel in every), [loss for duel in every for loss in duel.losses]
     if not count:
         return []
     if not lost:
-        return [Text(f"In none of the {count} comparisons of these files, with other implementations and with standard attention, "
-                     "is Tilewise slower.")]
+        return [Text(f"In none of the {count} comparisons of these files, with other implementations and with standard "
+                     "attention, is Tilewise slower.")]
     several = len(machines(files)) > 1
     head = ["case", *["machine"] * several, "against", "times its speed", "quartiles", "Tilewise", "the other"]
     lines = [line(loss, several) for loss in sorted(lost, key=severity)]
-    return [Text(f"In {len(lost)} of the {count} comparisons of these files, with other implementations and with standard attention, "
-                 "Tilewise is slower or does not run. Where the quartiles lie on both sides of 1, the two are about as fast."),
-            *([by_other(every, several)] if len(lost) > FEW else []),
-            Table("Slower or not run, worst first", head, lines, *([f"All {len(lost)}, worst first", True] if len(lost) > FEW else []))]
+    folded = f"All {len(lost)}, worst first" if len(lost) > FEW else ""
+    return [Text(f"In {len(lost)} of the {count} comparisons of these files, with other implementations and with standard "
+                 "attention, Tilewise is slower or does not run. Where the quartiles lie on both sides of 1, the two are "
+                 "about as fast."),
+            *([by_other(every, several)] if folded else []),
+            Table("Slower or not run, worst first", head, lines, folded, detail=bool(folded))]
 
 
 def by_other(every: Sequence[Duel], several: bool) -> Table:
     """How often, against whom."""
-    return Table("Against whom, and how often", ["against", *["machine"] * several, "benchmark", "slower in", "at worst", "where"],
-                 [[names.title(d.other), *[d.file.machine] * several, d.file.benchmark, f"{len(d.losses)} of {d.count} cases",
-                   Cell(ratio(severity(d.losses[0])) if d.losses[0].found else "not run", "bad"), Cell(d.losses[0].row.case, "long")]
+    head = ["against", *["machine"] * several, "benchmark", "slower in", "at worst", "where"]
+    return Table("Against whom, and how often", head,
+                 [[names.title(d.other), *[d.file.machine] * several, d.file.benchmark, f"{len(d.losses)} of {d.compared} cases",
+                   Cell(ratio(severity(d.losses[0])) if d.losses[0].found else "not run", "bad"),
+                   Cell(d.losses[0].row.case, "long")]
                   for d in every if d.losses])
 
 

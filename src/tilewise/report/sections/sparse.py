@@ -12,13 +12,14 @@ from tilewise.report.results import File, Row
 from tilewise.report.sections.shared import NOTHING, all_times, each_machine, head_dim, pictures, state, without_empty
 
 BENCHMARKS = ("sparse",)
+INTRO = ("Attention that keeps only some blocks of the matrix. Ideal is a cost in proportion to the share of blocks that "
+         "is kept: its line is full attention's time times that share. Cost over ideal is how many times longer it really "
+         "takes.")
 
 
 def build(files: Sequence[File]) -> list[Block]:
     blocks = each_machine(files, BENCHMARKS, of_machine)
-    return blocks and [Text("Attention that keeps only some blocks of the matrix. Ideal is a cost in proportion to the share of "
-                            "blocks that is kept: its line is full attention's time times that share. Cost over ideal is how many "
-                            "times longer it really takes."), *blocks]
+    return blocks and [Text(INTRO), *blocks]
 
 
 def of_machine(rows: list[Row]) -> list[Block]:
@@ -30,11 +31,13 @@ def of_machine(rows: list[Row]) -> list[Block]:
     for row in rows:
         full, kept = full_seconds(rows, row), density(row)
         cost = row.ours.seconds / (full * kept) if row.ours and row.ours.seconds and full and kept else None
-        lines.append([row.case, f"{kept:.1%}", state(row.ours, lambda e: e.seconds, duration), duration(full) if full else NOTHING,
+        lines.append([row.case, f"{kept:.1%}", state(row.ours, lambda e: e.seconds, duration),
+                      duration(full) if full else NOTHING,
                       ratio(full / row.ours.seconds) if full and row.ours and row.ours.seconds else NOTHING,
                       f"{cost:.2f}" if cost else NOTHING])
     head = ["case", "kept", "Tilewise", "full attention", "times faster than full", "cost over ideal"]
-    return [*found, without_empty(Table("Sparse blocks: every case", head, lines)), all_times(rows, "Sparse blocks: median times")]
+    return [*found, without_empty(Table("Sparse blocks: every case", head, lines)),
+            all_times(rows, "Sparse blocks: median times")]
 
 
 def density(row: Row) -> Any:
@@ -48,10 +51,11 @@ def length_of(row: Row) -> str:
 
 
 def full_seconds(rows: Sequence[Row], row: Row) -> float | None:
-    """Full attention's time: a contender of the row, or ours in the row of the same setting that keeps all blocks."""
-    for name in ("full", "dense"):
-        if name in row.entries and row.entries[name].seconds:
-            return row.entries[name].seconds
+    """Full attention's time: a yardstick of the row, or ours in the row of the same setting that keeps all blocks."""
+    for name, share in (("full", 1.0), ("full x density", density(row))):
+        entry = row.entries.get(name)
+        if entry and entry.seconds:
+            return entry.seconds / share
     same = [r for r in rows if density(r) == 1 and (names.mode(r), names.length(r), names.dtype(r), head_dim(r))
             == (names.mode(row), names.length(row), names.dtype(row), head_dim(row))]
     return same[0].ours.seconds if same and same[0].ours else None

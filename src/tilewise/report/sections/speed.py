@@ -10,6 +10,9 @@ from tilewise.report.results import File, Row
 from tilewise.report.sections.shared import all_times, contest, each_machine, grouped, head_dim, modes, pictures
 
 BENCHMARKS = headline.DENSE
+INTRO = ("One attention layer at growing sequence lengths. A cross at the top edge is a length that a contender was "
+         "refused. A FLOP is counted as the field does: 4 × batch × heads × length² × head dim for the forward pass, half "
+         "of it under a causal mask, 2.5 times as many for the backward.")
 FEW = 8         # cases whose table is shown at once, below pictures
 
 
@@ -17,9 +20,7 @@ def build(files: Sequence[File]) -> list[Block]:
     blocks = each_machine(files, BENCHMARKS, of_machine)
     if not blocks:
         return []
-    return [Text("One attention layer at growing sequence lengths. A cross at the top edge is a length that a contender was refused. "
-                 "A FLOP is counted as the field does: 4 × batch × heads × length² × head dim for the forward pass, half of it "
-                 "under a causal mask, 2.5 times as many for the backward."), *blocks]
+    return [Text(INTRO), *blocks]
 
 
 def of_machine(rows: list[Row]) -> list[Block]:
@@ -44,7 +45,7 @@ def summary(rows: Sequence[Row]) -> list[Block]:
 def drawn(rows: Sequence[Row]) -> list[Block]:
     """In TFLOP/s where the file says it of every contender that was timed."""
     key = names.dtype, head_dim, names.mask, grouped
-    rates = all(e.tflops for row in rows for e in row.timed().values() if names.kind(e.name) != "ruler")
+    rates = all(e.tflops for row in rows for e in row.timed().values() if names.role(e) != "ruler")
     if rates:
         return pictures(rows, key=lambda r: tuple(f(r) for f in key), value=lambda e: e.tflops, words=digits, label="TFLOP/s",
                         log_y=False)
