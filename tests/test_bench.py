@@ -1,36 +1,30 @@
-"""Benchmarks: times are paired, what is wrong is not timed, and nothing that a stage or a test does ends the rest."""
-import importlib.machinery
-import importlib.util
+"""Benchmarks: times are paired, what is wrong is not timed, a result names what it is and can be continued."""
 import json
-import subprocess
-import sys
 import time
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
 from support.halved import Halved
+from typer.testing import CliRunner
 
 import tilewise as tw
-from tilewise.bench import peers, run, table, timing, workers
+from tilewise.bench import attention, cli, peers, record, suite, table, timing, workers
+from tilewise.bench.contest import BACKWARD, BOTH, FORWARD, PASSES, Entrant, race
 from tilewise.bench.gate import Gate
+from tilewise.bench.shapes import Shape, of_the_paper
+from tilewise.bench.suite import Trial, Wanted
 from tilewise.bench.timing import Timing
+from tilewise.cli import app
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parent.parent
-TINY = run.Shape(1, 64, 4, 2, 16, True, "float32")
+TINY = Shape(1, 64, 4, 2, 16, True, "float32")
+HERE = Wanted(CPU, quick=True)
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture
-def gpu():
-    """scripts/gpu as a module."""
-    loader = importlib.machinery.SourceFileLoader("scripts_gpu", str(ROOT / "scripts" / "gpu"))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
-    writes, sys.dont_write_bytecode = sys.dont_write_bytecode, True
-    loader.exec_module(module)
-    sys.dont_write_bytecode = writes
-    return module
-
+# ---- times -------------------------------------------------------------------------------------------------------------
 
 def test_calls_take_turns_and_no_one_always_goes_first():
     order = []
@@ -55,22 +49,33 @@ def test_medians_quartiles_and_paired_ratios():
     a, b = Timing([1.0, 10.0, 2.0, 3.0, 4.0], [0.5] * 5), Timing([2.0, 20.0, 4.0, 6.0, 4.0], [0.5] * 5)
     assert a.median == 3.0
     assert a.quartiles == (2.0, 4.0)
-    assert timing.times_faster(a, b) == 2.0
-    assert timing.times_faster(a, Timing([9.0], [9.0])) == 3.0
+    assert timing.times_faster(a, b) == {"median": 2.0, "quartiles": (2.0, 2.0)}
+    assert timing.times_faster(a, Timing([9.0], [9.0]))["median"] == 3.0
     assert Timing([7.0], [7.0]).quartiles == (7.0, 7.0)
     assert timing.minus(b, a) == Timing([1.0, 10.0, 2.0, 3.0, 1e-9], [1e-9] * 5)
     assert timing.minus(Timing([9.0], [1.0]), a) == Timing([6.0], [0.5])
 
 
-@pytest.mark.parametrize("shape", [TINY, run.Shape(2, 40, 2, 2, 8, False, "float32")])
+# ---- contests ----------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape", [TINY, Shape(2, 40, 2, 2, 8, False, "float32")], ids=str)
 def test_every_peer_computes_attention_or_says_why_not(shape):
-    q, k, v, dout = shape.draw(CPU, 0)
-    gate = Gate(q, k, v, dout, shape.causal)
-    for peer in peers.discover(CPU):
+    gate, found = Gate(*shape.draw(CPU, 0), shape.causal), {peer.name: peer for peer in peers.discover(CPU)}
+    assert {"sdpa flash", "flex", "flash_attn", "flash_attn 3", "flash_attn 4", "xformers", "standard"} <= set(found)
+    for peer in found.values():
         if peer.attend is None:
             assert peer.reason
-        else:
-            assert all(verdict.ok for verdict in gate.verdicts(peer.attend)), peer.name
+        elif peer.name != "flex":       # which compiles for half a minute
+            attend = attention.on_heads_first(peer.attend) if peer.heads_first else peer.attend
+            assert all(verdict.ok for verdict in gate.verdicts(attend)), peer.name
+
+
+def test_a_library_that_does_not_load_says_why(monkeypatch):
+    gpu = torch.device("cuda")
+    assert peers.function_of("no_such_library.part", "f", gpu) == (None, "it is not installed")
+    monkeypatch.setattr("importlib.import_module", lambda name: 1 / 0)
+    assert peers.function_of("json", "f", gpu)[1].startswith("ZeroDivisionError")
+    assert peers.function_of("json", "f", CPU) == (None, peers.CUDA_ONLY)
 
 
 def test_who_is_wrong_or_raises_is_reported_and_not_timed():
@@ -83,64 +88,156 @@ def test_who_is_wrong_or_raises_is_reported_and_not_timed():
     def raising(q, k, v, causal):
         raise RuntimeError("no such kernel\nmore words")
 
-    field = [peers.ours("tiled"), peers.Contender("shifted", shifted), peers.Contender("raising", raising),
-             peers.Contender("absent", None, "not installed")]
-    row = run.measure(TINY, field, CPU)
-    states = {name: entry["state"] for name, entry in row["contenders"].items()}
-    assert states == {"tiled": "timed", "shifted": "wrong", "raising": "refused", "absent": "absent"}
-    assert "out: error 1.0e-03" in row["contenders"]["shifted"]["reason"]
-    assert row["contenders"]["raising"]["reason"] == "RuntimeError: no such kernel"
+    field = [peers.ours("tiled")._replace(name="tilewise"), peers.standard(), peers.Contender("shifted", shifted),
+             peers.Contender("raising", raising), peers.Contender("absent", None, "not installed"),
+             peers.standard()._replace(name="forward only", no_gradients="it has none")]
+    found = attention.measure(TINY, field, CPU, seconds=0.05)
+    for mode in PASSES:
+        states = {name: entry["state"] for name, entry in found[mode]["contenders"].items()}
+        assert states == {"tilewise": "timed", "standard": "timed", "shifted": "wrong", "raising": "refused", "absent": "absent",
+                          "forward only": "timed" if mode == FORWARD else "refused"}
+        assert "standard" in found[mode]["times_faster"]
+        assert "shifted" not in found[mode]["times_faster"]
+    entries = found[BOTH]["contenders"]
+    assert "out: error 1.0e-03" in entries["shifted"]["reason"]
+    assert entries["raising"]["reason"] == "RuntimeError: no such kernel"
+    assert entries["forward only"]["reason"] == "it has none"
     assert calls == ["shifted"]
-    assert row["contenders"]["tiled"]["forward"]["rounds"] >= 3
-    text = "\n".join(table.lines([row]))
+    assert entries["tilewise"]["rounds"] >= 3
+    assert entries["tilewise"]["tflops"] == pytest.approx(3.5 * TINY.flops() / entries["tilewise"]["seconds"] / 1e12)
+    text = "\n".join(table.lines(Trial("part", "a case", {}, PASSES, lambda: found).rows(found)))
     assert "shifted: wrong: out: error" in text
     assert "absent: absent: not installed" in text
-    assert "wrong" in text.splitlines()[1]
 
 
 def test_wrong_gradients_alone_are_seen():
-    q, k, v, dout = TINY.draw(CPU, 0)
-    gate = Gate(q, k, v, dout, True)
+    gate = Gate(*TINY.draw(CPU, 0), True)
     verdicts = gate.verdicts(lambda q, k, v, causal: tw.attention(q, Halved.apply(k), v, causal=causal))
     assert [verdict.name for verdict in verdicts if not verdict.ok] == ["dk"]
 
 
+def test_yardsticks_are_scaled_to_our_work_and_held_to_bars():
+    def sleeping(seconds):
+        return {FORWARD: lambda turn: time.sleep(seconds)}
+
+    entrants = [Entrant("tilewise", sleeping(0.01), list), Entrant("copy", sleeping(0.01), factor=10.0)]
+    (found,) = race(entrants, CPU, (FORWARD,), seconds=0.1, bars={(FORWARD, "copy"): 1e9}).values()
+    assert found["contenders"]["copy"]["yardstick"]
+    assert "yardstick" not in found["contenders"]["tilewise"]
+    assert found["contenders"]["copy"]["seconds"] >= 0.1
+    assert 3 < found["times_faster"]["copy"]["median"] < 30
+    assert found["times_faster"]["copy"]["bar"] == 1e9
+    (text, *_), rows = table.lines(rows := Trial("p", "c", {}, (FORWARD,), dict).rows({FORWARD: found}))[-1:], rows
+    assert "promised 1000000000" in text
+    assert table.markdown(rows).splitlines()[-1].endswith("| >= 1000000000 | no |")
+
+
 def test_flops_are_the_fields():
-    assert run.Shape(2, 8, 3, 3, 4, False, "float32").flops() == 4 * 2 * 3 * 8 * 8 * 4
-    assert run.Shape(2, 8, 3, 3, 4, True, "float32").flops() == 2 * 2 * 3 * 8 * 8 * 4
+    assert Shape(2, 8, 3, 3, 4, False, "float32").flops() == 4 * 2 * 3 * 8 * 8 * 4
+    assert Shape(2, 8, 3, 3, 4, True, "float32").flops() == 2 * 2 * 3 * 8 * 8 * 4
 
 
 def test_the_papers_protocol():
-    found = run.shapes(torch.device("cuda"))
+    found = of_the_paper(torch.device("cuda"))
     assert {(s.batch * s.seqlen, s.heads * s.head_dim, s.dtype) for s in found} == {(16384, 2048, "bfloat16")}
     assert {(s.head_dim, s.seqlen, s.causal) for s in found} == {
         (d, n, c) for d in (64, 128, 256) for n in (512, 1024, 2048, 4096, 8192, 16384) for c in (True, False)}
 
 
-def test_benchmark_writes_what_it_has_and_outlives_a_failing_shape(tmp_path, monkeypatch):
-    real = run.measure
-    q = torch.zeros(1, 8, 1, 8)
-    served = tw.explain(q, q, q).backend
+# ---- results -----------------------------------------------------------------------------------------------------------
 
-    def measure(shape, field, device):
-        if not shape.causal:
+def trial(name, calls, modes=(FORWARD,), fails=False):
+    def measure():
+        calls.append(name)
+        if fails:
             raise MemoryError("too large")
-        return real(shape, [c for c in field if c.name in (served, "standard")], device)
+        entry = {"state": "timed", "reason": "", "seconds": 1.0, "quartiles": [1.0, 1.0]}
+        return {mode: {"contenders": {"tilewise": entry}, "times_faster": {}} for mode in modes}
+    return Trial("part", name, {"seqlen": 3}, modes, measure)
 
-    monkeypatch.setattr(run, "measure", measure)
-    which = [TINY, run.Shape(1, 64, 4, 2, 16, False, "float32")]
-    result = run.benchmark(which, CPU, seconds=60, out=tmp_path / "sub" / "result.json")
-    stored = json.loads((tmp_path / "sub" / "result.json").read_text())
-    assert stored["lines"] == result["lines"]
-    assert stored["date"]
-    assert stored["machine"]["torch"].startswith(torch.__version__)
-    assert {"GPU", "triton"} <= stored["machine"].keys()
-    first, second = stored["rows"]
-    assert {"forward", "backward", "forward+backward"} <= first["contenders"][served].keys()
-    assert set(first["times_faster"]["backward"]) == {served, "standard"}
-    assert second["error"] == "MemoryError: too large"
-    assert "MemoryError" in "\n".join(table.lines(stored["rows"]))
-    assert run.benchmark(which, CPU, seconds=-1)["not_reached"][0]["seqlen"] == 64
+
+@pytest.fixture
+def trials(monkeypatch):
+    """Replaces a benchmark's cases: trials(which, ...); gives the names of those that have been measured."""
+    def replaced(*which):
+        monkeypatch.setattr(suite, "trials", lambda name, wanted: list(which))
+    return replaced
+
+
+def test_a_result_says_what_it_is_and_outlives_a_failing_case(trials, tmp_path):
+    calls, steps, out = [], [], tmp_path / "sub" / "result.json"
+    trials(trial("a", calls, (FORWARD, BACKWARD)), trial("b", calls, fails=True))
+    result = suite.run("attention", HERE, out=out, progress=lambda *step: steps.append(step))
+    assert record.load(out) == json.loads(json.dumps(result))
+    assert [row["case"] for row in result["rows"]] == ["a forward", "a backward", "b forward"]
+    assert result["rows"][1]["setting"] == {"seqlen": 3, "mode": "backward"}
+    assert result["rows"][2]["contenders"] == {"tilewise": {"state": "refused", "reason": "MemoryError: too large"}}
+    assert (result["benchmark"], result["device"], result["quick"], result["complete"]) == ("attention", "cpu", True, True)
+    assert {"GPU", "CPU", "triton", "torch"} <= result["machine"].keys()
+    assert result["environment"]["threads"] == str(torch.get_num_threads())
+    assert suite.TOO_SMALL in result["lines"]
+    assert steps[0] == ("part", 0, 2, "a")
+    assert steps[-1] == ("part", 2, 2, "")
+
+
+def test_nothing_begins_without_time_and_resuming_measures_only_what_is_missing(trials, tmp_path):
+    calls, out = [], tmp_path / "result.json"
+    every = [trial("a", calls), trial("failed", calls, fails=True), trial("b", calls)]
+    trials(*every[:2])
+    suite.run("attention", HERE, out=out)
+    trials(*every)
+    result = suite.run("attention", HERE, out=out, seconds=-1.0, resume=True)
+    assert not result["complete"]
+    assert result["lines"][-1] == "2 rows are not measured yet"
+    every[1] = trial("failed", calls)
+    trials(*every)
+    result = suite.run("attention", HERE, out=out, resume=True)
+    assert calls == ["a", "failed", "failed", "b"]
+    assert result["complete"]
+    assert [row["case"] for row in result["rows"]] == ["a forward", "failed forward", "b forward"]
+    suite.run("attention", HERE, out=out)
+    assert len(calls) == 7
+
+
+def test_rows_of_other_conditions_are_not_continued(trials, tmp_path):
+    out = tmp_path / "result.json"
+    trials(trial("a", []))
+    result = suite.run("attention", HERE, out=out)
+    record.write(out, {**result, "commit": "abc", "machine": {**result["machine"], "CPU": "a 6502", record.PASSING: "9"}})
+    with pytest.raises(ValueError, match=r"--resume: .*commit: abc, now .*CPU: a 6502, now") as caught:
+        suite.run("attention", HERE, out=out, resume=True)
+    assert record.PASSING not in str(caught.value)
+    with pytest.raises(ValueError, match="quick: True, now False"):
+        suite.run("attention", replace(HERE, quick=False), out=out, resume=True)
+
+
+def test_other_files_are_no_results(tmp_path):
+    (tmp_path / "old.json").write_text('{"rows": [], "lines": []}')
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match=r"old.json: expected a result of `tilewise bench`, this has no benchmark, device"):
+        record.load(tmp_path / "old.json")
+    with pytest.raises(ValueError, match=r"broken.json: expected the JSON of a benchmark"):
+        record.load(tmp_path / "broken.json")
+
+
+def test_tables():
+    entry = {"state": "timed", "reason": "", "seconds": 0.002, "quartiles": [0.001, 0.003], "tflops": 0.5}
+    peer = entry | {"seconds": 0.004}
+    row = {"part": "speed", "case": "N 8 float32 forward", "setting": {}, "contenders": {
+        "tilewise": entry, "sdpa flash": peer, "jax": {"state": "absent", "reason": "not here"}, "x": {"state": "absent", "reason":
+                                                                                                        "not here"}},
+           "times_faster": {"sdpa flash": {"median": 2.0, "quartiles": [1.5, 2.5], "bar": 1.2}}}
+    upper, head, line, why = table.lines([row])
+    assert upper.strip() == "sdpa"
+    assert head.split() == ["speed", "ours", "GFLOP/s", "flash"]
+    assert line.split() == ["N", "8", "fp32", "fwd", "2", "ms", "500", "2.00"]
+    assert why.strip() == "jax, x: absent: not here"
+    assert table.markdown([row]).splitlines()[-1] == \
+        "| N 8 float32 forward | 2 ms | 500 GFLOP/s | sdpa flash | 2.00 | 1.50-2.50 | >= 1.20 | yes |"
+    built = {**row, "contenders": {"tilewise": {"state": "timed", "reason": "", "seconds": 4.0, "quartiles": [4.0, 4.0], "bar": 3.0}},
+             "times_faster": {}}
+    assert table.lines([built])[-1].strip() == "! N 8 fp32 fwd: 4 s, promised 3 s"
+    assert table.markdown([built]).splitlines()[-1].endswith("| <= 3 s | no |")
 
 
 def test_work_is_divided_without_loss():
@@ -149,128 +246,58 @@ def test_work_is_divided_without_loss():
     assert workers.part(items, None) == items
 
 
-def test_tuning_skips_what_fails_or_differs_and_prints_a_row(monkeypatch):
-    pytest.importorskip("triton")
-    from types import SimpleNamespace
-
-    from tilewise.bench import tuning
-
-    out, lse = torch.zeros(4), torch.zeros(4)
-    kernel = SimpleNamespace(fn=SimpleNamespace(__name__="forward"))
-    one = tuning.Launch(kernel, SimpleNamespace(head_dim=64), len, {"OUT": out, "LSE": lse})
-    default, fast, wrong, failing = (tuning.Config(m, 64, 4, 2) for m in (16, 32, 64, 128))
-
-    def fake_run(kernel, problem, programs, values):
-        config = tuning.launch.choose("forward", problem, "sm_90")
-        if config == failing:
-            raise RuntimeError("out of resource: shared memory")
-        time.sleep(0.002 if config == fast else 0.008)
-        values["OUT"].fill_(2.0 if config == wrong else 1.0)
-        values["LSE"].fill_(1.0)
-
-    monkeypatch.setattr(tuning.launch, "run", fake_run)
-    monkeypatch.setattr(tuning, "SECONDS", 0.05)
-    row = tuning.tune(one, [default, fast, wrong, failing], CPU)
-    assert row["seconds"].keys() == {str(tuple(default)), str(tuple(fast))}
-    assert "times what is allowed" in row["failed"][str(tuple(wrong))]
-    assert "shared memory" in row["failed"][str(tuple(failing))]
-    assert out.tolist() == lse.tolist() == [1.0] * 4
-    row |= {"head_dim": 64, "causal": True, "seqlen": 4096, "shipped": str(tuple(default))}
-    assert tuning.rows([row])[0].startswith(f"('forward', 64): Config{tuple(fast)},  # ")
-    assert tuning.parsed("ptxas error") is None
+def test_a_process_that_fails_or_hangs_is_reported():
+    with pytest.raises(RuntimeError, match="KeyError"):
+        workers.apart("masks", "classified", "nobody", 64, 32)
+    with pytest.raises(RuntimeError, match="ended after 0 s"):
+        workers.apart("masks", "classified", "tilewise", 64, 32, patience=0.01)
 
 
-def test_benchmarks_need_only_torch_triton_and_numpy():
-    code = ("import sys; sys.modules.update(dict.fromkeys(['typer', 'rich', 'hypothesis', 'matplotlib']));"
-            "import importlib; [importlib.import_module(f'tilewise.bench.{name}') for name in sys.argv[1:]]")
-    names = ["run", "smoke", "memory", "workers", "cases", "tolerance"]
-    names += ["tuning"] if importlib.util.find_spec("triton") else []
-    subprocess.run([sys.executable, "-c", code, *names], check=True)
+# ---- the command -------------------------------------------------------------------------------------------------------
+
+def bench(*arguments):
+    return CliRunner().invoke(app, ["bench", *map(str, arguments)])
 
 
-FAKE_STAGE = """
-import json, os, sys, time
-out = sys.argv[sys.argv.index("--out") + 1]
-json.dump({"lines": ["said " + sys.argv[1]]}, open(out, "w"))
-print("printed", flush=True)
-{"crash": os.abort, "hang": lambda: time.sleep(60), "fail": lambda: sys.exit("words of a failure"), "pass": int}[sys.argv[1]]()
-"""
-
-
-def test_stages_outlive_crashes_and_hangs_and_store_each_result(gpu, tmp_path, monkeypatch):
-    script = tmp_path / "stage.py"
-    script.write_text(FAKE_STAGE)
-    stored, write_text = [], Path.write_text
-
-    def spy(path, text):
-        stored.append(list(json.loads(text)))
-        return write_text(path, text)
-
-    monkeypatch.setattr(Path, "write_text", spy)
-    stages = tuple(gpu.Stage(what, (sys.executable, str(script), what), 3 if what == "hang" else 20, 2, timed=False)
-                   for what in ("crash", "hang", "fail", "pass"))
-    gpu.run_all((*stages, gpu.Stage("missing", ("/no/such/program",), 5, 2)), tmp_path / "out", 60)
-    results = json.loads((tmp_path / "out" / "gpu.json").read_text())
-    states = {name: entry["state"] for name, entry in results.items()}
-    assert states["crash"] == "exit -6"
-    assert states["hang"].startswith("ended after")
-    assert states["fail"] == "exit 1"
-    assert states["pass"] == "ok"
-    assert states["missing"].startswith("not started")
-    assert stored == [list(states)[:n] for n in range(1, 6)]
-    assert "words of a failure" in results["fail"]["tail"]
-    lines = gpu.table(stages, results)
-    assert [line for line in lines if line.startswith("said")] == ["said crash", "said hang", "said fail", "said pass"]
-
-
-def test_no_stage_begins_without_time_and_the_table_stays_short(gpu, tmp_path):
-    results = gpu.run_all(gpu.STAGES, tmp_path, 0)
-    assert {entry["state"] for entry in results.values()} == {"no time left"}
-    full = {"state": "ok", "seconds": 1, "result": {"lines": ["x" * 500] * 99}, "tail": ""}
-    lines = gpu.table(gpu.STAGES, {stage.name: full for stage in gpu.STAGES})
-    assert len(lines) <= gpu.LINES
-    assert max(map(len, lines)) <= 180
-
-
-FAKE_TESTS = """
-import os, pytest, time
-def test_passes(): pass
-def test_fails(): assert 1 + 1 == 3, "arithmetic"
-def test_crashes(): os.abort()
-def test_hangs(): time.sleep(60)
-def test_loses_the_gpu(): raise RuntimeError("CUDA error: an illegal memory access was encountered")
-@pytest.mark.skip
-def test_is_skipped(): pass
-@pytest.mark.parametrize("n", range(4))
-def test_goes_on(n): pass
-"""
-
-
-def test_contract_outlives_crashing_and_hanging_tests(tmp_path):
-    (tmp_path / "test_fake.py").write_text(FAKE_TESTS)
-    out = tmp_path / "contract.json"
-    done = subprocess.run([sys.executable, ROOT / "scripts" / "contract", "--jobs", "2", "--patience", "5", "--seconds", "50",
-                           "--out", out, tmp_path / "test_fake.py"], cwd=tmp_path, capture_output=True, text=True, timeout=60)
-    result = json.loads(out.read_text())
-    assert done.returncode == 1, done.stderr
-    assert result["counts"] == {"passed": 5, "failed": 2, "crashed": 2, "skipped": 1}
-    reasons = {name.rpartition("_")[2]: reason for name, reason in result["failures"].items()}
-    assert "arithmetic" in reasons["fails"]
-    assert reasons["crashes"] == "ended its process (exit -6)"
-    assert reasons["hangs"].startswith("hung for")
-    assert "illegal memory access" in reasons["gpu"]
-    assert result["not_run"] == []
-
-
-def test_cli_bench(monkeypatch, tmp_path):
-    from typer.testing import CliRunner
-
-    from tilewise.cli import app
-
-    monkeypatch.setattr(run, "shapes", lambda device, quick: [TINY])
-    monkeypatch.setitem(run.SECONDS, "cpu", 0.1)
-    done = CliRunner().invoke(app, ["bench", "--quick", "--device", "cpu", "--out", str(tmp_path / "b.json")])
+def test_commands_share_their_options(trials, tmp_path):
+    trials(trial("a", []))
+    out = tmp_path / "b.json"
+    for name in suite.BENCHMARKS:
+        done = bench(name, "--quick", "--device", "cpu", "--out", out)
+        assert done.exit_code == 0, done.output
+        assert json.loads(out.read_text())["benchmark"] == name
+    assert "a fwd" in bench("show", out).output
+    assert "| a forward | 1 s |" in bench("show", out, "--markdown").output
+    done = bench("serving", "--quick", "--device", "cpu", "--out", out, "--resume")
     assert done.exit_code == 0, done.output
-    assert "d16     64 causal  fwd" in done.output
-    assert json.loads((tmp_path / "b.json").read_text())["rows"]
-    assert CliRunner().invoke(app, ["bench", "--device", "abacus"]).exit_code == 2
+    done = bench("decode", "--quick", "--device", "cpu", "--out", out, "--resume")
+    assert done.exit_code == 2
+    assert "benchmark: serving, now decode" in done.output
+    assert "--resume: expected --out" in bench("decode", "--resume").output
+    assert bench("decode", "--device", "abacus").exit_code == 2
+    assert '--lengths: expected numbers such as "64,128"' in bench("attention", "--lengths", "64;").output
+
+
+def test_alone_it_is_quick_and_says_what_there_is(trials, monkeypatch):
+    trials(trial("a", []))
+    done = bench()
+    assert done.exit_code == 0, done.output
+    assert "a fwd" in done.output
+    assert "tilewise bench all --quick" in done.output
+
+
+def test_all_of_them_write_a_file_each(trials, tmp_path, monkeypatch):
+    trials(trial("a", []))
+    concluded = []
+    monkeypatch.setattr(cli, "conclude", lambda files, folder: concluded.append((files, folder)))
+    done = bench("all", "--quick", "--device", "cpu", "--out", tmp_path)
+    assert done.exit_code == 0, done.output
+    assert concluded == [([tmp_path / f"{name}.json" for name in suite.BENCHMARKS], tmp_path)]
+    assert all(path.exists() for path in concluded[0][0])
+
+
+def test_a_result_is_compared_with_an_earlier_one(trials, tmp_path, monkeypatch):
+    trials(trial("a", []))
+    bench("attention", "--device", "cpu", "--out", tmp_path / "old.json")
+    monkeypatch.setattr(cli, "comparison", lambda old: lambda new: [f"{len(old['rows'])} and {len(new['rows'])}"])
+    assert "1 and 1" in bench("attention", "--device", "cpu", "--against", tmp_path / "old.json").output

@@ -182,10 +182,10 @@ def test_correctness_command_finds_what_is_wrong(simulated, monkeypatch, tmp_pat
 
 def test_tuning_prints_rows_of_the_table():
     rates = {"(128, 128, 2, 1, 1, 240, 24, 1)": 500.0, "(128, 64, 2, 1, 1, 240, 24, 0)": 600.0, "sdpa cudnn": 650.0}
-    row = dict(kernel="forward", head_dim=64, causal=True, seqlen=4096, failed={}, shipped="(128, 128, 2, 1, 1, 240, 24, 1)",
-               tflops=rates, seconds={name: 1 / rate for name, rate in rates.items()})
+    row = {"part": "forward", "case": "forward D 64 N 4096 causal", "setting": {"head_dim": 64}, "contenders": {
+        name: {"state": "timed", "reason": "", "tflops": rate, "seconds": 1 / rate} for name, rate in rates.items()}}
     said = tuning.lines([row])
-    assert said[0].startswith("forward d64 4k causal: 600 TFLOP/s by (128, 64,")
+    assert said[0].startswith("forward D 64 N 4096 causal: 600 TFLOP/s by (128, 64,")
     assert "sdpa cudnn 650" in said[0]
     fields = said[-1].split("\t")
     assert configs.Config(*map(int, fields[4:])) in tuning.candidates("forward", 64)

@@ -23,9 +23,9 @@ from tilewise.backends.gpu_math import splits
 from tilewise.backends.gpu_math.cases import Case
 from tilewise.backends.hopper import configs, decoding
 from tilewise.backends.hopper.pieces import load_pieces
+from tilewise.bench.caches import Setting
 from tilewise.bench.hopper import decoding as bench
 from tilewise.bench.hopper.cached import CASES, draw
-from tilewise.bench.serving.rivals import Setting
 
 BF16, FP16 = torch.bfloat16, torch.float16
 SCHEDULED = "several tiles", "head dim 128", "packed shares", "pages of 16", "fp8, shares"
@@ -199,12 +199,12 @@ def test_the_command(simulated, monkeypatch, tmp_path):
     monkeypatch.setattr(bench, "SECONDS", 0.0)
     result = bench.run(torch.device("cpu"), seconds=100, repeats=1, out=tmp_path / "found.json")
     assert (result["right"], result["failures"]) == (2, {})
-    row, tuned = result["rows"][0], result["tuned"][0]
-    assert {name for name, state in row["states"].items() if state["state"] == "timed"} == {
-        "hopper", "hopper pages 16", "hopper fp8", "sdpa"}
-    assert row["of_copy"]["hopper"] > 0
-    assert not tuned["failed"]
-    assert len(tuned["seconds"]) == len(bench.candidates(64))
+    row, tuned = result["rows"]
+    assert {name for name, entry in row["contenders"].items() if entry["state"] == "timed"} == {
+        "hopper", "hopper pages 16", "hopper fp8", "sdpa", "copy", "sum"}
+    assert row["times_faster"]["copy"]["median"] > 0
+    assert {entry["state"] for entry in tuned["contenders"].values()} == {"timed"}
+    assert len(tuned["contenders"]) == len(bench.candidates(64))
     fields = result["lines"][-1].split("   ")[0].split("\t")
     assert len(fields) == len(configs.TABLE.read_text().splitlines()[0].split("\t"))
     right = hopper.forward

@@ -77,7 +77,7 @@ def faults(call: Any, repeats: int) -> str:
 
 @torch.inference_mode()
 def measure(setting: Setting, device: torch.device) -> Row:
-    """Attention alone. The copy moves as many bytes as a 16-bit cache has: times faster than it is our share of its bandwidth."""
+    """Attention alone. The copy moves the bytes of a 16-bit cache: times faster than it is our share of its bandwidth."""
     world = World(setting, device)
     stored, rounded = in_fp8(world)
     right, right_fp8 = expected(world, 0), expected(rounded, 0)

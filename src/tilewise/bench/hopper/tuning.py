@@ -2,7 +2,8 @@
 
     python -m tilewise.bench.hopper.tuning --head-dims 128 [--out FILE] [--seconds 120]
 
-A variant must give what the table's own gives; peers are held to the tolerance rule by `tilewise.bench attention`. The last lines printed are rows for `backends/hopper/configs.tsv`.
+A variant must give what the table's own gives; peers are judged by `tilewise.bench attention`. The last lines
+printed are rows for `backends/hopper/configs.tsv`.
 """
 from __future__ import annotations
 
