@@ -3,6 +3,7 @@ import json
 import re
 import sys
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import pytest
 from support import results
@@ -308,7 +309,22 @@ def test_markdown_sections(paths):
     assert tilewise(memory, "--markdown").stdout.startswith("# Tilewise, measured")
 
 
+def test_markdown_with_pictures(paths, tmp_path, monkeypatch):
+    memory = next(path for path in paths if path.stem == "memory")
+    monkeypatch.chdir(tmp_path)
+    done = tilewise(memory, "--markdown", "--section", "memory", "--pictures", "figures/here")
+    shown = re.findall(r"!\[(.*?)\]\((.*?)\)", done.stdout)
+    assert [title for title, _ in shown] == [f"{mode}, bf16, head dim 128, causal" for mode in ("forward", "forward + backward")]
+    assert {(tmp_path / path).resolve() for _, path in shown} == set((tmp_path / "figures" / "here").iterdir())
+    for picture in (tmp_path / "figures" / "here").iterdir():
+        root = ElementTree.parse(picture).getroot()
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        assert "peak memory against sequence length" in root.get("aria-label")
+        assert "prefers-color-scheme" in picture.read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize("arguments, message", [
+    (["--pictures", "x"], "--pictures: expected only with --section"),
     (["--section", "speed"], "--section: expected only with --markdown"),
     (["--markdown", "--section", "magic"], "--section: expected one of headline, slower"),
     (["--markdown", "--section", "decode"], "--section: decode: these files hold nothing for it"),

@@ -4,4 +4,5 @@ A page is one HTML file that asks for nothing else: no script, no font, no pictu
 """
 from pathlib import Path
 
-STYLE = (Path(__file__).parent / "style.css").read_text(encoding="utf-8")
+COLOURS, STYLE = ((Path(__file__).parent / name).read_text(encoding="utf-8") for name in ("colours.css", "style.css"))
+STYLE = COLOURS + STYLE

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any
 
+from tilewise.pages import COLOURS
 from tilewise.pages.words import size
 
 if TYPE_CHECKING:
@@ -75,12 +76,25 @@ def set_ticks(axis: Axis, ticks: Sequence[tuple[float, str]]) -> None:
 
 def inline(svg: str, name: str, words: str) -> str:
     """An SVG as part of a page: `words` say what it shows, its ids begin with `name`, its colours are the page's."""
+    view, body = _parts(svg, name)
+    return f'<svg viewBox="{view}" role="img" aria-label="{escape(words)}">{body}</svg>'
+
+
+def alone(svg: str, words: str) -> str:
+    """An SVG as a file, whose colours follow light and dark screens too."""
+    view, body = _parts(svg, "p")
+    style = f"{COLOURS}* {{ stroke-linejoin: round; stroke-linecap: butt; }}"
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{view}" role="img" aria-label="{escape(words)}">'
+            f"<style>{style}</style>{body}</svg>\n")
+
+
+def _parts(svg: str, name: str) -> tuple[str, str]:
+    """The view box and what is in it, with ids that begin with `name` and colours by name."""
     found = re.search(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>(.*)</svg>', svg, re.DOTALL)
     assert found is not None
     body = re.sub(r"<metadata>.*?</metadata>|<style .*?</style>|<defs>\s*</defs>", "", found[2], flags=re.DOTALL)
     body = re.sub(r'( id="|url\(#|href="#)', rf"\g<1>{name}-", body).replace("xlink:href", "href")
-    body = re.sub(r"(fill|stroke): (#[0-9a-f]{6})", _follow, body)
-    return f'<svg viewBox="{found[1]}" role="img" aria-label="{escape(words)}">{body}</svg>'
+    return found[1], re.sub(r"(fill|stroke): (#[0-9a-f]{6})", _follow, body)
 
 
 def _follow(found: re.Match[str]) -> str:

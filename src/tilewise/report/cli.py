@@ -16,6 +16,8 @@ def report(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead; write nothing.")] = False,
     section: Annotated[list[str] | None, typer.Option(help="With --markdown: only this section; may be given again.",
                                                       show_default=False)] = None,
+    pictures: Annotated[str | None, typer.Option(metavar="FOLDER", help="With --section: also write its pictures there as SVG, "
+                                                 "and show them.", show_default=False)] = None,
 ) -> None:
     """Make one HTML page of any result files: how fast, how much memory, on what machine, and where Tilewise is slower.
 
@@ -29,15 +31,17 @@ def report(
     with plain_errors(OSError, ValueError, ImportError):
         if section and not markdown:
             raise ValueError("--section: expected only with --markdown, the page has all sections")
+        if pictures and not section:
+            raise ValueError("--pictures: expected only with --section, the page has all pictures")
         if markdown:
-            typer.echo(as_markdown(files, section or []), nl=False)
+            typer.echo(as_markdown(files, section or [], pictures), nl=False)
         else:
             from tilewise.report.page import write
 
             console.print(f"Written: {write(files, out)}", soft_wrap=True, markup=False)
 
 
-def as_markdown(files: list[Path], wanted: list[str]) -> str:
+def as_markdown(files: list[Path], wanted: list[str], pictures: str | None) -> str:
     """All of it, or the sections of these names without their titles."""
     from tilewise.report import markdown, results, sections
 
@@ -53,4 +57,6 @@ def as_markdown(files: list[Path], wanted: list[str]) -> str:
     for name in wanted:
         if name != "headline" and name not in made:
             raise ValueError(f"--section: {name}: these files hold nothing for it")
-    return "\n\n".join([*parts, *(markdown.blocks(made[name].blocks) for name in wanted if name in made)]) + "\n"
+    parts += [markdown.blocks(made[name].blocks, markdown.Pictures(pictures, name) if pictures else None)
+              for name in wanted if name in made]
+    return "\n\n".join(parts) + "\n"

@@ -1,8 +1,11 @@
-"""Blocks as Markdown, for READMEs and docs: text and tables; pictures are for the page."""
+"""Blocks as Markdown, for READMEs and docs: text, tables and, where they are given a folder, pictures."""
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+from tilewise.pages.svg import alone
 from tilewise.report import headline
 from tilewise.report.blocks import Block, Cell, Facts, Heading, Picture, Section, Table, Text
 from tilewise.report.results import File
@@ -25,18 +28,36 @@ def headlines(files: Sequence[File]) -> str:
     return "\n\n".join([*found, headline.RULE] if found else [])
 
 
-def blocks(found: Sequence[Block]) -> str:
-    return "\n\n".join(part for one in found for part in block(one))
+class Pictures:
+    """Writes a section's pictures into a folder as SVG files, each named after the section, the machine and its title."""
+
+    def __init__(self, folder: str, section: str):
+        self.folder, self.section, self.under = folder, section, ""
+
+    def write(self, one: Picture) -> str:
+        """The Markdown that shows it."""
+        name = re.sub(r"\W+", "-", f"{self.section} {self.under} {one.title}".lower()).strip("-") + ".svg"
+        Path(self.folder).mkdir(parents=True, exist_ok=True)
+        (Path(self.folder) / name).write_text(alone(one.draw(), one.words), encoding="utf-8")
+        return f"![{line(one.title or one.words)}]({self.folder.rstrip('/')}/{name})"
 
 
-def block(one: Block) -> Iterator[str]:
+def blocks(found: Sequence[Block], pictures: Pictures | None = None) -> str:
+    return "\n\n".join(part for one in found for part in block(one, pictures))
+
+
+def block(one: Block, pictures: Pictures | None = None) -> Iterator[str]:
     if isinstance(one, Text):
         yield line(one.words)
     elif isinstance(one, Heading):
+        if pictures:
+            pictures.under = one.words
         yield f"**{line(one.words)}**"
     elif isinstance(one, Facts):
         yield table(Table("", [one.title, ""], [list(pair) for pair in one.pairs]))
     else:
+        if pictures and isinstance(one, Picture):
+            yield pictures.write(one)
         found = one.table if isinstance(one, Picture) else one
         if not found.detail:
             yield table(found)

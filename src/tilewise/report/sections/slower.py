@@ -35,11 +35,14 @@ def build(files: Sequence[File]) -> list[Block]:
 def by_other(every: Sequence[Duel], several: bool) -> Table:
     """How often, against whom."""
     head = ["against", *["machine"] * several, "benchmark", "slower in", "at worst", "where"]
-    return Table("Against whom, and how often", head,
-                 [[names.title(d.other), *[d.file.machine] * several, d.file.benchmark, f"{len(d.losses)} of {d.compared} cases",
-                   Cell(ratio(severity(d.losses[0])) if d.losses[0].found else "not run", "bad"),
-                   Cell(d.losses[0].row.case, "long")]
-                  for d in every if d.losses])
+    lines: list[list[Cell | str]] = []
+    for duel in every:
+        if duel.losses:
+            worst = duel.losses[0]
+            lines.append([names.title(duel.other), *[duel.file.machine] * several, duel.file.benchmark,
+                          f"{len(duel.losses)} of {duel.compared} cases",
+                          Cell(ratio(severity(worst)) if worst.found else "not run", "bad"), Cell(worst.row.case, "long")])
+    return Table("Against whom, and how often", head, lines)
 
 
 def line(loss: Loss, several: bool) -> list[Cell | str]:
