@@ -153,6 +153,7 @@ def test_rulers_and_our_own_are_no_peers():
     assert list(names.peers(row)) == ["sdpa"]
     assert names.kind("tilewise paged 16") == names.kind("hopper") == "ours"
     assert names.kind("copy") == "ruler"
+    assert names.kind("standard in a loop") == "standard"
     assert names.kind("sdpa flash") == "peer"
 
 
@@ -314,7 +315,7 @@ def test_markdown_with_pictures(paths, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = tilewise(memory, "--markdown", "--section", "memory", "--pictures", "figures/here")
     shown = re.findall(r"!\[(.*?)\]\((.*?)\)", done.stdout)
-    assert [title for title, _ in shown] == [f"{mode}, bf16, head dim 128, causal" for mode in ("forward", "forward + backward")]
+    assert [title for title, _ in shown] == [f"{mode}, bf16, head dim 128, causal" for mode in names.MODE_ORDER[::2]]
     assert {(tmp_path / path).resolve() for _, path in shown} == set((tmp_path / "figures" / "here").iterdir())
     for picture in (tmp_path / "figures" / "here").iterdir():
         root = ElementTree.parse(picture).getroot()
@@ -355,7 +356,8 @@ def test_markdown_needs_no_matplotlib(paths, monkeypatch, tmp_path):
 # ---- words ------------------------------------------------------------------------------------------------------------
 
 def test_numbers_in_words():
-    assert [ratio(x) for x in (0.923, 1.234, 4.56, 45.6, 8192)] == ["0.92×", "1.23×", "4.6×", "46×", "8,192×"]
+    ratios = {0.00224: "0.0022×", 0.923: "0.92×", 1.234: "1.23×", 4.56: "4.6×", 45.6: "46×", 8192: "8,192×"}
+    assert {x: ratio(x) for x in ratios} == ratios
     assert [duration(x) for x in (3e-6, 1.5e-3, 2.0, 1234.0)] == ["3 µs", "1.5 ms", "2 s", "1,234 s"]
     assert [size(x) for x in (512, 3 * 2**20, 2**33)] == ["0.5 KiB", "3 MiB", "8 GiB"]
     assert [length(x) for x in (512, 1000, 131072, 2**20)] == ["512", "1,000", "128k", "1M"]

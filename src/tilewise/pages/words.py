@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 def ratio(value: float) -> str:
-    """1.234 -> 1.2×, 45.6 -> 46×; three digits about 1 and below, where the second one matters."""
+    """4.56 -> 4.6×, 45.6 -> 46×; below 2 two digits behind the point, where they matter."""
+    if value < 0.1:
+        return f"{value:.2g}×"
     if value < 2:
         return f"{value:.2f}×"
     return f"{value:.1f}×" if value < 10 else f"{value:,.0f}×"

@@ -1,6 +1,7 @@
 """The report's pictures, as SVG text: curves over sequence length or density, and the roofline. Needs matplotlib."""
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,6 +19,7 @@ DASHES = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (5, 2, 1, 2)))      # apart in bl
 USUAL = ("tilewise", "standard", "sdpa flash", "sdpa cudnn", "flex", "flash_attn", "sdpa efficient", "sdpa math")
 WIDTH, HEIGHT, LINE = 4.6, 3.2, 0.21        # inches, of a picture, its part above the legend, a line of that
 COLUMNS = 3                                 # of the legend
+MOST_TICKS = 9                              # that would find room side by side
 
 
 class Look(NamedTuple):
@@ -76,11 +78,20 @@ def curves(drawn: Sequence[Curve], look: dict[str, Look], *, x: str, y: str, wor
             set_ticks(axes.yaxis, log_ticks(low, high, words))
         axes.set_ylim(low if log_y else 0, high)
         places = sorted({place for one in drawn for place in (*(v for v, _ in one.points), *one.crosses)})
-        set_ticks(axes.xaxis, [(v, length(v) if lengths else f"{v:.3g}") for v in places[:: -(-len(places) // 7)]])
+        set_ticks(axes.xaxis, [(v, length(v) if lengths else f"{v:.3g}") for v in apart(places)])
         axes.set_xlabel(x)
         axes.set_title(y, loc="left", fontsize=11, color=INK)
         add_legend(axes, figure, [title(name) for name in look])
         return to_svg(figure)
+
+
+def apart(places: Sequence[float]) -> list[float]:
+    """Those of the ascending places whose words do not run into each other on a logarithmic axis."""
+    found = list(places[:1])
+    for place in places[1:]:
+        if math.log(place / found[-1]) > math.log(places[-1] / places[0]) / MOST_TICKS:
+            found.append(place)
+    return found
 
 
 def canvas(names: int) -> tuple[Figure, Axes]:

@@ -65,10 +65,13 @@ def table(one: Table) -> str:
 
 
 def is_words(column: Sequence[Cell | str]) -> bool:
-    """Whether a column is read rather than compared: most of its cells begin with a letter, or one may be long."""
+    """Whether a column is read rather than compared: most of what it says begins with a letter, or may be long."""
     if any(isinstance(c, Cell) and c.tone == "long" for c in column):
         return True
-    texts = [t for c in column if (t := c.text if isinstance(c, Cell) else c) not in NUMBERLIKE]
+    said = {c.text if isinstance(c, Cell) else c for c in column}
+    if said <= set(STATES):
+        return True
+    texts = [t for t in said if t not in NUMBERLIKE]
     return sum(t[0].isalpha() and not t.startswith("at ") for t in texts) * 2 > len(texts)
 
 

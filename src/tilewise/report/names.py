@@ -5,7 +5,8 @@ from typing import Any
 
 from tilewise.report.results import Entry, Ratio, Row
 
-OURS = ("tilewise", "hopper", "triton", "cpu", "tiled", "pages")      # pages: a paged cache
+OURS = ("tilewise", "hopper", "triton", "cpu", "tiled", "pages", "chunks")        # first words; pages: a paged cache
+OURS_TOO = ("the same again", "without its gradient", "one by one")                # other ways to do it with Tilewise
 STANDARD = ("standard", "reference")
 RULERS = {"copy": "a copy of memory", "sum": "a sum over memory", "sgemm": "an fp32 matrix product", "full": "full attention",
           "full x density": "full attention × density"}
@@ -20,9 +21,9 @@ DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "
 def kind(name: str) -> str:
     """"ours", "standard", "ruler" or "peer", by the name alone."""
     first = name.split()[0] if name.split() else ""
-    if first in OURS or first in STANDARD:
-        return "ours" if first in OURS else "standard"
-    return "ruler" if name in RULERS else "peer"
+    if first in OURS or name in OURS_TOO:
+        return "ours"
+    return "standard" if first in STANDARD else "ruler" if name in RULERS else "peer"
 
 
 def role(entry: Entry) -> str:
@@ -37,11 +38,11 @@ def standard(row: Row) -> Entry | None:
 
 def title(name: str) -> str:
     """A contender in words."""
-    if name in PLAIN:
-        return PLAIN[name]
-    if kind(name) == "ours":
+    if name in PLAIN or name in RULERS:
+        return (PLAIN | RULERS)[name]
+    if kind(name) == "ours" and name not in OURS_TOO:
         return f"Tilewise {name.removeprefix('tilewise').strip(' -_')}"
-    return RULERS.get(name) or name.replace("sdpa", "SDPA")
+    return name.replace("sdpa", "SDPA").replace("flash_attn", "flash-attn")
 
 
 def peers(row: Row) -> dict[str, Entry]:

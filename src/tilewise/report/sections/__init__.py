@@ -37,7 +37,7 @@ KINDS = [
     Kind("serving", "Packed batches and chunks", comparisons.of("serving"), "tilewise bench serving --out serving.json"),
     Kind("sparse", "Sparse blocks", sparse.build, "tilewise bench sparse --out sparse.json"),
     Kind("masks", "Masks and score functions", comparisons.of("masks"), "tilewise bench masks --out masks.json"),
-    Kind("cpu", "The CPU backend", comparisons.of("cpu"), "tilewise bench cpu --out cpu.json"),
+    Kind("cpu", "The CPU backend", comparisons.cpu, "tilewise bench cpu --out cpu.json"),
     Kind("promises", "Promised, and met or not", promises.build, "tilewise bench cpu --out cpu.json"),
     Kind("overhead", "Overhead of a call", numbers.overhead, "tilewise bench overhead --out overhead.json"),
     Kind("traffic", "Memory traffic against theory", numbers.traffic, "tilewise traffic table --out traffic.json"),

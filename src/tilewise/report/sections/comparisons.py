@@ -7,6 +7,7 @@ from itertools import groupby
 from tilewise.report import names
 from tilewise.report.blocks import Block, Heading, Text
 from tilewise.report.results import File, Row
+from tilewise.report.sections import speed
 from tilewise.report.sections.shared import all_times, contest, each_machine
 
 KNOWN = ("attention", "decode", "sparse", "masks", "memory", "cpu", "paper", "serving", "numerics", "overhead", "instructions",
@@ -15,15 +16,21 @@ KNOWN = ("attention", "decode", "sparse", "masks", "memory", "cpu", "paper", "se
 
 def of(benchmark: str) -> Callable[[Sequence[File]], list[Block]]:
     """The section of one benchmark: a table for each part."""
-    def of_machine(rows: list[Row]) -> list[Block]:
-        found: list[Block] = []
-        rows = [row for row in rows if benchmark != "cpu" or not names.is_attention(row)]   # those have a section
-        for part, group in groupby(sorted(rows, key=order(rows)), key=lambda row: row.part):
-            of = list(group)
-            found += [contest(of, part or benchmark), all_times(of, f"{part or benchmark}: median times")]
-        return found
+    return lambda files: each_machine(files, [benchmark], tables)
 
-    return lambda files: each_machine(files, [benchmark], of_machine)
+
+def cpu(files: Sequence[File]) -> list[Block]:
+    """Plain attention as in the section on speed, then a table for each other part."""
+    return each_machine(files, ["cpu"], lambda rows: [*speed.of_machine(rows), *tables(
+        [row for row in rows if not names.is_attention(row)])])
+
+
+def tables(rows: list[Row]) -> list[Block]:
+    found: list[Block] = []
+    for part, group in groupby(sorted(rows, key=order(rows)), key=lambda row: row.part):
+        of = list(group)
+        found += [contest(of, part), all_times(of, f"{part}: median times")]
+    return found
 
 
 def order(rows: Sequence[Row]) -> Callable[[Row], int]:

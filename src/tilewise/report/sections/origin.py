@@ -46,10 +46,13 @@ def build(files: Sequence[File]) -> list[Block]:
                       Cell("; ".join(notes) or "complete", "bad" if notes else "")])
     found: list[Block] = [Table("Files", ["file", "benchmark", "machine", "cases", "date (UTC)", "commit", "state"], lines)]
     for machine, of in machines(files).items():
+        first: dict[str, str] = {}
         for group in alike(of):
-            facts = [*group[0].facts.items(), *((k, said(v)) for k, v in group[0].others.items())]
+            facts = {**group[0].facts, **{k: said(v) for k, v in group[0].others.items()}}
             names_of = [("Files", ", ".join(file.name for file in group))] if len(files) > 1 else []
-            found.append(Facts(machine, [*names_of, *((k, v) for k, v in facts if v)]))
+            other = {k: v for k, v in facts.items() if v != first.get(k, "")}
+            found.append(Facts(f"{machine}, what differs" if first else machine, [*names_of, *other.items()]))
+            first = first or facts
     return found
 
 

@@ -9,7 +9,7 @@ from tilewise.report.blocks import Block, Heading, Text
 from tilewise.report.results import File, Row
 from tilewise.report.sections.shared import all_times, contest, each_machine, grouped, head_dim, modes, pictures
 
-BENCHMARKS = headline.DENSE
+BENCHMARKS = ("attention",)
 INTRO = ("One attention layer at growing sequence lengths. A cross at the top edge is a length that a contender was "
          "refused. A FLOP is counted as the field does: 4 × batch × heads × length² × head dim for the forward pass, half "
          "of it under a causal mask, 2.5 times as many for the backward.")
@@ -44,7 +44,8 @@ def summary(rows: Sequence[Row]) -> list[Block]:
 
 def drawn(rows: Sequence[Row]) -> list[Block]:
     """In TFLOP/s where the file says it of every contender that was timed."""
-    key = names.dtype, head_dim, names.mask, grouped
+    parts = {row.part for row in rows}          # plain attention may be measured in several
+    key = names.dtype, head_dim, names.mask, grouped, lambda row: row.part if len(parts) > 1 else ""
     rates = all(e.tflops for row in rows for e in row.timed().values() if names.role(e) != "ruler")
     if rates:
         return pictures(rows, key=lambda r: tuple(f(r) for f in key), value=lambda e: e.tflops, words=digits, label="TFLOP/s",
