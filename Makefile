@@ -35,8 +35,8 @@ check: $(READY)  ## style, types, architecture
 docs: $(READY)   ## write again what README and docs show: output of the code, tables and pictures of results, the gallery
 	$(BIN)/python scripts/docs
 
-bench: $(READY)  ## a short benchmark of attention on this machine
-	$(BIN)/tilewise bench
+bench: $(READY)  ## every benchmark of this machine on small shapes, beside its peers, into bench-report/
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/tilewise bench all --quick --out bench-report
 
 gates: $(READY)  ## compile every kernel configuration for every GPU whose row in results/gates.json is out of date
 	$(BIN)/tilewise inspect --update
@@ -45,7 +45,7 @@ wheel: $(READY)  ## build the wheel into dist/
 	$(BIN)/python -m pip wheel -q --no-deps -w dist .
 
 clean:           ## remove what these targets made
-	rm -rf .venv dist demo-report .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv dist demo-report bench-report .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(READY): pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Tilewise needs Python >= 3.10, this is " + sys.version) if sys.version_info < (3, 10) else 0'

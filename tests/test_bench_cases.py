@@ -106,12 +106,10 @@ def test_what_finds_no_memory_is_left_out(monkeypatch):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_packed(causal):
-    found = packed.measure(replace(TINY_PACKED, causal=causal), CPU, bars={(FORWARD, "sdpa padded"): 1.5})
+    found = packed.measure(replace(TINY_PACKED, causal=causal), CPU)
     for mode in PASSES:
         assert states(found[mode])["tilewise padded"] == ("timed" if mode == FORWARD else "absent")
         assert {"sdpa padded", "sdpa in a loop"} <= set(found[mode]["times_faster"])
-    assert found[FORWARD]["times_faster"]["sdpa padded"]["bar"] == 1.5
-    assert "bar" not in found[BOTH]["times_faster"]["sdpa padded"]
     facts = packed.trial(TINY_PACKED, CPU).setting
     assert all(4 <= n <= 40 for n in facts["lengths"])
     assert facts["padding"] == pytest.approx(1 - sum(facts["lengths"]) / (3 * max(facts["lengths"])))
@@ -163,12 +161,11 @@ def test_patterns_and_their_functions_are_the_same(pattern, block):
 
 def test_sparse():
     setting = sparse.Setting("butterfly", 128, 1, 16, "float32", 32, seconds=0.02)
-    found = sparse.measure(setting, CPU, others=("sdpa, boolean mask",), bars=sparse.BARS)
+    found = sparse.measure(setting, CPU, others=("sdpa, boolean mask",))
     assert set(found) == set(PASSES)
     for mode in PASSES:
         assert set(states(found[mode]).values()) == {"timed"}
         assert found[mode]["contenders"][sparse.IDEAL]["yardstick"]
-    assert found[BOTH]["times_faster"][sparse.IDEAL]["bar"] == pytest.approx(1 / 1.3)
 
 
 def test_what_is_wrong_is_seen_in_a_sample():
@@ -245,9 +242,9 @@ def test_misjudged_tiles_are_seen(monkeypatch):
 
 @pytest.mark.parametrize("name", masks.tables(1, 1))
 def test_gradients_of_tables(name):
-    found = masks.captured(name, TINY_MASKS, CPU, masks.BARS)[BOTH]
+    found = masks.captured(name, TINY_MASKS, CPU)[BOTH]
     assert states(found) == {"tilewise": "timed", masks.WITHOUT: "timed", "flex": "absent"}
-    assert found["times_faster"][masks.WITHOUT]["bar"] == pytest.approx(1 / 1.3)
+    assert found["times_faster"][masks.WITHOUT]["median"] > 0
 
 
 # ---- memory, the CPU backend ---------------------------------------------------------------------------------------------
@@ -269,22 +266,13 @@ def test_memory_of_each_in_its_own_process(monkeypatch):
 
 
 @native
-def test_bars_of_the_full_sizes_and_of_no_others():
-    promised = [(t.case, bars) for t in cpu.trials(Wanted(CPU)) if (bars := bars_of(t))]
+def test_bars_of_the_full_sizes():
+    promised = [(t.case, t.bars) for t in cpu.trials(Wanted(CPU))]
     assert ("B 1, N 32768, 32/8/128, float32", {("attend", "sdpa"): 3.0, ("attend", "copy"): 0.7}) in promised
     assert ("window 512, N 8192 H 4 D 64 float32", {(BOTH, "sdpa, boolean mask"): 8.0}) in promised
     assert sum((FORWARD, "sgemm") in bars for _, bars in promised) == 4
     (lengths,) = (t.setting["lengths"] for t in cpu.of_packed(Wanted(CPU)))
     assert sum(lengths) == 16547
-    assert not any(map(bars_of, cpu.trials(Wanted(CPU, quick=True))))
-
-
-def bars_of(trial):
-    """The bars that a trial's function was made with."""
-    measure = trial.measure
-    if hasattr(measure, "func"):
-        return next((x for x in (*measure.args, *measure.keywords.values()) if isinstance(x, dict)), None)
-    return dict(zip(measure.__code__.co_freevars, measure.__closure__, strict=True))["bars"].cell_contents
 
 
 @native
@@ -304,11 +292,10 @@ def test_a_kernel_is_built_into_an_empty_cache_then_loaded(monkeypatch):
         return float(len(caches_seen))
 
     monkeypatch.setattr(compiling, "apart", apart)
-    found = compiling.measure("causal", "decode", 2, compiling.BARS)
+    found = compiling.measure("causal", "decode", 2)
     assert [caches_seen[0], caches_seen[2]] == [caches_seen[1], caches_seen[3]]
     assert caches_seen[0] != caches_seen[2]
     assert found[compiling.BUILD]["contenders"]["tilewise"]["seconds"] == 2.0
-    assert found[compiling.LOAD]["contenders"]["tilewise"]["bar"] == 0.05
 
 
 def test_the_cpu_backend_says_why_it_cannot_be_measured(monkeypatch):

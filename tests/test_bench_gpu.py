@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from tilewise.bench import __main__ as command
-from tilewise.bench import workers
 from tilewise.bench.suite import BENCHMARKS, Wanted
 
 CPU = torch.device("cpu")

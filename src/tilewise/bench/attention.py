@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from tilewise import backends
-from tilewise.bench.contest import BOTH, FORWARD, PASSES, Bars, Entrant, Outcome, free_bytes, gib, race
+from tilewise.bench.contest import BOTH, FORWARD, PASSES, Entrant, Outcome, free_bytes, gib, race
 from tilewise.bench.gate import Gate
 from tilewise.bench.peers import Attend, Contender, discover, ours
 from tilewise.bench.shapes import WORK, Inputs, Shape, heads_first, of_the_paper
-from tilewise.bench.suite import Trial, Wanted
+from tilewise.bench.suite import Bars, Trial, Wanted
 from tilewise.problem import make
 
 SECONDS = {"cuda": 2.0, "cpu": 8.0}     # for one shape, all contenders together
@@ -35,10 +35,10 @@ def trial(shape: Shape, wanted: Wanted, *, part: str = "attention", modes: tuple
     """only: those that take part beside ours. beside: yardsticks."""
     def run() -> dict[str, Outcome]:
         field = [c for c in contenders(shape, wanted) if only is None or c.name in ("tilewise", *only)]
-        return measure(shape, field, wanted.device, modes=modes, seconds=seconds, beside=beside(), bars=bars)
+        return measure(shape, field, wanted.device, modes=modes, seconds=seconds, beside=beside())
 
     case = str(shape) if part == "attention" else f"{shape}, {part}"
-    return Trial(part, case, asdict(shape) | {"mask": shape.mask}, modes, run)
+    return Trial(part, case, asdict(shape) | {"mask": shape.mask}, modes, run, bars or {})
 
 
 def contenders(shape: Shape, wanted: Wanted) -> list[Contender]:
@@ -55,18 +55,16 @@ def contenders(shape: Shape, wanted: Wanted) -> list[Contender]:
 
 
 def measure(shape: Shape, field: Sequence[Contender], device: torch.device, *, modes: Sequence[str] = PASSES, seconds: float,
-            beside: Sequence[Entrant] = (), bars: Bars | None = None) -> dict[str, Outcome]:
+            beside: Sequence[Entrant] = ()) -> dict[str, Outcome]:
     """The rows of one shape. With the forward mode alone, it keeps nothing for a backward."""
     sets = [shape.draw(device, seed) for seed in (0, 1)]
     relaid: list[Inputs] = []
-    if device.type == "cuda":
-        torch.compiler.reset()      # shapes are compiled apart, and torch.compile gives up after a few
     gate, alone, entrants = Gate(*sets[0], shape.causal), tuple(modes) == (FORWARD,), []
     for contender in field:
         if contender.heads_first and not relaid:
             relaid = [laid_heads_first(inputs) for inputs in sets]
         entrants.append(entrant(contender, shape, relaid if contender.heads_first else sets, gate, alone, device))
-    return race([*entrants, *beside], device, modes, seconds=seconds, rates=partial(rates, shape), bars=bars)
+    return race([*entrants, *beside], device, modes, seconds=seconds, rates=partial(rates, shape))
 
 
 def rates(shape: Shape, mode: str, seconds: float) -> dict[str, float]:

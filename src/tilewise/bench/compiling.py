@@ -4,7 +4,7 @@ from __future__ import annotations
 import ctypes
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import product
@@ -22,7 +22,7 @@ from tilewise.bench.tolerance import check, run
 from tilewise.bench.workers import apart
 
 BUILD, LOAD = "build", "load"
-BARS = {BUILD: 3.0, LOAD: 0.05}         # seconds
+BARS = {(BUILD, "tilewise"): 3.0, (LOAD, "tilewise"): 0.05}     # seconds
 KERNELS = "forward", "decode", "backward"
 PROGRAMS: dict[str, Callable[[Maker], Options]] = {
     "plain": lambda make: {},
@@ -30,15 +30,13 @@ PROGRAMS: dict[str, Callable[[Maker], Options]] = {
     "softcap and alibi": lambda make: {"score_mod": [tw.softcap(20.0), tw.alibi(make.uniform(2))]}}
 
 
-def trials(repeats: int, bars: Mapping[str, float], programs: Sequence[str] = tuple(PROGRAMS),
-           kernels: Sequence[str] = KERNELS) -> list[Trial]:
-    """bars: seconds at most, by mode."""
+def trials(repeats: int, programs: Sequence[str] = tuple(PROGRAMS), kernels: Sequence[str] = KERNELS) -> list[Trial]:
     facts = {"dtype": "float32"}
     return [Trial("compiling", f"{program}, {kernel}", facts | {"program": program, "kernel": kernel}, (BUILD, LOAD),
-                  partial(measure, program, kernel, repeats, bars)) for program, kernel in product(programs, kernels)]
+                  partial(measure, program, kernel, repeats), BARS) for program, kernel in product(programs, kernels)]
 
 
-def measure(program: str, kernel: str, repeats: int, bars: Mapping[str, float]) -> dict[str, Outcome]:
+def measure(program: str, kernel: str, repeats: int) -> dict[str, Outcome]:
     """The kernel is held to the tolerance rule once, then built into so many empty caches, and loaded from each."""
     state = admit(Entrant("tilewise", {BUILD: print}, lambda: check(call(program, kernel), "cpu")), torch.device("cpu"))
     if state["state"] != "timed":
@@ -48,8 +46,7 @@ def measure(program: str, kernel: str, repeats: int, bars: Mapping[str, float]) 
         with tempfile.TemporaryDirectory() as cache:
             for of_mode in seconds.values():
                 of_mode.append(apart("compiling", "seconds_to_have", program, kernel, environment={"XDG_CACHE_HOME": cache}))
-    return {mode: outcome({"tilewise": Timing(of, of)}, **({"bar": bars[mode]} if mode in bars else {}))
-            for mode, of in seconds.items()}
+    return {mode: outcome({"tilewise": Timing(of, of)}) for mode, of in seconds.items()}
 
 
 def call(program: str, kernel: str) -> Call:

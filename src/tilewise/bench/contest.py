@@ -20,7 +20,6 @@ from tilewise.bench.tolerance import Verdict
 
 FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
 PASSES = FORWARD, BACKWARD, BOTH
-Bars = Mapping[tuple[str, str], float]          # by mode and the other's name, how many times faster ours is promised to be
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,7 @@ def admit(entrant: Entrant, device: torch.device) -> Entry:
 
 
 def race(entrants: Sequence[Entrant], device: torch.device, modes: Sequence[str], *, seconds: float, least: int = 3,
-         most: int = 100, rates: Callable[[str, float], Any] = lambda mode, seconds: {},
-         bars: Bars | None = None) -> dict[str, Outcome]:
+         most: int = 100, rates: Callable[[str, float], Any] = lambda mode, seconds: {}) -> dict[str, Outcome]:
     """For each mode the contenders' states and times, and how many times faster the first is than each other.
 
     The backward is the difference of both passes together and the forward alone, within a round. seconds: for all together.
@@ -84,16 +82,14 @@ def race(entrants: Sequence[Entrant], device: torch.device, modes: Sequence[str]
             contenders[name].update(rates(mode, timing.median))
             if (name, mode) in held:
                 contenders[name]["bytes"] = held[name, mode]
-        found[mode] = Outcome(contenders=contenders, times_faster=dict(compared(entrants[0].name, mode, of_mode, bars or {})))
+        found[mode] = Outcome(contenders=contenders, times_faster=dict(compared(entrants[0].name, of_mode)))
     return found
 
 
-def outcome(timed: Mapping[str, Timing], **more: Any) -> Outcome:
-    """Of contenders that are right, ours first; `more` of ours."""
+def outcome(timed: Mapping[str, Timing]) -> Outcome:
+    """Of contenders that are right, ours first."""
     contenders = {name: entry(Entrant(name), {"state": "timed", "reason": ""}, timing) for name, timing in timed.items()}
-    first = next(iter(timed))
-    contenders[first].update(more)      # type: ignore[typeddict-item]
-    return Outcome(contenders=contenders, times_faster=dict(compared(first, "", timed, {})))
+    return Outcome(contenders=contenders, times_faster=dict(compared(next(iter(timed)), timed)))
 
 
 def entry(entrant: Entrant, state: Entry, timing: Timing | None) -> Entry:
@@ -106,12 +102,11 @@ def entry(entrant: Entrant, state: Entry, timing: Timing | None) -> Entry:
     return state
 
 
-def compared(first: str, mode: str, timed: Mapping[str, Timing],
-             bars: Bars) -> Iterator[tuple[str, Faster]]:
+def compared(first: str, timed: Mapping[str, Timing]) -> Iterator[tuple[str, Faster]]:
     for name, timing in timed.items():
         if first in timed and name != first:
             ratio: Any = times_faster(timed[first], timing)
-            yield name, ratio | ({"bar": bars[mode, name]} if (mode, name) in bars else {})
+            yield name, ratio
 
 
 def scaled(timing: Timing, factor: float) -> Timing:

@@ -33,7 +33,7 @@ def trials(wanted: Wanted) -> list[Trial]:
         raise RuntimeError(f"backend cpu: {check.reason}")
     quick = wanted.quick
     return [*dense(wanted), *of_packed(wanted), *of_decoding(wanted), *of_blocks(wanted),
-            *(compiling.trials(1, {}, ("plain",)) if quick else compiling.trials(3, compiling.BARS)), *of_others(wanted)]
+            *(compiling.trials(1, ("plain",)) if quick else compiling.trials(3)), *of_others(wanted)]
 
 
 def dense(wanted: Wanted) -> list[Trial]:
@@ -54,10 +54,10 @@ def dense(wanted: Wanted) -> list[Trial]:
         shape = Shape(1, n, heads, heads, dim, causal, dtype)
         with_product = mode == FORWARD and dtype == "float32" and not causal and n != tiny
         bars = ({(mode, RIVAL): bar} if bar else {}) | ({(mode, "sgemm"): 0.85} if with_product else {})
-        found.append(attention.trial(shape, wanted, modes=(mode,), only=(RIVAL,), bars=wanted.bars(bars), seconds=seconds,
+        found.append(attention.trial(shape, wanted, modes=(mode,), only=(RIVAL,), bars=bars, seconds=seconds,
                                      beside=partial(sgemm, shape) if with_product else list))
     window = Sparse("window", long, 4, 64, "float32", 512 // shrink, 2 * seconds)
-    return [*found, sparse.trial(window, CPU, modes=(BOTH,), others=(MATRIX,), bars=wanted.bars({(BOTH, MATRIX): 8.0}))]
+    return [*found, sparse.trial(window, CPU, modes=(BOTH,), others=(MATRIX,), bars={(BOTH, MATRIX): 8.0})]
 
 
 def sgemm(shape: Shape) -> list[Entrant]:
@@ -71,7 +71,7 @@ def of_packed(wanted: Wanted) -> list[Trial]:
     setting = (Packed(4, False, 2, longest=256, dtype="float32", seconds=0.2) if wanted.quick else
                Packed(29, False, 8, dtype="float32", seconds=40.0))
     return [packed.trial(setting, CPU, modes=(FORWARD,), only=("sdpa padded", "sdpa in a loop"),
-                         bars=wanted.bars({(FORWARD, "sdpa padded"): 2.0}))]
+                         bars={(FORWARD, "sdpa padded"): 2.0})]
 
 
 def of_decoding(wanted: Wanted) -> list[Trial]:
@@ -79,14 +79,14 @@ def of_decoding(wanted: Wanted) -> list[Trial]:
     shrink, seconds = (16, 0.2) if wanted.quick else (1, 8.0)
     bars = {(decode.ATTEND, "sdpa"): 3.0, (decode.ATTEND, "copy"): 0.7}
     return [decode.trial(Cached(1, context // shrink, *decode.LLAMA_8B, dtype, seconds), CPU, modes=(decode.ATTEND,),
-                         only=("sdpa", "sdpa contiguous"), bars=wanted.bars(bars if context == 32768 else {}))
+                         only=("sdpa", "sdpa contiguous"), bars=bars if context == 32768 else {})
             for context in (32768, 2048, 512) for dtype in ("float32", "bfloat16")]
 
 
 def of_blocks(wanted: Wanted) -> list[Trial]:
     setting = (Sparse("butterfly", 1024, 2, 64, "float32", seconds=0.2) if wanted.quick else
                Sparse("butterfly", 16384, 2, 64, "float32"))
-    return [sparse.trial(setting, CPU, modes=(FORWARD, BOTH), bars=wanted.bars(sparse.BARS))]
+    return [sparse.trial(setting, CPU, modes=(FORWARD, BOTH), bars=sparse.BARS)]
 
 
 def of_others(wanted: Wanted) -> list[Trial]:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 import tilewise as tw
 from tilewise.bench.caches import STEPS, Decoder, Setting, World, decoders
-from tilewise.bench.contest import Bars, Entrant, Outcome, free_bytes, gib, race
+from tilewise.bench.contest import Entrant, Outcome, free_bytes, gib, race
 from tilewise.bench.gate import Expected
-from tilewise.bench.suite import Trial, Wanted
+from tilewise.bench.suite import Bars, Trial, Wanted
 from tilewise.bench.timing import Call
 from tilewise.bench.tolerance import Verdict
 
@@ -48,19 +48,19 @@ def settings(device: torch.device, quick: bool = False) -> list[Setting]:
 
 def trials(wanted: Wanted) -> list[Trial]:
     found = settings(wanted.device, wanted.quick)
-    return [trial(setting, wanted.device, bars=wanted.bars(BARS if setting == found[0] else {})) for setting in found]
+    return [trial(setting, wanted.device, bars=BARS if setting == found[0] else None) for setting in found]
 
 
 def trial(setting: Setting, device: torch.device, *, part: str = "decode", only: Sequence[str] | None = None,
           modes: tuple[str, ...] = (ATTEND, STEP), bars: Bars | None = None) -> Trial:
     """only: those that take part beside ours and the yardsticks."""
     facts = asdict(setting) | {"seqlen_q": 1, "seqlen_k": setting.context}
-    return Trial(part, str(setting), facts, modes, partial(measure, setting, device, only, modes, bars))
+    return Trial(part, str(setting), facts, modes, partial(measure, setting, device, only, modes), bars or {})
 
 
 @torch.inference_mode()
-def measure(setting: Setting, device: torch.device, only: Sequence[str] | None = None, modes: Sequence[str] = (ATTEND, STEP),
-            bars: Bars | None = None) -> dict[str, Outcome]:
+def measure(setting: Setting, device: torch.device, only: Sequence[str] | None = None,
+            modes: Sequence[str] = (ATTEND, STEP)) -> dict[str, Outcome]:
     """Attention alone and whole steps, ours beside the others in turns."""
     size, free = setting.nbytes(setting.context + STEPS), free_bytes(device)
     if 3 * size > free:
@@ -72,8 +72,7 @@ def measure(setting: Setting, device: torch.device, only: Sequence[str] | None =
     found: dict[str, Outcome] = {}
     for mode in modes:
         rates = partial(bandwidth, setting) if mode == ATTEND else nothing
-        found |= race(entrants[mode], device, (mode,), seconds=setting.seconds / len(modes), most=STEPS - 8, rates=rates,
-                      bars=bars)
+        found |= race(entrants[mode], device, (mode,), seconds=setting.seconds / len(modes), most=STEPS - 8, rates=rates)
     return found
 
 

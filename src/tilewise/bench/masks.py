@@ -13,7 +13,7 @@ from torch import Tensor
 
 import tilewise as tw
 from tilewise.bench.attention import SLOW_TO_COMPILE
-from tilewise.bench.contest import BOTH, Bars, Entrant, Outcome, admit, gib, outcome, race
+from tilewise.bench.contest import BOTH, Entrant, Outcome, admit, gib, outcome, race
 from tilewise.bench.peers import NO_GRADIENTS, flex_attend
 from tilewise.bench.record import Entry
 from tilewise.bench.resident import GIVE_BACK, restart_peak, status_bytes
@@ -56,7 +56,7 @@ def trials(wanted: Wanted) -> list[Trial]:
     found += [Trial("tiles", f"N {n}", {"seqlen": n, "block": sizes.block}, (CLASSIFY,),
                     partial(tiles, n, sizes.block)) for n in sizes.classified]
     return found + [Trial("tables", f"{name}, N {sizes.captured}", shape | {"seqlen": sizes.captured},
-                          (BOTH,), partial(captured, name, sizes, device, wanted.bars(BARS))) for name in tables(1, 1)]
+                          (BOTH,), partial(captured, name, sizes, device), BARS) for name in tables(1, 1)]
 
 
 # ---- 1. functions: the first call with a new one, and at a new length -----------------------------------------------------
@@ -249,7 +249,7 @@ def tables(length: int, heads: int) -> dict[str, Table]:
     }
 
 
-def captured(name: str, sizes: Sizes, device: torch.device, bars: Bars) -> dict[str, Outcome]:
+def captured(name: str, sizes: Sizes, device: torch.device) -> dict[str, Outcome]:
     """Forward and backward with the gradient of a captured table, and without, in turns."""
     inputs, dout = draw(sizes.captured, sizes.heads, sizes.head_dim, device)
     shape, score = tables(sizes.captured, sizes.heads)[name]
@@ -263,4 +263,4 @@ def captured(name: str, sizes: Sizes, device: torch.device, bars: Bars) -> dict[
         entrants.append(flex.entrant("flex", (BOTH,)))
     else:
         entrants.append(Entrant("flex", reason=NO_GRADIENTS))
-    return race(entrants, device, (BOTH,), seconds=sizes.seconds, least=sizes.repeats + 1, bars=bars)
+    return race(entrants, device, (BOTH,), seconds=sizes.seconds, least=sizes.repeats + 1)

@@ -27,7 +27,7 @@ from tilewise.bench.workers import apart
 
 MODES = FORWARD, BOTH
 SHORT = 256             # rows of the problem on which contenders are judged: fp64 scores of long ones would need too much
-SHOWN = "tilewise", "sdpa flash", "sdpa cudnn", "flex", "standard"
+SHOWN = "tilewise", "sdpa flash", "sdpa cudnn", "standard"
 
 
 def trials(wanted: Wanted) -> list[Trial]:

@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import tilewise as tw
-from tilewise.bench.contest import BOTH, FORWARD, PASSES, Bars, Entrant, Outcome, race
+from tilewise.bench.contest import BOTH, FORWARD, PASSES, Entrant, Outcome, race
 from tilewise.bench.gate import Expected, Found
 from tilewise.bench.peers import CUDA_ONLY, function_of
-from tilewise.bench.suite import Trial
+from tilewise.bench.suite import Bars, Trial
 from tilewise.bench.tolerance import Verdict
 from tilewise.packing import cu_seqlens, pad, unpad
 
@@ -60,7 +60,7 @@ def trial(setting: Setting, device: torch.device, *, part: str = "packed", modes
     lengths = setting.lengths()
     padding = 1 - sum(lengths) / (len(lengths) * max(lengths))
     facts = asdict(setting) | {"batch": setting.sequences, "lengths": lengths, "padding": padding}
-    return Trial(part, str(setting), facts, modes, partial(measure, setting, device, modes, only, bars))
+    return Trial(part, str(setting), facts, modes, partial(measure, setting, device, modes, only), bars or {})
 
 
 class Inputs(NamedTuple):
@@ -182,13 +182,13 @@ def flash_attn(batch: Batch) -> Contender:
         max_seqlen_k=batch.longest, causal=batch.setting.causal), batch.packed)
 
 
-def measure(setting: Setting, device: torch.device, modes: Sequence[str] = PASSES, only: Sequence[str] | None = None,
-            bars: Bars | None = None) -> dict[str, Outcome]:
+def measure(setting: Setting, device: torch.device, modes: Sequence[str] = PASSES,
+            only: Sequence[str] | None = None) -> dict[str, Outcome]:
     """All contenders in turns."""
     batch, alone = Batch(setting, device), tuple(modes) == (FORWARD,)
     right = expected(batch, gradients=not alone)
     field = [c.entrant(batch, right, alone) for c in contenders(batch) if only is None or c.name in ("tilewise", *only)]
-    return race(field, device, modes, seconds=setting.seconds, bars=bars)
+    return race(field, device, modes, seconds=setting.seconds)
 
 
 def expected(batch: Batch, gradients: bool = True) -> Expected:

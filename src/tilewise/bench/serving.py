@@ -6,7 +6,7 @@ from tilewise.bench.suite import Trial, Wanted
 
 
 def trials(wanted: Wanted) -> list[Trial]:
-    bars = wanted.bars(packed.BARS if wanted.device.type == "cpu" else {})
+    bars = packed.BARS if wanted.device.type == "cpu" else None
     found = [packed.trial(setting, wanted.device, bars=bars)
              for setting in packed.settings(wanted.device, wanted.quick)]
     return found + [trial for setting in chunks.settings(wanted.device, wanted.quick)

@@ -14,10 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 import tilewise as tw
 from tilewise import patterns
-from tilewise.bench.contest import BOTH, FORWARD, PASSES, Bars, Entrant, Outcome, race
+from tilewise.bench.contest import BOTH, FORWARD, PASSES, Entrant, Outcome, race
 from tilewise.bench.peers import NO_GRADIENTS, flex_attend
 from tilewise.bench.shapes import WORK, heads_first
-from tilewise.bench.suite import Trial, Wanted
+from tilewise.bench.suite import Bars, Trial, Wanted
 from tilewise.bench.work import Work, draw
 from tilewise.masks import Mask
 
@@ -67,18 +67,18 @@ def trials(wanted: Wanted) -> list[Trial]:
                 for pattern, block in (*((name, 128) for name in LAYOUTS), ("window", 512 if not wanted.quick else 128))]
     # On a CPU FlexAttention compiles for half a minute, and has only a forward pass.
     others = ("sdpa, boolean mask", "flex") if on_gpu or not wanted.quick else ("sdpa, boolean mask",)
-    return [trial(setting, wanted.device, others=others, bars=wanted.bars({} if on_gpu else BARS)) for setting in settings]
+    return [trial(setting, wanted.device, others=others, bars=None if on_gpu else BARS) for setting in settings]
 
 
 def trial(setting: Setting, device: torch.device, *, part: str = "sparse", modes: tuple[str, ...] = PASSES,
           others: Sequence[str] = (), bars: Bars | None = None) -> Trial:
     density = setting.masks(torch.device("cpu"))[2]
     return Trial(part, str(setting), asdict(setting) | {"batch": 1, "density": density}, modes,
-                 partial(measure, setting, device, modes, others, bars))
+                 partial(measure, setting, device, modes, others), bars or {})
 
 
-def measure(setting: Setting, device: torch.device, modes: Sequence[str] = PASSES, others: Sequence[str] = (),
-            bars: Bars | None = None) -> dict[str, Outcome]:
+def measure(setting: Setting, device: torch.device, modes: Sequence[str] = PASSES,
+            others: Sequence[str] = ()) -> dict[str, Outcome]:
     mask, function, density = setting.masks(device)
     tensors, dout = draw(setting.seqlen, setting.heads, setting.head_dim, device, getattr(torch, setting.dtype))
     timed = [mode for mode in (FORWARD, BOTH) if mode in modes or len(modes) == len(PASSES)]
@@ -87,7 +87,7 @@ def measure(setting: Setting, device: torch.device, modes: Sequence[str] = PASSE
     entrants = [Work(tensors, dout, mask=function, blocks=mask).entrant("tilewise", timed),
                 Entrant(IDEAL, full.calls, factor=density),
                 *(rivals[name](name, tensors, dout, function, device, timed) for name in others)]
-    return race(entrants, device, modes, seconds=setting.seconds, rates=partial(rates, setting, density), bars=bars)
+    return race(entrants, device, modes, seconds=setting.seconds, rates=partial(rates, setting, density))
 
 
 def rates(setting: Setting, density: float, mode: str, seconds: float) -> dict[str, float]:

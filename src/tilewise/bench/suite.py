@@ -6,22 +6,24 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tilewise.bench import record, table
-from tilewise.bench.contest import Bars, Outcome
+from tilewise.bench.contest import Outcome
 from tilewise.bench.record import Result, Row
 from tilewise.bench.timing import alive
 
 BENCHMARKS = ("attention", "decode", "sparse", "masks", "memory", "cpu", "serving")
 TOO_SMALL = "quick: shapes this small say that it works, little about speed"
+Bars = Mapping[tuple[str, str], float]
 Progress = Callable[[str, int, int, str], None]         # part, cases done, cases of the part, what is measured now
 
 
@@ -34,27 +36,34 @@ class Wanted:
     lengths: tuple[int, ...] = ()
     also: tuple[str, ...] = ()
 
-    def bars(self, bars: Bars) -> Bars:
-        """What is promised, where shapes are large enough to tell."""
-        return {} if self.quick else bars
-
 
 @dataclass(frozen=True)
 class Trial:
-    """What is measured together: a row for each mode."""
+    """What is measured together: a row for each mode.
+
+    bars: what is promised, by mode and name: to be so many times faster than another, or of ours the seconds at most.
+    """
     part: str
     case: str
     setting: dict[str, Any]
     modes: tuple[str, ...]
     measure: Callable[[], dict[str, Outcome]]
+    bars: Bars = field(default_factory=dict)
 
     def named(self, mode: str) -> str:
         """The row's name, the same in every run."""
         return f"{self.case} {mode}"
 
-    def rows(self, found: dict[str, Outcome]) -> list[Row]:
-        return [{"part": self.part, "case": self.named(mode), "setting": self.setting | {"mode": mode}, **found[mode]}
-                for mode in self.modes]
+    def rows(self, found: dict[str, Outcome], promised: bool = True) -> list[Row]:
+        """promised: with the bars."""
+        rows: dict[str, Row] = {mode: {"part": self.part, "case": self.named(mode), "setting": self.setting | {"mode": mode},
+                                       **found[mode]} for mode in self.modes}
+        for (mode, name), bar in self.bars.items() if promised else ():
+            if name in rows[mode]["times_faster"]:
+                rows[mode]["times_faster"][name]["bar"] = bar
+            elif name == next(iter(rows[mode]["contenders"])):
+                rows[mode]["contenders"][name]["bar"] = bar
+        return list(rows.values())
 
 
 def trials(name: str, wanted: Wanted) -> list[Trial]:
@@ -79,7 +88,7 @@ def run(name: str, wanted: Wanted, *, out: Path | None = None, seconds: float = 
         missing = any(trial.named(mode) not in rows for mode in trial.modes)
         if missing and time.monotonic() <= deadline:
             progress(trial.part, done[trial.part], totals[trial.part], trial.case)
-            found = attempt(trial, wanted.device)
+            found = attempt(trial, wanted)
             rows |= {row["case"]: row for row in found}
         done[trial.part] += 1
         progress(trial.part, done[trial.part], totals[trial.part], "")
@@ -96,15 +105,17 @@ def kept(path: Path, result: Result) -> list[Row]:
     return [row for row in old["rows"] if any(entry["state"] == "timed" for entry in row["contenders"].values())]
 
 
-def attempt(trial: Trial, device: torch.device) -> list[Row]:
-    """A trial's rows; if it fails as a whole, they say so of ours."""
+def attempt(trial: Trial, wanted: Wanted) -> list[Row]:
+    """A trial's rows, with bars where shapes are large enough to tell; if it fails as a whole, they say so of ours."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()      # cases are compiled apart, and torch.compile gives up after a few
     try:
-        return trial.rows(trial.measure())
+        return trial.rows(trial.measure(), promised=not wanted.quick)
     except Exception as error:  # such as memory
-        if not alive(device):
+        if not alive(wanted.device):
             raise SystemExit(f"{trial.case}: {record.words(error)}; the device no longer answers") from None
         failed: Outcome = {"contenders": {"tilewise": {"state": "refused", "reason": record.words(error)}}, "times_faster": {}}
-        return trial.rows(dict.fromkeys(trial.modes, failed))
+        return trial.rows(dict.fromkeys(trial.modes, failed), promised=False)
 
 
 def publish(result: Result, every: Sequence[Trial], rows: dict[str, Row], out: Path | None) -> None:
