@@ -1,5 +1,6 @@
 """`tilewise report`: what it says of made-up results whose numbers are known, and what it refuses."""
 import json
+import random
 import re
 import sys
 from html.parser import HTMLParser
@@ -16,7 +17,7 @@ from tilewise import report
 from tilewise.cli import app
 from tilewise.pages.svg import log_ticks
 from tilewise.pages.words import duration, length, ratio, size
-from tilewise.report import headline, names, page, sections
+from tilewise.report import headline, markdown, names, page, sections
 from tilewise.report.results import Problem, read
 
 
@@ -177,6 +178,9 @@ def test_tables_hold_the_numbers(outline):
     errors = next(t for t in outline.tables if t[0][-1] == "allowed")
     assert [r[0].rsplit(", ", 1)[1] for r in errors[1:]] == ["out", "dq"]
     assert "NaN" in errors[1]
+    closest = next(t for t in outline.tables if t[0][1] == "within")
+    assert {r[0]: r[1:3] for r in closest[1:]} == {"Tilewise": ["2 of 2", "0.2"], "standard attention": ["2 of 2", "0.5"],
+                                                   "SDPA flash": ["1 of 2", "1.5"], "FlexAttention": ["0 of 1", "inf"]}
     traffic = next(t for t in outline.tables if t[0][-1] == "counted ÷ closed form")
     assert {r[-1] for r in traffic[1:]} == {"1.025"}
     assert traffic[1][3] == "4.4 GB"
@@ -230,9 +234,9 @@ def test_text_of_files_is_escaped(tmp_path):
     assert "<b>.json" not in text
     assert Outline(text).open == []
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
-    markdown = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
-    assert "<script" not in markdown
-    for table in re.findall(r"(?m)(?:^\|.*\n)+", markdown):
+    written = (tmp_path / "out" / "report.md").read_text(encoding="utf-8")
+    assert "<script" not in written
+    for table in re.findall(r"(?m)(?:^\|.*\n)+", written):
         assert len({len(re.findall(r"(?<!\\)\|", line)) for line in table.splitlines()}) == 1
 
 
@@ -274,6 +278,41 @@ def test_bad_files_are_one_clear_error(tmp_path, data, message):
     with pytest.raises(Problem, match=message):
         report.write([path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+ODD = [None, float("nan"), float("inf"), -1, 0, True, "", "x", [], {}, [1], 1e300, 1e-300, 2**70]
+
+
+def places(value, path=()):
+    """The way to everything inside some JSON."""
+    inside = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, one in inside:
+        yield (*path, key)
+        yield from places(one, (*path, key))
+
+
+@pytest.mark.parametrize("name", ["memory", "decode", "sparse", "cpu", "traffic", "paper", "numerics"])
+def test_whatever_a_file_holds_is_shown_or_refused(tmp_path, name):
+    choose = random.Random(0)
+    original = results.MADE[name]()
+    everywhere = list(places(original))
+    outcomes = set()
+    for _ in range(40):
+        data = json.loads(json.dumps(original))
+        *way, last = choose.choice(everywhere)
+        inside = data
+        for key in way:
+            inside = inside[key]
+        inside[last] = choose.choice(ODD)
+        try:
+            files = read([write(tmp_path, data)])
+        except Problem as problem:
+            assert str(problem).startswith(str(tmp_path / "a.json"))
+            outcomes.add("refused")
+        else:
+            assert markdown.whole(files, sections.build(files))
+            outcomes.add("shown")
+    assert outcomes == {"refused", "shown"}
 
 
 def test_files_that_measure_the_same_are_refused(tmp_path):

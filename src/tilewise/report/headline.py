@@ -134,7 +134,7 @@ def duels(files: Sequence[File]) -> list[Duel]:
     for file in files:
         for row in file.rows:
             for name, entry in row.timed().items():
-                if names.role(entry) in ("peer", "standard") and row.ours is not None:
+                if names.role(entry) in ("peer", "standard") and row.ours is not None and entry is not row.ours:
                     key = file.benchmark, file.machine, name
                     counts[key] += 1
                     of.setdefault(key, file)

@@ -1,6 +1,7 @@
 """Benchmarks whose result is a number for each contender: overhead, bytes of traffic, instructions, errors."""
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from tilewise.pages.words import digits, duration
@@ -8,6 +9,8 @@ from tilewise.report import names
 from tilewise.report.blocks import Block, Cell, Table, Text
 from tilewise.report.results import Entry, File, Row
 from tilewise.report.sections.shared import NOTHING, all_times, each_machine, everyone, grouped, head_dim, pictures
+
+FEW = 20        # errors that are shown at once
 
 
 def overhead(files: Sequence[File]) -> list[Block]:
@@ -29,7 +32,7 @@ def traffic(files: Sequence[File]) -> list[Block]:
     def of_machine(rows: list[Row]) -> list[Block]:
         rows = [row for row in rows if row.part != "roofline"]          # a section of its own
         drawn = pictures(rows, key=lambda r: (names.mode(r), names.dtype(r), head_dim(r), names.mask(r), grouped(r)),
-                         value=lambda e: e.count, words=gigabytes, label="bytes read and written")
+                         value=lambda e: e.count or None, words=gigabytes, label="bytes read and written")
         counts = [row for row in rows if any(e.count for e in row.entries.values())]
         return [*drawn, counted(counts)] if counts else []
 
@@ -69,10 +72,32 @@ def instructions(files: Sequence[File]) -> list[Block]:
 
 def numerics(files: Sequence[File]) -> list[Block]:
     """Each tensor's largest error, and standard attention's in the same precision."""
-    found = each_machine(files, ["numerics"], lambda rows: [errors(rows)] if any(
-        e.errors for row in rows for e in row.entries.values()) else [])
+    def of_machine(rows: list[Row]) -> list[Block]:
+        rows = [row for row in rows if any(e.errors for e in row.entries.values())]
+        return [closest(rows), errors(rows)] if rows else []
+
+    found = each_machine(files, ["numerics"], of_machine)
     return found and [Text("Largest error of each result against the same computed in fp64. Standard attention in the inputs' "
                            "precision is the measure: twice its error is allowed, three times for gradients."), *found]
+
+
+def closest(rows: Sequence[Row]) -> Table:
+    """Of each contender the result that comes closest to what is allowed, or farthest over it."""
+    lines: list[list[Cell | str]] = []
+    for name in everyone(rows):
+        found = [(part_of(*pair), f"{row.case}, {tensor}") for row in rows if name in row.entries
+                 for tensor, pair in row.entries[name].errors.items()]
+        if found:
+            share, where = max(found)
+            within = sum(s <= 1 for s, _ in found)
+            lines.append([names.title(name), f"{within} of {len(found)}", Cell(f"{share:.2g}", "" if share <= 1 else "bad"),
+                          Cell(where, "long")])
+    return Table("Errors over what is allowed", ["contender", "within", "largest share", "where"], lines)
+
+
+def part_of(found: float, most: float) -> float:
+    """An error over what is allowed; what is no number is over all of it."""
+    return found / most if most > 0 and math.isfinite(found) else math.inf
 
 
 def errors(rows: Sequence[Row]) -> Table:
@@ -83,7 +108,8 @@ def errors(rows: Sequence[Row]) -> Table:
         for tensor in tensors:
             lines.append([f"{row.case}, {tensor}", *(error(row.entries.get(name), tensor) for name in who),
                           allowed(row, tensor)])
-    return Table("Largest errors", ["case, result", *map(names.title, who), "allowed"], lines)
+    folded = f"All {len(lines)} results" if len(lines) > FEW else ""
+    return Table("Largest errors", ["case, result", *map(names.title, who), "allowed"], lines, folded)
 
 
 def error(entry: Entry | None, tensor: str) -> Cell | str:

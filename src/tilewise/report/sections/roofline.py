@@ -13,7 +13,7 @@ from tilewise.report.charts import Roof
 from tilewise.report.results import Entry, File, Row
 
 PART, MODEL = "roofline", "least time, by the model"
-NEEDED = ("device", "peak", "bandwidth", "intensity", "flops")
+NEEDED = ("peak", "bandwidth", "intensity", "flops")
 INTRO = ("The sloped line is what memory allows, the level one what the arithmetic units allow (Williams, Waterman and "
          "Patterson 2009). The least time of a case is a model's; how far below it a measured point lies is what is left "
          "to gain.")
@@ -23,8 +23,8 @@ def build(files: Sequence[File]) -> list[Block]:
     modelled: dict[str, list[Row]] = defaultdict(list)
     for file in files:
         for row in file.rows:
-            if row.part == PART and all(row.setting.get(name) for name in NEEDED):
-                modelled[str(row.setting["device"])].append(row)
+            if row.part == PART and all(isinstance(row.setting.get(name), (int, float)) and row.setting[name] > 0 for name in NEEDED):
+                modelled[str(row.setting.get("device", "a device without a name"))].append(row)
     found = [block for device, rows in modelled.items() for block in of_device(device, rows, files)]
     return found and [Text(INTRO), *found]
 

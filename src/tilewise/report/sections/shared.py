@@ -112,7 +112,7 @@ def pictures(rows: Sequence[Row], *, key: Callable[[Row], tuple[str, ...]], valu
                        [x(r) for r in of if name in r.entries and r.entries[name].state == "refused"])
                  for name in look if all(names.role(r.entries[name]) != "ruler" for r in of if name in r.entries)]
         drawn = [curve for curve in drawn if curve.points]
-        if not drawn or max(len(curve.points) for curve in drawn) < 2:
+        if not drawn or max(len({place for place, _ in curve.points}) for curve in drawn) < 2:
             continue
         title = ", ".join(part for part in parts if part)
         said = f"{label} against {x_label}, {title}: " + "; ".join(
