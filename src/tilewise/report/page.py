@@ -7,7 +7,8 @@ from pathlib import Path
 from string import Template
 
 from tilewise.pages import STYLE
-from tilewise.report import headline, html, markdown, sections
+from tilewise.pages.words import ratio
+from tilewise.report import headline, html, markdown, names, sections
 from tilewise.report.blocks import Section
 from tilewise.report.headline import Card
 from tilewise.report.results import File, read
@@ -64,14 +65,18 @@ def headlines(files: Sequence[File]) -> str:
 
 
 def lost(files: Sequence[File]) -> Card:
-    """In how many comparisons ours is slower, and what is promised but not met."""
+    """In how many comparisons ours is slower, the worst of them, and what is promised but not met."""
     every = headline.duels(files)
-    losses, count = sum(len(duel.losses) for duel in every), sum(duel.compared for duel in every)
+    found, compared = [loss for duel in every for loss in duel.losses], sum(duel.compared for duel in every)
+    words = "comparisons with others, in all benchmarks, are lost."
+    if found:
+        worst = min(found, key=headline.severity)
+        how = f"{ratio(worst.found.median)} of the speed" if worst.found else "Tilewise does not run"
+        words += f" At worst {how}, against {names.title(worst.other)}: {worst.row.case}. All of them below."
     missed, promised = len(headline.unmet(files)), sum(len(row.promises()) for file in files for row in file.rows)
-    words = f"comparisons with others, in all benchmarks, are lost{': see below' if losses else ''}."
     if promised:
         words += f" Of {promised} promises {missed or 'none'} {'is' if missed == 1 else 'are'} not met."
-    return Card(f"{losses} of {count}", words, "bad" if losses or missed else "")
+    return Card(f"{len(found)} of {compared}", words, "bad" if found or missed else "")
 
 
 def card(one: Card) -> str:

@@ -23,7 +23,8 @@ def build(files: Sequence[File]) -> list[Block]:
     modelled: dict[str, list[Row]] = defaultdict(list)
     for file in files:
         for row in file.rows:
-            if row.part == PART and all(isinstance(row.setting.get(name), (int, float)) and row.setting[name] > 0 for name in NEEDED):
+            numbers = [row.setting.get(name) for name in NEEDED]
+            if row.part == PART and all(isinstance(n, (int, float)) and n > 0 for n in numbers):
                 modelled[str(row.setting.get("device", "a device without a name"))].append(row)
     found = [block for device, rows in modelled.items() for block in of_device(device, rows, files)]
     return found and [Text(INTRO), *found]
