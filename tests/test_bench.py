@@ -261,10 +261,10 @@ def test_work_is_divided_without_loss():
 
 
 def test_a_process_that_fails_or_hangs_is_reported():
-    with pytest.raises(RuntimeError, match="KeyError"):
-        workers.apart("masks", "classified", "nobody", 64, 32)
+    with pytest.raises(RuntimeError, match=r"part\(\) missing 1 required positional argument"):
+        workers.apart("workers", "part", [1, 2])
     with pytest.raises(RuntimeError, match="ended after 0 s"):
-        workers.apart("masks", "classified", "tilewise", 64, 32, patience=0.01)
+        workers.apart("workers", "part", [1, 2], "0/2", patience=0.01)
 
 
 # ---- the command -------------------------------------------------------------------------------------------------------

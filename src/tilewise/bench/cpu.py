@@ -56,8 +56,7 @@ def dense(wanted: Wanted) -> list[Trial]:
         bars = ({(mode, RIVAL): bar} if bar else {}) | ({(mode, "sgemm"): 0.85} if with_product else {})
         found.append(attention.trial(shape, wanted, modes=(mode,), only=(RIVAL,), bars=bars, seconds=seconds,
                                      beside=partial(sgemm, shape) if with_product else list))
-    window = Sparse("window", long, 4, 64, "float32", 512 // shrink, 2 * seconds)
-    return [*found, sparse.trial(window, CPU, modes=(BOTH,), others=(MATRIX,), bars={(BOTH, MATRIX): 8.0})]
+    return found
 
 
 def sgemm(shape: Shape) -> list[Entrant]:
@@ -84,9 +83,11 @@ def of_decoding(wanted: Wanted) -> list[Trial]:
 
 
 def of_blocks(wanted: Wanted) -> list[Trial]:
-    setting = (Sparse("butterfly", 1024, 2, 64, "float32", seconds=0.2) if wanted.quick else
-               Sparse("butterfly", 16384, 2, 64, "float32"))
-    return [sparse.trial(setting, CPU, modes=(FORWARD, BOTH), bars=sparse.BARS)]
+    shrink, seconds = (16, 0.2) if wanted.quick else (1, 20.0)
+    window = Sparse("window", 8192 // shrink, 4, 64, "float32", 512 // shrink, seconds)
+    butterfly = Sparse("butterfly", 16384 // shrink, 2, 64, "float32", 128, seconds)
+    return [sparse.trial(window, CPU, modes=(BOTH,), others=(MATRIX,), bars={(BOTH, MATRIX): 8.0}),
+            sparse.trial(butterfly, CPU, modes=(FORWARD, BOTH), bars=sparse.BARS)]
 
 
 def of_others(wanted: Wanted) -> list[Trial]:

@@ -71,8 +71,8 @@ def measure(setting: Setting, device: torch.device, only: Sequence[str] | None =
                 STEP: [entrant(world, d, d.step, STEP, 1) for d in field if d.name != "standard"]}
     found: dict[str, Outcome] = {}
     for mode in modes:
-        rates = partial(bandwidth, setting) if mode == ATTEND else nothing
-        found |= race(entrants[mode], device, (mode,), seconds=setting.seconds / len(modes), most=STEPS - 8, rates=rates)
+        found |= race(entrants[mode], device, (mode,), seconds=setting.seconds / len(modes), most=STEPS - 8,
+                      rates=partial(bandwidth, setting))
     return found
 
 
@@ -114,10 +114,6 @@ def yardsticks(size: int, device: torch.device) -> list[Entrant]:
 
 def bandwidth(setting: Setting, mode: str, seconds: float) -> dict[str, float]:
     return {"gb_per_s": setting.nbytes() / seconds / 1e9}
-
-
-def nothing(mode: str, seconds: float) -> dict[str, float]:
-    return {}
 
 
 def compilations(wanted: Wanted) -> list[Callable[[], object]]:

@@ -85,14 +85,15 @@ def run(name: str, wanted: Wanted, *, out: Path | None = None, seconds: float = 
     rows = {row["case"]: row for row in kept(out, result)} if resume and out is not None and out.exists() else {}
     done, totals = Counter[str](), Counter(trial.part for trial in every)
     for trial in every:
-        missing = any(trial.named(mode) not in rows for mode in trial.modes)
-        if missing and time.monotonic() <= deadline:
+        if any(trial.named(mode) not in rows for mode in trial.modes):
+            if time.monotonic() > deadline:
+                continue
             progress(trial.part, done[trial.part], totals[trial.part], trial.case)
-            found = attempt(trial, wanted)
-            rows |= {row["case"]: row for row in found}
+            rows |= {row["case"]: row for row in attempt(trial, wanted)}
+            publish(result, every, rows, out)
         done[trial.part] += 1
         progress(trial.part, done[trial.part], totals[trial.part], "")
-        publish(result, every, rows, out)
+    publish(result, every, rows, out)
     return result
 
 
