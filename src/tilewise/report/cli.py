@@ -25,7 +25,7 @@ def report(
 
     Examples:
 
-    * `tilewise report results/*.json --out report`
+    * `tilewise report bench-report/*.json --out report`
     * `tilewise report attention.json --markdown --section headline --section speed`
     """
     with plain_errors(OSError, ValueError, ImportError):

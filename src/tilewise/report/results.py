@@ -139,7 +139,7 @@ class Problem(ValueError):
 def read(paths: Sequence[Path]) -> list[File]:
     """All files, in order. Raises Problem (a ValueError) or OSError."""
     if not paths:
-        raise Problem("no result files: expected at least one, such as results/*.json")
+        raise Problem("no result files: expected at least one, such as bench-report/*.json")
     found = [path.resolve() for path in paths]
     if len(set(found)) < len(found):
         twice = next(path for path in paths if found.count(path.resolve()) > 1)
