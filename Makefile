@@ -8,7 +8,7 @@ TORCH  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo "torch>=2.9" || echo "to
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak check bench gates wheel clean
+.PHONY: help demo test soak check docs bench gates wheel clean
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ check: $(READY)  ## style, types, architecture
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(PYTEST) tests/test_architecture.py
+
+docs: $(READY)   ## write again what README and docs show: output of the code, tables and pictures of results, the gallery
+	$(BIN)/python scripts/docs
 
 bench: $(READY)  ## every benchmark of this machine on small shapes, beside its peers, into bench-report/
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/tilewise bench all --quick --out bench-report

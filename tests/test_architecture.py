@@ -27,9 +27,9 @@ LAYERS = [
     ["calls"],
     ["api"],
     ["__init__"],
-    ["models", "inspect", "doctor", "compat", "terminal"],
+    ["models", "inspect", "doctor", "compat", "pages", "terminal"],
     ["train", "bench"],
-    ["demo", "mask_text", "traffic"],
+    ["demo", "mask_text", "report", "traffic"],
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
@@ -137,9 +137,9 @@ def test_wheel_is_small_and_serves_attention(tmp_path):
     (wheel,) = tmp_path.glob("tilewise-*.whl")
     assert wheel.stat().st_size < 1_000_000
     with zipfile.ZipFile(wheel) as archive:
-        assert "tilewise/demo/page.html" in archive.namelist()
-        assert {f"tilewise/bench/paper/data/flash_{name}.csv" for name in ("attention", "attention_2", "decoding")} <= set(
-            archive.namelist())
+        names = set(archive.namelist())
+        assert {"tilewise/demo/page.html", "tilewise/report/page.html", "tilewise/pages/style.css"} <= names
+        assert {f"tilewise/bench/paper/data/flash_{name}.csv" for name in ("attention", "attention_2", "decoding")} <= names
         archive.extractall(tmp_path / "site")
     done = run_without({"triton"}, tmp_path / "site")
     assert done.returncode == 0, done.stderr

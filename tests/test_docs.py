@@ -1,11 +1,15 @@
 """The examples of the docs run, from top to bottom of a page."""
 import functools
+import importlib.util
+import os
 import re
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import pytest
 import torch
-from support.backends import AVAILABLE
+from support import results
+from support.backends import AVAILABLE, GPU
 
 DOCS = Path(__file__).parents[1] / "docs"
 pytestmark = pytest.mark.skipif(AVAILABLE == ["triton"], reason="in the interpreter's process only Triton runs")
@@ -55,3 +59,64 @@ def test_coming_from():
 
 def test_derivatives():
     run("derivatives.md", 2)
+
+
+def load_script():
+    loader = SourceFileLoader("docs", str(DOCS.parent / "scripts" / "docs"))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("docs", loader))
+    loader.exec_module(module)
+    return module
+
+
+def in_process(arguments, folder):
+    """The script's `run`, without a process for each command."""
+    from typer.testing import CliRunner
+
+    from tilewise.cli import app
+
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        done = CliRunner().invoke(app, arguments)
+    finally:
+        os.chdir(before)
+    if done.exit_code:
+        raise SystemExit(done.stderr)
+    return "\n".join(line.rstrip() for line in done.stdout.rstrip().splitlines())
+
+
+@pytest.mark.skipif(GPU, reason="the pages show a machine without a GPU")
+def test_pages_show_what_the_code_prints(monkeypatch):
+    script = load_script()
+    monkeypatch.setattr(script, "run", in_process)
+    for page in script.pages(DOCS.parent):
+        old = page.read_text(encoding="utf-8")
+        assert script.anywhere(script.rewritten(old, page.parent, look=True)) == script.anywhere(old), page.name
+
+
+def test_tables_and_pictures_of_results_are_written_again(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    script = load_script()
+    monkeypatch.setattr(script, "run", in_process)
+    results.write(tmp_path, "memory")
+    page = """Before.
+
+<!-- $ tilewise report memory.json --markdown --section memory --pictures figures -->
+what was here
+<!-- end -->
+
+After.
+"""
+    with pytest.raises(SystemExit, match=r"figures/memory-synthetic-gpu-forward-.*\.svg is missing: run python scripts/docs"):
+        script.rewritten(page, tmp_path, look=True)
+    assert not (tmp_path / "figures").exists()
+    new = script.rewritten(page, tmp_path)
+    assert new.startswith("Before.\n\n<!-- $ tilewise")
+    assert new.endswith("<!-- end -->\n\nAfter.\n")
+    assert "what was here" not in new
+    assert "| forward N 4096 H 16 D 128 bfloat16 causal | 256 KiB |" in new
+    assert all((tmp_path / path).exists() for path in re.findall(r"\]\((figures/.*?)\)", new))
+    assert script.rewritten(new, tmp_path) == script.rewritten(new, tmp_path, look=True) == new
+    (tmp_path / "memory.json").write_text("{")
+    with pytest.raises(SystemExit, match="expected a JSON file"):
+        script.rewritten(new, tmp_path)

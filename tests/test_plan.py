@@ -1,11 +1,6 @@
 """What explain promises about work and memory."""
-import subprocess
-import sys
-from pathlib import Path
 
-import pytest
 import torch
-from support.backends import GPU
 
 import tilewise as tw
 
@@ -45,9 +40,3 @@ def test_explain_says_why_not_the_others():
     text = str(tw.explain(q, q, q))
     assert "backend       tiled" in text
     assert "not triton: " in text
-
-
-@pytest.mark.skipif(GPU, reason="README shows a machine without a GPU")
-def test_readme_shows_what_the_code_prints():
-    script = Path(__file__).parents[1] / "scripts" / "readme"
-    assert subprocess.run([sys.executable, script, "--check"], check=False).returncode == 0

@@ -12,6 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tilewise.bench.cli import app as bench
+from tilewise.report.cli import report
 from tilewise.terminal import console, plain_errors, stage_bars
 from tilewise.traffic.cli import app as traffic
 
@@ -28,6 +29,7 @@ app = typer.Typer(
 )
 app.add_typer(bench, name="bench")
 app.add_typer(traffic, name="traffic")
+app.command()(report)
 CELLS = (("·", "grey50"), ("■", "orange1"), ("■", "dodger_blue1"))     # hidden, visible in a partial tile, in a full one
 MOST_DRAWN = 64             # queries and keys, as text that is not on a terminal
 MOST_TILES = 2**13          # on a side, when only counting

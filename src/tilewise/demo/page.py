@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import statistics
 from html import escape
 from pathlib import Path
@@ -10,6 +9,9 @@ from string import Template
 
 from tilewise.demo.plots import loss_plot, memory_plot, time_plot
 from tilewise.demo.results import STANDARD, TILEWISE, Results
+from tilewise.pages import STYLE
+from tilewise.pages.svg import inline
+from tilewise.pages.words import duration, ratio, size
 from tilewise.train import bits_per_byte
 
 TEMPLATE = Template((Path(__file__).parent / "page.html").read_text(encoding="utf-8"))
@@ -28,11 +30,12 @@ def render(results: Results) -> str:
     settings, headline = results.settings, results.headline()
     recipe, model = settings.recipe, settings.model
     return TEMPLATE.substitute(
+        style=STYLE,
         device=escape(results.machine["CPU" if settings.device == "cpu" else "GPU"]),
         cards="".join(card(number, words) for number, words in headline_words(results)),
-        loss=picture(loss_plot(results), "Loss of both trainings at each step, one curve on the other"),
-        time=picture(time_plot(results), "Time of a forward and backward pass against context length"),
-        memory=picture(memory_plot(results), "Peak memory against context length, with the limit"),
+        loss=inline(loss_plot(results), "loss", "Loss of both trainings at each step, one curve on the other"),
+        time=inline(time_plot(results), "time", "Time of a forward and backward pass against context length"),
+        memory=inline(memory_plot(results), "memory", "Peak memory against context length, with the limit"),
         steps=recipe.steps, difference=f"{headline.loss_difference:.2g}",
         model=f"{results.parameters / 1e6:.2f} million parameters, {model.layers} layers of {model.heads} heads, "
               f"context {recipe.context}, batch {recipe.batch}, seed {recipe.seed}",
@@ -100,30 +103,3 @@ def step_times(results: Results) -> str:
 def card(number: str, words: str) -> str:
     """One headline number."""
     return f"<li><strong>{escape(number)}</strong> {escape(words)}</li>\n"
-
-
-def picture(svg: str, words: str) -> str:
-    """An SVG as an image of its own, so that no name inside it meets another picture's."""
-    data = base64.b64encode(svg.encode()).decode()
-    return f'<img alt="{escape(words)}" src="data:image/svg+xml;base64,{data}">'
-
-
-def ratio(value: float) -> str:
-    """1.234 -> 1.2×, 45.6 -> 46×."""
-    return f"{value:.1f}×" if value < 10 else f"{value:.0f}×"
-
-
-def duration(seconds: float) -> str:
-    """Seconds with a unit that suits them."""
-    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
-        if seconds >= scale:
-            return f"{seconds / scale:.3g} {unit}"
-    return f"{seconds * 1e6:.0f} µs"
-
-
-def size(count: float) -> str:
-    """Bytes with a unit that suits them."""
-    for unit, power in (("GiB", 30), ("MiB", 20)):
-        if count >= 2**power:
-            return f"{count / 2**power:.3g} {unit}"
-    return f"{count / 2**10:.3g} KiB"

@@ -1,0 +1,62 @@
+"""`tilewise report`."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tilewise.terminal import console, plain_errors
+
+
+def report(
+    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="What `tilewise bench ... --out` wrote.",
+                                                show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for index.html and report.md.")] = Path("report"),
+    markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead; write nothing.")] = False,
+    section: Annotated[list[str] | None, typer.Option(help="With --markdown: only this section; may be given again.",
+                                                      show_default=False)] = None,
+    pictures: Annotated[str | None, typer.Option(metavar="FOLDER", help="With --section: also write its pictures there as SVG, "
+                                                 "and show them.", show_default=False)] = None,
+) -> None:
+    """Make one HTML page of any result files: how fast, how much memory, on what machine, and where Tilewise is slower.
+
+    Ratios are taken within one file, never across machines. The page needs nothing else and works on phones and paper.
+
+    Examples:
+
+    * `tilewise report bench-report/*.json --out report`
+    * `tilewise report attention.json --markdown --section headline --section speed`
+    """
+    with plain_errors(OSError, ValueError, ImportError):
+        if section and not markdown:
+            raise ValueError("--section: expected only with --markdown, the page has all sections")
+        if pictures and not section:
+            raise ValueError("--pictures: expected only with --section, the page has all pictures")
+        if markdown:
+            typer.echo(as_markdown(files, section or [], pictures), nl=False)
+        else:
+            from tilewise.report.page import write
+
+            console.print(f"Written: {write(files, out)}", soft_wrap=True, markup=False)
+
+
+def as_markdown(files: list[Path], wanted: list[str], pictures: str | None) -> str:
+    """All of it, or the sections of these names without their titles."""
+    from tilewise.report import markdown, results, sections
+
+    known = ["headline", *sections.SLUGS]
+    for name in wanted:
+        if name not in known:
+            raise ValueError(f"--section: expected one of {', '.join(known)}, got {name!r}")
+    found = results.read(files)
+    if not wanted:
+        return markdown.whole(found, sections.build(found))
+    parts = [markdown.headlines(found)] if "headline" in wanted else []
+    made = {one.slug: one for one in sections.build(found, [name for name in wanted if name != "headline"] or ["none"])}
+    for name in wanted:
+        if name != "headline" and name not in made:
+            raise ValueError(f"--section: {name}: these files hold nothing for it")
+    parts += [markdown.blocks(made[name].blocks, markdown.Pictures(pictures, name) if pictures else None)
+              for name in wanted if name in made]
+    return "\n\n".join(parts) + "\n"

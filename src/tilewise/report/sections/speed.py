@@ -1,0 +1,53 @@
+"""Attention at growing lengths: TFLOP/s or time, for each pass, head dim and mask."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from tilewise.pages.words import digits, duration
+from tilewise.report import headline, names
+from tilewise.report.blocks import Block, Heading, Text
+from tilewise.report.results import File, Row
+from tilewise.report.sections.shared import all_times, contest, each_machine, grouped, head_dim, modes, pictures
+
+BENCHMARKS = ("attention",)
+INTRO = ("One attention layer at growing sequence lengths. A cross at the top edge is a length that a contender was "
+         "refused. A FLOP is counted as the field does: 4 × batch × heads × length² × head dim for the forward pass, half "
+         "of it under a causal mask, 2.5 times as many for the backward.")
+FEW = 8         # cases whose table is shown at once, below pictures
+
+
+def build(files: Sequence[File]) -> list[Block]:
+    blocks = each_machine(files, BENCHMARKS, of_machine)
+    if not blocks:
+        return []
+    return [Text(INTRO), *blocks]
+
+
+def of_machine(rows: list[Row]) -> list[Block]:
+    rows = [row for row in rows if names.is_attention(row)]
+    found: list[Block] = []
+    for mode in modes(rows):
+        of = [row for row in rows if names.mode(row) == mode]
+        title, pictures = mode[0].upper() + mode[1:], drawn(of)
+        folded = f"All {len(of)} cases: {mode}" if pictures and len(of) > FEW else ""
+        found += [Heading(title, 4), *summary(of), *pictures, contest(of, f"{title}: every case", folded),
+                  all_times(of, f"{title}: median times")]
+    return found
+
+
+def summary(rows: Sequence[Row]) -> list[Block]:
+    """One sentence against each kind of other."""
+    found = [headline.speed(rows, "the fastest other implementation", names.best_peer),
+             headline.speed(rows, "standard attention", names.best_standard)]
+    return [Text(f"{card.number} {card.words}", card.tone) for card in found if card]
+
+
+def drawn(rows: Sequence[Row]) -> list[Block]:
+    """In TFLOP/s where the file says it of every contender that was timed."""
+    parts = {row.part for row in rows}          # plain attention may be measured in several
+    key = names.dtype, head_dim, names.mask, grouped, lambda row: row.part if len(parts) > 1 else ""
+    rates = all(e.tflops for row in rows for e in row.timed().values() if names.role(e) != "ruler")
+    if rates:
+        return pictures(rows, key=lambda r: tuple(f(r) for f in key), value=lambda e: e.tflops, words=digits, label="TFLOP/s",
+                        log_y=False)
+    return pictures(rows, key=lambda r: tuple(f(r) for f in key), value=lambda e: e.seconds, words=duration, label="time")
