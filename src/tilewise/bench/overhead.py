@@ -25,7 +25,7 @@ from tilewise.problem import DENSE
 B, S, H, D = 1, 16, 2, 16
 CAPACITY = 64                           # of the cache
 LENGTHS = 6, 10                         # of packed sequences
-TOGETHER = 20                           # calls that are timed as one
+TOGETHER = 5                            # calls that are timed as one
 BAR = 1.5                               # times PyTorch's time, at most
 OURS, THEIRS = "tilewise", "torch SDPA"
 WHOLE = "whole call"
