@@ -27,7 +27,7 @@ LAYERS = [
     ["calls"],
     ["api"],
     ["__init__"],
-    ["models", "inspect", "doctor", "compat", "pages", "terminal"],
+    ["models", "inspect", "devices", "doctor", "compat", "pages", "terminal"],
     ["train", "bench"],
     ["demo", "mask_text", "report", "traffic"],
     ["cli"],

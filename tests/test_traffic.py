@@ -10,10 +10,10 @@ import torch
 from typer.testing import CliRunner
 
 import tilewise as tw
-from tilewise import costs
+from tilewise import costs, devices
 from tilewise.cli import app
 from tilewise.costs import PLAIN, Blocks, Extras, Moved, Sizes, dense_walk
-from tilewise.traffic import devices, ncu, paper, roofline, slopes
+from tilewise.traffic import ncu, paper, roofline, slopes
 from tilewise.traffic.operations import Counting, counted_standard
 from tilewise.traffic.result import published
 from tilewise.traffic.shapes import Shape, tiles_of

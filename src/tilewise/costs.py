@@ -94,6 +94,16 @@ def added(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
     return {name: a.get(name, 0) + b.get(name, 0) for name in (*a, *(n for n in b if n not in a))}
 
 
+def least_forward(s: Sizes) -> int:
+    """Bytes of every tensor once: q, k, v, out and lse. No kernel moves fewer."""
+    return s.q + s.k + s.v + s.out + s.rows * STATISTIC
+
+
+def least_backward(s: Sizes) -> int:
+    """The same of q, k, v, out, its gradient and lse, and of three gradients."""
+    return 2 * (s.q + s.k + s.v) + 2 * s.out + s.rows * STATISTIC
+
+
 # ---- standard attention ------------------------------------------------------------------------------------------------
 
 class Extras(NamedTuple):

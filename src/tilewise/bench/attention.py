@@ -12,13 +12,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from tilewise import backends
-from tilewise.bench.contest import BOTH, FORWARD, PASSES, Entrant, Outcome, free_bytes, gib, race
+from tilewise import backends, costs, devices
+from tilewise.bench.contest import BACKWARD, BOTH, FORWARD, PASSES, Entrant, Outcome, free_bytes, gib, race
 from tilewise.bench.gate import Gate
 from tilewise.bench.peers import Attend, Contender, discover, ours
 from tilewise.bench.shapes import WORK, Inputs, Shape, heads_first, of_the_paper
 from tilewise.bench.suite import Bars, Trial, Wanted
-from tilewise.problem import make
+from tilewise.problem import fp32_products, make
 
 SECONDS = {"cuda": 2.0, "cpu": 8.0}     # for one shape, all contenders together
 SLOW_TO_COMPILE = "left out of quick runs: on a CPU it compiles for half a minute"
@@ -64,12 +64,19 @@ def measure(shape: Shape, field: Sequence[Contender], device: torch.device, *, m
         if contender.heads_first and not relaid:
             relaid = [laid_heads_first(inputs) for inputs in sets]
         entrants.append(entrant(contender, shape, relaid if contender.heads_first else sets, gate, alone, device))
-    return race([*entrants, *beside], device, modes, seconds=seconds, rates=partial(rates, shape))
+    return race([*entrants, *beside], device, modes, seconds=seconds, rates=partial(rates, shape, device))
 
 
-def rates(shape: Shape, mode: str, seconds: float) -> dict[str, float]:
-    """What a time on a shape amounts to."""
-    return {"tflops": WORK[mode] * shape.flops() / seconds / 1e12}
+def rates(shape: Shape, device: torch.device, mode: str, seconds: float) -> dict[str, float]:
+    """What a time on a shape amounts to: FLOPs per second, and the share of what the device can do at most, if it is known."""
+    found, at_most = {"tflops": WORK[mode] * shape.flops() / seconds / 1e12}, devices.serving(device)
+    width = "half" if shape.dtype != "float32" else "tf32" if fp32_products() == "tf32" else "fp32"
+    if at_most is not None and width in at_most.products:
+        passes = (mode != BACKWARD) + (mode != FORWARD)
+        exponentials, sizes = passes * shape.flops() / (4 * shape.head_dim), shape.sizes()
+        moved = (costs.least_forward(sizes) if mode != BACKWARD else 0) + (costs.least_backward(sizes) if mode != FORWARD else 0)
+        found["share"] = at_most.least_seconds(width, WORK[mode] * shape.flops(), exponentials, moved) / seconds
+    return found
 
 
 def entrant(contender: Contender, shape: Shape, sets: Sequence[Inputs], gate: Gate, alone: bool,

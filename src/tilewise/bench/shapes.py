@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tilewise.costs import Sizes
+
 Inputs = tuple[Tensor, Tensor, Tensor, Tensor]
 WORK = {"forward": 1.0, "backward": 2.5, "forward+backward": 3.5}     # of a pass, in FLOPs of the forward, as the field counts
 
@@ -25,6 +27,10 @@ class Shape:
     def flops(self) -> float:
         """Of the forward pass: 4 B H S^2 D, half of it under a causal mask."""
         return 4 * self.batch * self.heads * self.seqlen**2 * self.head_dim / (2 if self.causal else 1)
+
+    def sizes(self) -> Sizes:
+        return Sizes(self.batch, self.heads, self.kv_heads, self.seqlen, self.seqlen, self.head_dim, self.head_dim,
+                     getattr(torch, self.dtype).itemsize)
 
     def draw(self, device: torch.device, seed: int) -> Inputs:
         """q, k, v, which require gradients, and dout."""

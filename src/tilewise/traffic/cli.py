@@ -59,7 +59,8 @@ def table(device: OnDevice = "A100-40", png: Png = None, svg: Svg = None, out: O
     Standard attention is also counted operation by operation. The device gives M and tile sizes.
     """
     def make() -> dict[str, Any]:
-        from tilewise.traffic import devices, paper
+        from tilewise import devices
+        from tilewise.traffic import paper
 
         return paper.table(devices.device(device))
 
@@ -73,7 +74,8 @@ def figure2(device: OnDevice = "A100-40", png: Png = None, svg: Svg = None, out:
     Times are a roofline's.
     """
     def make() -> dict[str, Any]:
-        from tilewise.traffic import devices, paper
+        from tilewise import devices
+        from tilewise.traffic import paper
 
         return paper.figure2(devices.device(device))
 
@@ -140,7 +142,8 @@ def roofline(seqlen_q: Queries = 4096, seqlen_k: Keys = 0, batch: Batch = 1, hea
     With --device cpu also each cache as a fast memory of its own.
     """
     def make() -> dict[str, Any]:
-        from tilewise.traffic import commands, devices
+        from tilewise import devices
+        from tilewise.traffic import commands
         from tilewise.traffic.shapes import Shape
 
         shape = Shape(seqlen_q, seqlen_k, batch, heads, kv_heads, head_dim, dtype, causal, mask, splits)

@@ -4,9 +4,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
-from tilewise import costs
+from tilewise import costs, devices
 from tilewise.costs import Blocks, Sizes, dense_walk
-from tilewise.traffic import devices, ncu, roofline, slopes
+from tilewise.traffic import ncu, roofline, slopes
 from tilewise.traffic.apart import apart
 from tilewise.traffic.result import aligned, giga, result, row
 from tilewise.traffic.shapes import Shape

@@ -9,11 +9,10 @@ from typing import Any, NamedTuple
 import torch
 
 import tilewise as tw
-from tilewise import costs
+from tilewise import costs, devices
 from tilewise.backends.triton.configs import choose
 from tilewise.costs import PLAIN, Blocks, Extras, Moved, Sizes
 from tilewise.problem import make
-from tilewise.traffic import devices
 from tilewise.traffic.kernels import predicted, shipped
 from tilewise.traffic.operations import counted_standard
 from tilewise.traffic.result import aligned, giga, published, result, row

@@ -14,8 +14,8 @@ import torch
 from tilewise import costs
 from tilewise.backends import cpu
 from tilewise.costs import Blocks
+from tilewise.devices import Device
 from tilewise.problem import Operands, Problem
-from tilewise.traffic.devices import Device
 from tilewise.traffic.kernels import predicted, shipped, sizes
 
 UNITS = ("products", "exponentials", "arithmetic", "slow memory")
@@ -82,15 +82,9 @@ def tilewise(problem: Problem, x: Operands, device: Device, backward: bool, spli
     work = tuple(sum(getattr(kernel, unit) or 0 for kernel in found) for unit in UNITS[:3])
     s = sizes(problem)
     most = sum(kernel.bytes for kernel in found)
-    least = least_bytes(s, backward) + sum(n for kernel in found for table in (kernel.read, kernel.written)
+    least = costs.least_forward(s) + (costs.least_backward(s) if backward else 0) + sum(n for kernel in found for table in (kernel.read, kernel.written)
                                            for name, n in table.items() if name in ("parts", "part_lse"))
     cached = (s.k + s.v) // max(1, s.batch * s.kv_heads) <= device.l2 // 2
     least = min(least, most)
     return timed(device, width_of(problem), "Tilewise", (work[0], work[1], work[2]), least, most,
                  least if cached else most)
-
-
-def least_bytes(s: costs.Sizes, backward: bool) -> int:
-    """Every tensor once: q, k, v, out and lse; backward q, k, v, out, dout, lse, and three gradients written."""
-    once = s.q + s.k + s.v + s.out + s.rows * costs.STATISTIC
-    return once + (2 * (s.q + s.k + s.v) + 2 * s.out + s.rows * costs.STATISTIC if backward else 0)

@@ -103,7 +103,7 @@ def measure(shape: Shape, device: torch.device) -> Iterator[Row]:
         if (kernel, shape.head_dim, shape.head_dim, "plain") in configs.table():
             entrants = [*variants(kernel, shape.head_dim, mode, run, device),
                         *(Entrant(name, {mode: partial(of_peers[mode], name)}, list) for name in peers)]
-            found = race(entrants, device, (mode,), seconds=SECONDS, rates=partial(rates, shape))
+            found = race(entrants, device, (mode,), seconds=SECONDS, rates=partial(rates, shape, device))
             setting = asdict(shape) | {"mask": shape.mask, "mode": mode}
             yield {"part": kernel, "case": f"{kernel} {shape}", "setting": setting, **found[mode]}
 

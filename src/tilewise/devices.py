@@ -37,6 +37,10 @@ class Device:
     capacity: int
     source: str
 
+    def least_seconds(self, width: str, products: float, exponentials: float, moved: float) -> float:
+        """The roofline: the time of the busiest unit, all working at the same time, for FLOPs, exponentials and bytes."""
+        return max(products / self.rate(width), exponentials / self.exponentials, moved / self.bandwidth)
+
     def rate(self, width: str) -> float:
         """Of products. Raises ValueError for a width that the device lacks."""
         if width not in self.products:
@@ -66,6 +70,15 @@ def device(name: str) -> Device:
         if known.lower() == name.lower():
             return found
     raise ValueError(f"device: expected cpu or one of {', '.join(table())}, got {name!r}")
+
+
+def serving(where: torch.device) -> Device | None:
+    """That of a torch device: of a GPU the row whose name stands in the driver's, None without one; of the CPU, measured."""
+    if where.type == "cpu":
+        return this_cpu()
+    words = torch.cuda.get_device_name(where).lower().replace("-", " ").split()
+    rows = [row for name, row in table().items() if set(name.lower().replace("-", " ").split()) <= set(words)]
+    return max(rows, key=lambda row: len(row.name), default=None)
 
 
 # ---- this machine's CPU ------------------------------------------------------------------------------------------------
