@@ -11,7 +11,7 @@ from support.halved import Halved
 from typer.testing import CliRunner
 
 import tilewise as tw
-from tilewise.bench import attention, cli, peers, record, suite, table, timing, workers
+from tilewise.bench import attention, peers, record, suite, table, timing, workers
 from tilewise.bench.contest import BACKWARD, BOTH, FORWARD, PASSES, Entrant, race
 from tilewise.bench.gate import Gate
 from tilewise.bench.shapes import Shape, of_the_paper
@@ -303,19 +303,19 @@ def test_alone_it_is_quick_and_says_what_there_is(trials, monkeypatch):
 
 def test_all_of_them_write_a_file_each(trials, tmp_path, monkeypatch):
     trials(trial("a", []))
-    concluded = []
-    monkeypatch.setattr(cli, "conclude", lambda files, folder: concluded.append((files, folder)))
     done = bench("all", "--quick", "--device", "cpu", "--out", tmp_path)
     assert done.exit_code == 0, done.output
-    assert concluded == [([tmp_path / f"{name}.json" for name in suite.BENCHMARKS], tmp_path)]
-    assert all(path.exists() for path in concluded[0][0])
+    names = [name for name in suite.BENCHMARKS if name != "instructions"]       # which take minutes
+    assert {path.stem for path in tmp_path.glob("*.json")} == {*names, "traffic"}
+    assert str(tmp_path / "index.html") in done.output.replace("\n", "")
 
 
 def test_a_result_is_compared_with_an_earlier_one(trials, tmp_path, monkeypatch):
     trials(trial("a", []))
     bench("attention", "--device", "cpu", "--out", tmp_path / "old.json")
-    monkeypatch.setattr(cli, "comparison", lambda old: lambda new: [f"{len(old['rows'])} and {len(new['rows'])}"])
-    assert "1 and 1" in bench("attention", "--device", "cpu", "--against", tmp_path / "old.json").output
+    done = bench("attention", "--device", "cpu", "--against", tmp_path / "old.json")
+    assert done.exit_code == 0, done.output
+    assert "none fails" in done.output
 
 
 def test_docs_show_results(tmp_path):

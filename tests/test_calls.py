@@ -12,7 +12,8 @@ import torch
 import tilewise as tw
 from tilewise import calls
 from tilewise.backends import load
-from tilewise.bench import instructions, overhead
+from tilewise.bench import instructions, overhead, suite
+from tilewise.bench.suite import Wanted
 
 NEEDS_CPU = pytest.mark.skipif(load("cpu").supports(tw.problem.make(*[torch.zeros(1, 1, 1, 1)] * 3)[0]) is not None,
                                reason="no C++ compiler")
@@ -38,8 +39,10 @@ def reference(q, k, v, **options):
     return tw.attention(q.double(), k.double(), v.double(), backend="reference", **options)
 
 
+WANTED = Wanted(torch.device("cpu"), quick=True)
+
 # Python functions and built-in ones that a call enters, once a call like it was made. More than that is a cost for every user:
-# `python -m tilewise.bench.overhead --profile` shows at which stage, `python -m tilewise.bench.instructions` how much.
+# `python -m tilewise.bench.overhead` shows at which stage, `tilewise bench instructions` how much.
 MOST_CALLS = {"forward": (25, 33), "causal": (25, 33), "window": (36, 41), "mask function": (31, 40),
               "boolean mask": (34, 43), "forward, recorded": (46, 55), "forward and backward": (90, 138),
               "packed": (110, 106), "decoding step": (104, 140)}
@@ -68,25 +71,26 @@ def test_a_call_like_one_before_enters_few_functions(case):
     found, most = tuple(entered.values()), MOST_CALLS[case.name]
     assert all(a <= b for a, b in zip(found, most, strict=True)), (
         f"{case.name}: entered (Python, built-in) functions {found}, at most {most} were committed: see "
-        "`python -m tilewise.bench.overhead --profile` for the stage, `python -m tilewise.bench.instructions` for the cost")
+        "`python -m tilewise.bench.overhead` for the stage, `tilewise bench instructions` for the cost")
 
 
 def test_the_benchmark_is_right_and_has_the_common_form(tmp_path):
     case = overhead.cases()[0]
     assert all(error <= allowed for error, allowed in overhead.right(case).values())
-    row = overhead.row(case, seconds=0.01)
+    trial = overhead.trial(case, seconds=0.01)
+    (row,) = trial.rows(trial.measure())
     assert row["contenders"]["tilewise"]["state"] == "timed"
-    assert row["contenders"]["torch SDPA"]["seconds"] > 0
-    assert row["times_faster"]["torch SDPA"]["median"] > 0
-    wrong = case._replace(ours=lambda: case.ours() + 1e-3)
-    assert overhead.row(wrong, seconds=0.01)["contenders"]["tilewise"]["state"] == "wrong"
-    assert "forward" in "\n".join(overhead.lines([row]))
+    assert row["contenders"]["sdpa"]["seconds"] > 0
+    assert row["times_faster"]["sdpa"]["median"] > 0
+    wrong = overhead.trial(case._replace(ours=lambda: case.ours() + 1e-3), seconds=0.01).measure()
+    assert wrong["forward"]["contenders"]["tilewise"]["state"] == "wrong"
+    assert "forward" in "\n".join(overhead.lines([row], WANTED))
 
 
 def test_counting_says_what_it_needs(monkeypatch):
     monkeypatch.setattr(instructions.shutil, "which", lambda _program: None)
     with pytest.raises(RuntimeError, match=r"expected perf with permission to count .* or valgrind and a C compiler"):
-        instructions.benchmark(quick=True)
+        instructions.trials(WANTED)[0].measure()
 
 
 @NEEDS_CPU
@@ -98,10 +102,11 @@ def test_counts_in_the_common_form(monkeypatch, tmp_path):
         return {job.name: (500 if job.contender == instructions.THEIRS else 1000, 0) for job in counted}
 
     monkeypatch.setattr(instructions, "counter", lambda: pretend)
-    result = instructions.benchmark(quick=True, out=tmp_path / "result.json")
+    result = suite.run("instructions", WANTED, out=tmp_path / "result.json")
+    assert result["complete"]
     of = {row["case"]: row for row in result["rows"]}
-    assert of["call forward"]["times_faster"]["torch SDPA"]["median"] == 0.5
-    assert of["kernel backward"]["setting"]["elements"] == 128 * 128
+    assert of["call forward forward"]["times_faster"]["sdpa"]["median"] == 0.5
+    assert of["kernel backward backward"]["setting"]["elements"] == 128 * 128
     assert any("2.00" in line for line in result["lines"])
     assert (tmp_path / "result.json").exists()
 

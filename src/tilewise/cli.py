@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tilewise.bench.cli import app as bench
-from tilewise.report.cli import report
+from tilewise.report.cli import everything, report
 from tilewise.terminal import console, plain_errors, stage_bars
 from tilewise.traffic.cli import app as traffic
 
@@ -27,6 +27,7 @@ app = typer.Typer(
     no_args_is_help=True, add_completion=False, rich_markup_mode="markdown",
     help="Exact attention, computed tile by tile.\n\nStart with `tilewise demo`.",
 )
+bench.command("all")(everything)
 app.add_typer(bench, name="bench")
 app.add_typer(traffic, name="traffic")
 app.command()(report)

@@ -11,11 +11,12 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
+from tilewise.bench.record import PASSING
+
 Verdict = Literal["no longer right", "refused", "slower", "gone", "same", "faster", "new"]
 ORDER: tuple[Verdict, ...] = ("no longer right", "refused", "slower", "gone", "same", "faster", "new")   # worst first
 BECAME: dict[str, Verdict] = {"wrong": "no longer right", "refused": "refused"}
 HARDWARE = ("CPU", "GPU")
-PASSING = "CPU kernels"                 # what has been compiled so far: no version of anything
 FEWEST_ROUNDS = 3
 Result = Mapping[str, Any]
 Spread = tuple[float, float]

@@ -74,7 +74,7 @@ def rates(shape: Shape, device: torch.device, mode: str, seconds: float) -> dict
     if at_most is not None and width in at_most.products:
         passes = (mode != BACKWARD) + (mode != FORWARD)
         exponentials, sizes = passes * shape.flops() / (4 * shape.head_dim), shape.sizes()
-        moved = (costs.least_forward(sizes) if mode != BACKWARD else 0) + (costs.least_backward(sizes) if mode != FORWARD else 0)
+        moved = (mode != BACKWARD) * costs.least_forward(sizes) + (mode != FORWARD) * costs.least_backward(sizes)
         found["share"] = at_most.least_seconds(width, WORK[mode] * shape.flops(), exponentials, moved) / seconds
     return found
 

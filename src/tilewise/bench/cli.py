@@ -1,11 +1,8 @@
 """`tilewise bench`: a command for each benchmark, and all of them in turn. Without typer: python -m tilewise.bench."""
 from __future__ import annotations
 
-import importlib
 import math
 import os
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -58,8 +55,8 @@ def attention(
 
     Examples: `tilewise bench attention --quick`, `tilewise bench attention --head-dims 128 --lengths 4096,16384`
     """
-    show(measure("attention", out=out, quick=quick, device=device, seconds=seconds, resume=resume, against=against,
-                 head_dims=numbers("--head-dims", head_dims), lengths=numbers("--lengths", lengths), also=tuple(also or ())))
+    run("attention", against, out=out, quick=quick, device=device, seconds=seconds, resume=resume,
+        head_dims=numbers("--head-dims", head_dims), lengths=numbers("--lengths", lengths), also=tuple(also or ()))
 
 
 HELP = {
@@ -88,72 +85,84 @@ HELP = {
 
     About two minutes on two CPU cores."""}
 
+HELP |= {
+    "overhead": """What tiny calls cost beside their arithmetic, in microseconds, beside PyTorch's attention; on the CPU.
+
+    Half a minute. Where the time goes: `python -m tilewise.bench.overhead`.""",
+    "instructions": """Instructions of CPU kernels and of tiny calls, counted: exact where time is noise.
+
+    Needs perf or valgrind. About ten minutes under valgrind."""}
+
 
 def add(name: str, words: str) -> None:
     """A command with the options that all share."""
-    def run(out: Out = None, quick: Quick = False, device: Device = "auto", seconds: Seconds = math.inf, resume: Resume = False,
-            against: Against = None) -> None:
-        show(measure(name, out=out, quick=quick, device=device, seconds=seconds, resume=resume, against=against))
+    def command(out: Out = None, quick: Quick = False, device: Device = "auto", seconds: Seconds = math.inf,
+                resume: Resume = False, against: Against = None) -> None:
+        run(name, against, out=out, quick=quick, device=device, seconds=seconds, resume=resume)
 
     app.command(name, help=f"{words}\n\nExamples: `tilewise bench {name} --quick`, "
-                           f"`tilewise bench {name} --out {name}.json --resume`")(run)
+                           f"`tilewise bench {name} --out {name}.json --resume`")(command)
 
 
 for each, help_of_it in HELP.items():
     add(each, help_of_it)
 
 
-@app.command("all")
-def everything(
-    out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("bench-report"), quick: Quick = False,
-    device: Device = "auto", seconds: Seconds = math.inf, resume: Resume = False,
-) -> None:
-    """Every benchmark of this device in turn, a file each.
-
-    About five minutes on two CPU cores with --quick, forty without. --seconds holds for each.
-
-    Examples: `tilewise bench all --quick`, `tilewise bench all --out results --resume`
-    """
-    from tilewise.bench.suite import BENCHMARKS
-
-    with plain_errors(RuntimeError):
-        names = [name for name in BENCHMARKS if name != "cpu" or chosen_device(device).type == "cpu"]
-    files = []
-    for name in names:
-        console.print(f"[bold]{name}[/bold]")
-        files.append(out / f"{name}.json")
-        show(measure(name, out=files[-1], quick=quick, device=device, seconds=seconds, resume=resume))
-    conclude(files, out)
-
-
 @app.command("show")
 def show_file(
     file: Annotated[Path, typer.Argument(help="A result of `tilewise bench ... --out`.", show_default=False)],
-    markdown: Annotated[bool, typer.Option("--markdown", help="As a table in Markdown.")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="As a table in Markdown.")] = False, against: Against = None,
 ) -> None:
-    """Print the table of a result.
+    """Print the table of a result, or with --against what became of an earlier one.
 
-    Example: `tilewise bench show results/bench_cpu.json --markdown`
+    Examples: `tilewise bench show cpu.json --markdown`, `tilewise bench show new.json --against old.json`
     """
     from tilewise.bench import record, table
 
     with plain_errors(OSError, ValueError):
         result = record.load(file)
+        old = None if against is None else record.load(against)
+    if old is not None:
+        judge(old, result)
+        return
     for line in table.markdown(result["rows"]).splitlines() if markdown else result["lines"]:
         console.print(line, markup=False, soft_wrap=True)
 
 
+def run(name: str, against: Path | None, **options: Any) -> None:
+    """Measures and shows a benchmark, and judges it beside an earlier result."""
+    from tilewise.bench import record
+
+    with plain_errors(OSError, ValueError):
+        old = None if against is None else record.load(against)
+    result = measure(name, **options)
+    show(result)
+    if old is not None:
+        judge(old, result)
+
+
+def judge(old: Result, new: Result) -> None:
+    """Says what became of an earlier result's cases; exit status 1 if one of ours or of others became worse."""
+    from tilewise.bench import against
+
+    with plain_errors(ValueError):
+        lines, failed = against.lines(old, new), against.failures(against.compare(old, new))
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+    if failed:
+        raise typer.Exit(1)
+
+
 def measure(name: str, *, out: Path | None = None, quick: bool = False, device: str = "auto", seconds: float = math.inf,
-            resume: bool = False, against: Path | None = None, **chosen: Any) -> Result:
+            resume: bool = False, **chosen: Any) -> Result:
     """Runs a benchmark with progress bars. chosen: more fields of `Wanted`."""
     # Threads that wait by spinning lose whole time slices to whatever else runs here: 20 times slower was measured.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")     # read when torch is loaded, here and in processes of its own
-    from tilewise.bench import record, suite
+    from tilewise.bench import suite
 
     with plain_errors(OSError, RuntimeError, ValueError):
         if resume and out is None:
             raise ValueError("--resume: expected --out, the file to continue")
-        compare = None if against is None else comparison(record.load(against))
         where = chosen_device("cpu" if name == "cpu" and device == "auto" else device)
         wanted = suite.Wanted(where, quick, **chosen)
         try:
@@ -163,19 +172,7 @@ def measure(name: str, *, out: Path | None = None, quick: bool = False, device: 
             if out is not None:
                 console.print(f"Not complete: the same command with --resume continues {out}.", soft_wrap=True)
             raise
-    if compare is not None:
-        result["lines"] += compare(result)
     return result
-
-
-def comparison(old: Result) -> Callable[[Result], list[str]]:
-    """Says of a new result, in lines, what became of an earlier one's cases."""
-    return partial(importlib.import_module("tilewise.bench.against").compare, old)
-
-
-def conclude(files: list[Path], folder: Path) -> None:
-    """The last words of `tilewise bench all`: where everything lies."""
-    console.print(f"Results: [bold]{folder.resolve()}[/bold]", soft_wrap=True)
 
 
 def chosen_device(text: str) -> Any:

@@ -1,7 +1,5 @@
 """Instructions of calls and of CPU kernels, counted: exact where time is noise.
 
-    python -m tilewise.bench.instructions [--quick] [--out FILE]
-
 A call's count is that of 2 n calls less that of n, divided by n, so that what comes before cancels; a second count of n tells
 the spread. Counted by `perf stat` where the processor lends its counters, otherwise by valgrind's callgrind, which knows no
 AVX-512: kernels are then compiled without, and PyTorch takes its own code for such a processor. One thread, hashes and garbage
@@ -11,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import functools
 import gc
 import os
 import re
@@ -18,14 +17,17 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from tilewise.backends import Needs, load
-from tilewise.bench import overhead, record
+from tilewise.bench import overhead
+from tilewise.bench.contest import Outcome
+from tilewise.bench.record import Row
+from tilewise.bench.suite import Trial, Wanted
 from tilewise.problem import Operands, Problem, make
 
 OURS, THEIRS = overhead.OURS, overhead.THEIRS
@@ -197,57 +199,53 @@ def by_callgrind(counted: list[Job]) -> Counted:
 
 # ---- the result -------------------------------------------------------------------------------------------------------
 
-def benchmark(device: torch.device = overhead.CPU, *, quick: bool = False, out: str | Path | None = None,
-              progress: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
-    """All counts: a result in the common schema. Raises RuntimeError where nothing can count."""
-    count = counter()
-    counted = jobs(quick)
-    progress("instructions", 0, 1, count.__name__)
-    numbers = count(counted)
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
-    for job in counted:
-        row = rows.setdefault((job.part, job.case), {"part": job.part, "case": f"{job.part} {job.case}", "setting": job.setting,
-                                                     "contenders": {}})
-        total, spread = numbers[job.name]
-        row["contenders"][job.contender] = {"state": "timed", "reason": "", "count": total, "spread": spread}
-        if job.elements:
-            row["setting"] = row["setting"] | dict(elements=job.elements)
-        elif job.contender == THEIRS:
-            ratio = total / row["contenders"][OURS]["count"]
-            row |= {"times_faster": {THEIRS: {"median": ratio, "quartiles": [ratio, ratio]}}, "bar": 1 / overhead.BAR}
-    result: dict[str, Any] = record.stamp() | dict(
-        benchmark="instructions", device="cpu", quick=quick, complete=True, counter=count.__name__.removeprefix("by_"),
-        rows=list(rows.values()), lines=lines(list(rows.values())))
-    record.write(out, result)
-    return result
+def trials(wanted: Wanted) -> list[Trial]:
+    """A row for each kernel, call and stage; all are counted together, when the first is asked for."""
+    rows: dict[tuple[str, str], list[Job]] = {}
+    for job in jobs(wanted.quick):
+        rows.setdefault((job.part, job.case), []).append(job)
+    numbers = functools.cache(lambda: counter()([job for group in rows.values() for job in group]))
+    return [trial(group, numbers) for group in rows.values()]
 
 
-def lines(rows: list[dict[str, Any]]) -> list[str]:
+def trial(group: list[Job], numbers: Callable[[], Counted]) -> Trial:
+    job, mode = group[0], group[0].setting["mode"]
+
+    def measure() -> dict[str, Outcome]:
+        counts = {one.contender: numbers()[one.name] for one in group}
+        contenders: Any = {name: {"state": "timed", "reason": "", "count": total, "spread": spread}
+                           for name, (total, spread) in counts.items()}
+        ratios = {name: total / counts[OURS][0] for name, (total, _) in counts.items() if name != OURS}
+        faster: Any = {name: {"median": ratio, "quartiles": [ratio, ratio]} for name, ratio in ratios.items()}
+        return {mode: Outcome(contenders=contenders, times_faster=faster)}
+
+    setting = job.setting | ({"elements": job.elements} if job.elements else {})
+    bars = {(mode, THEIRS): 1 / overhead.BAR} if len(group) > 1 else {}
+    return Trial(job.part, f"{job.part} {job.case}", setting, (mode,), measure, bars)
+
+
+def lines(rows: Sequence[Row], wanted: Wanted) -> list[str]:
     """A table for a terminal."""
-    found = [f"{'instructions':32} {OURS:>12} {THEIRS:>12} {'times':>8} {'spread':>8}"]
+    found = [f"{'':40} {OURS:>12} {THEIRS:>12} {'times':>8} {'spread':>8}"]
     for row in rows:
         ours, theirs = (row["contenders"].get(name) for name in (OURS, THEIRS))
+        if ours is None or "count" not in ours:
+            found.append(f"{row['case']:40} {ours['reason'] if ours else ''}")
+            continue
         other = f"{theirs['count']:>12,} {ours['count'] / theirs['count']:>8.2f}" if theirs else (
             f"{ours['count'] / row['setting']['elements']:>11.2f} per score" if "elements" in row["setting"] else " " * 21)
-        found.append(f"{row['case']:32} {ours['count']:>12,} {other} {ours['spread']:>8,}")
+        found.append(f"{row['case']:40} {ours['count']:>12,} {other} {ours['spread']:>8,}")
     return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="one call and the kernels")
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
-    parser.add_argument("--work", action="append", help=argparse.SUPPRESS)      # in the process that is counted
-    parser.add_argument("--times", help=argparse.SUPPRESS)
-    parser.add_argument("--marks", help=argparse.SUPPRESS)
+    """In the process that is counted."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--work", action="append", required=True)
+    parser.add_argument("--times")
+    parser.add_argument("--marks")
     arguments = parser.parse_args()
-    if arguments.work:
-        work(arguments.work, None if arguments.times is None else int(arguments.times), arguments.marks)
-        return
-    try:
-        print("\n".join(benchmark(quick=arguments.quick, out=arguments.out)["lines"]))
-    except RuntimeError as error:
-        sys.exit(str(error))
+    work(arguments.work, None if arguments.times is None else int(arguments.times), arguments.marks)
 
 
 if __name__ == "__main__":

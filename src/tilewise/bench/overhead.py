@@ -1,16 +1,15 @@
 """What a call costs beside its arithmetic: tiny calls, in microseconds, against PyTorch's own attention.
 
-    python -m tilewise.bench.overhead [--quick] [--out FILE] [--profile]
+    python -m tilewise.bench.overhead           where the time of a call goes, stage by stage
 
-Each contender has its tensors in the order it likes best: [B, S, H, D] here, [B, H, S, D] there. --profile tells where a call's
-time goes, stage by stage; `instructions` counts instead of timing, which noise cannot touch.
+Each contender has its tensors in the order it likes best: [B, S, H, D] here, [B, H, S, D] there. `instructions` counts instead
+of timing, which noise cannot touch.
 """
 from __future__ import annotations
 
-import argparse
 import contextlib
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +18,11 @@ from torch import Tensor
 import tilewise as tw
 from tilewise import calls
 from tilewise.backends.cpu.launch import Launch
-from tilewise.bench import record, timing
+from tilewise.bench import timing
+from tilewise.bench.contest import Entrant, Outcome, race
+from tilewise.bench.record import Row
+from tilewise.bench.suite import Trial, Wanted
+from tilewise.bench.tolerance import Verdict
 from tilewise.problem import DENSE
 
 B, S, H, D = 1, 16, 2, 16
@@ -27,7 +30,7 @@ CAPACITY = 64                           # of the cache
 LENGTHS = 6, 10                         # of packed sequences
 TOGETHER = 5                            # calls that are timed as one
 BAR = 1.5                               # times PyTorch's time, at most
-OURS, THEIRS = "tilewise", "torch SDPA"
+OURS, THEIRS = "tilewise", "sdpa"
 WHOLE = "whole call"
 CPU = torch.device("cpu")
 Call = Callable[[], Any]
@@ -137,56 +140,44 @@ def right(case: Case) -> dict[str, list[float]]:
     return found
 
 
-def benchmark(device: torch.device = CPU, *, quick: bool = False, out: str | Path | None = None,
-              progress: Callable[..., None] = lambda *_: None) -> dict[str, Any]:
-    """All cases, on one thread: a result in the common schema. The calls run on CPUs whatever the device."""
-    result: dict[str, Any] = record.stamp() | dict(benchmark="overhead", device="cpu", quick=quick, complete=False, rows=[],
-                                                   lines=[])
-    with one_thread():
-        every = cases()
-        for done, case in enumerate(every):
-            progress("overhead", done, len(every), case.name)
-            with torch.set_grad_enabled(case.recorded):
-                result["rows"].append(row(case, 0.1 if quick else 2.0))
-            result["lines"] = lines(result["rows"])
-            record.write(out, result)
-    result["complete"] = True
-    record.write(out, result)
-    return result
+def verdicts(case: Case) -> list[Verdict]:
+    return [Verdict(name, error, allowed) for name, (error, allowed) in right(case).items()]
 
 
-def row(case: Case, seconds: float) -> dict[str, Any]:
-    errors = right(case)
-    def repeated(call: Call) -> timing.Call:
-        def several(_turn: int) -> None:
-            for _ in range(TOGETHER):
-                call()
-        return several
+def trials(wanted: Wanted) -> list[Trial]:
+    """All cases, on one thread. The calls run on the CPU whatever the device."""
+    return [trial(case, 0.1 if wanted.quick else 2.0) for case in cases()]
 
-    turns = {OURS: repeated(case.ours), THEIRS: repeated(case.theirs)}
-    timed = timing.compare(turns, CPU, seconds=seconds, least=20, most=20000)
-    each = {name: timing.Timing([t / TOGETHER for t in one.rounds], [t / TOGETHER for t in one.host])
-            for name, one in timed.items()}
-    contenders = {name: {"state": "timed", "reason": ""} | one.summary() for name, one in each.items()}
-    contenders[OURS]["errors"] = errors
-    if any(not error <= allowed for error, allowed in errors.values()):
-        contenders[OURS] |= {"state": "wrong", "reason": "not within the tolerance of PyTorch in fp64"}
-    same = len(each[OURS].rounds) == len(each[THEIRS].rounds)      # not where one call took longer than all should
-    pairs = zip(each[OURS].rounds, each[THEIRS].rounds, strict=True) if same else [(each[OURS].median, each[THEIRS].median)]
-    ratios = timing.Timing([b / a for a, b in pairs], [1.0])
+
+def trial(case: Case, seconds: float) -> Trial:
+    mode = case.setting["mode"]
+
+    def measure() -> dict[str, Outcome]:
+        entrants = [Entrant(OURS, {mode: repeated(case.ours)}, partial(verdicts, case), factor=1 / TOGETHER),
+                    Entrant(THEIRS, {mode: repeated(case.theirs)}, list, factor=1 / TOGETHER)]
+        with one_thread(), torch.set_grad_enabled(case.recorded):
+            return race(entrants, CPU, (mode,), seconds=seconds, least=20, most=20000)
+
     setting = dict(batch=B, seqlen=S, heads=H, kv_heads=H, head_dim=D, dtype="float32", threads=1) | case.setting
-    return {"part": "call", "case": case.name, "setting": setting, "contenders": contenders, "bar": 1 / BAR,
-            "times_faster": {THEIRS: {"median": ratios.median, "quartiles": ratios.quartiles}}}
+    return Trial("overhead", case.name, setting, (mode,), measure, {(mode, THEIRS): 1 / BAR})
 
 
-def lines(rows: list[dict[str, Any]]) -> list[str]:
+def repeated(call: Call) -> timing.Call:
+    def several(_turn: int) -> None:
+        for _ in range(TOGETHER):
+            call()
+
+    return several
+
+
+def lines(rows: Sequence[Row], wanted: Wanted) -> list[str]:
     """A table for a terminal: microseconds of a call, and how many times PyTorch's that is."""
-    found = [f"{'microseconds of a call':24} {OURS:>12} {THEIRS:>12} {'times':>8}"]
-    for one in rows:
-        ours, theirs = (one["contenders"][name] for name in (OURS, THEIRS))
-        cell = f"{ours['seconds'] * 1e6:.1f}" if ours["state"] == "timed" else "wrong"
-        times = 1 / one["times_faster"][THEIRS]["median"]
-        found.append(f"{one['case']:24} {cell:>12} {theirs['seconds'] * 1e6:>12.1f} {times:>8.2f}")
+    found = [f"{'microseconds of a call':40} {OURS:>12} {THEIRS:>12} {'times':>8}"]
+    for row in rows:
+        cells = [f"{entry['seconds'] * 1e6:.1f}" if "seconds" in entry else entry["state"]
+                 for entry in row["contenders"].values()]
+        times = [f"{1 / faster['median']:.2f}" for faster in row["times_faster"].values()]
+        found.append(" ".join([f"{row['case']:40}", *(f"{cell:>12}" for cell in cells), *(f"{cell:>8}" for cell in times)]))
     return found
 
 
@@ -229,9 +220,6 @@ def stages() -> dict[str, Call]:
 
 def profile(seconds: float = 2.0) -> list[str]:
     """Where the time of the plain forward goes: each stage by itself, in turns."""
-    def repeated(call: Call) -> timing.Call:
-        return lambda _turn: [call() for _ in range(TOGETHER)]
-
     with one_thread(), torch.no_grad():
         parts = {name: repeated(call) for name, call in (stages() | {THEIRS: cases()[0].theirs}).items()}
         timed = timing.compare(parts, CPU, seconds=seconds, least=20, most=20000)
@@ -243,17 +231,5 @@ def profile(seconds: float = 2.0) -> list[str]:
             f"{WHOLE:32} {whole:>6.2f}", f"{THEIRS:32} {theirs:>6.2f}"]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--quick", action="store_true", help="a tenth of a second for each call")
-    parser.add_argument("--profile", action="store_true", help="where the time of a call goes, stage by stage")
-    parser.add_argument("--out", type=Path, help="JSON file for the result")
-    arguments = parser.parse_args()
-    if arguments.profile:
-        print("\n".join(profile()))
-        return
-    print("\n".join(benchmark(quick=arguments.quick, out=arguments.out)["lines"]))
-
-
 if __name__ == "__main__":
-    main()
+    print("\n".join(profile()))

@@ -29,8 +29,8 @@ class Judged(TypedDict):
 
 class Entry(Judged, total=False):
     """A contender. seconds: the median over rounds; host_seconds: until the caller went on. tflops: 10^12 FLOP per second, as
-    the field counts. bytes: beyond inputs and results at the peak. share: of the roofline, 0 to 1. count: exact. rms: by
-    tensor, of the errors and of the truth."""
+    the field counts. bytes: beyond inputs and results at the peak. share: of the roofline, 0 to 1. count: exact; spread: between
+    two counts. rms: by tensor, of the errors and of the truth."""
     seconds: float
     quartiles: Sequence[float]
     host_seconds: float
@@ -40,6 +40,7 @@ class Entry(Judged, total=False):
     bytes: int
     share: float
     count: int
+    spread: int
     errors: dict[str, list[float]]
     rms: dict[str, list[float]]
     bar: float                          # seconds that ours is promised to take at most

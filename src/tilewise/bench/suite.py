@@ -21,7 +21,8 @@ from tilewise.bench.contest import Outcome
 from tilewise.bench.record import Result, Row
 from tilewise.bench.timing import alive
 
-BENCHMARKS = ("attention", "decode", "sparse", "masks", "memory", "cpu", "serving", "paper", "numerics")
+BENCHMARKS = ("attention", "decode", "sparse", "masks", "memory", "cpu", "serving", "paper", "numerics", "overhead",
+              "instructions")
 TOO_SMALL = "quick: shapes this small say that it works, little about speed"
 Bars = Mapping[tuple[str, str], float]
 Progress = Callable[[str, int, int, str], None]         # part, cases done, cases of the part, what is measured now

@@ -1,11 +1,13 @@
-"""`tilewise report`."""
+"""`tilewise report`, and `tilewise bench all`, which ends with one."""
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from tilewise.bench.cli import Device, Quick, Resume, Seconds, chosen_device, measure, show
 from tilewise.terminal import console, plain_errors
 
 
@@ -39,6 +41,34 @@ def report(
             from tilewise.report.page import write
 
             console.print(f"Written: {write(files, out)}", soft_wrap=True, markup=False)
+
+
+def everything(
+    out: Annotated[Path, typer.Option(help="Folder for the results and the report.")] = Path("bench-report"),
+    quick: Quick = False, device: Device = "auto", seconds: Seconds = math.inf, resume: Resume = False,
+) -> None:
+    """Every benchmark of this device in turn, a file each, and a report of all.
+
+    About five minutes on two CPU cores with --quick, an hour without. --seconds holds for each.
+
+    Examples: `tilewise bench all --quick`, `tilewise bench all --out results --resume`
+    """
+    from tilewise import devices
+    from tilewise.bench import record
+    from tilewise.bench.suite import BENCHMARKS
+    from tilewise.traffic import paper
+
+    with plain_errors(RuntimeError):
+        left_out = {"cpu": chosen_device(device).type != "cpu", "instructions": quick}
+    files = []
+    for name in BENCHMARKS:
+        if not left_out.get(name):
+            console.print(f"[bold]{name}[/bold]")
+            files.append(out / f"{name}.json")
+            show(measure(name, out=files[-1], quick=quick, device=device, seconds=seconds, resume=resume))
+    files.append(out / "traffic.json")
+    record.write(files[-1], paper.table(devices.device("A100-40")))
+    report(files, out)
 
 
 def as_markdown(files: list[Path], wanted: list[str], pictures: str | None) -> str:

@@ -82,8 +82,9 @@ def tilewise(problem: Problem, x: Operands, device: Device, backward: bool, spli
     work = tuple(sum(getattr(kernel, unit) or 0 for kernel in found) for unit in UNITS[:3])
     s = sizes(problem)
     most = sum(kernel.bytes for kernel in found)
-    least = costs.least_forward(s) + (costs.least_backward(s) if backward else 0) + sum(n for kernel in found for table in (kernel.read, kernel.written)
-                                           for name, n in table.items() if name in ("parts", "part_lse"))
+    parts = sum(n for kernel in found for table in (kernel.read, kernel.written) for name, n in table.items()
+                if name in ("parts", "part_lse"))
+    least = costs.least_forward(s) + (costs.least_backward(s) if backward else 0) + parts
     cached = (s.k + s.v) // max(1, s.batch * s.kv_heads) <= device.l2 // 2
     least = min(least, most)
     return timed(device, width_of(problem), "Tilewise", (work[0], work[1], work[2]), least, most,

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -123,8 +124,14 @@ def not_shipped(kernels: Sequence[str], problem: Problem, arch: str) -> str | No
 
 def missing_tangents(problem: Problem, arch: str) -> str | None:
     """What is not shipped for a problem's forward mode and second derivatives; None: all kernels are."""
+    problem = of_directions(problem)
     kernels = ("tangent", "query_gradient_tangents", "key_gradient_tangents dk", "key_gradient_tangents dv")
     return not_shipped([*kernels, *([] if problem.bias_shape is None else ["bias_gradient_tangent"])], problem, arch)
+
+
+def of_directions(problem: Problem) -> Problem:
+    """The problem as its derivatives are computed: fp32 products by IEEE rules, also where tf32 is allowed, which spills."""
+    return replace(problem, settings=problem.settings._replace(precision="ieee"))
 
 
 def needed(problem: Problem) -> list[str]:

@@ -11,6 +11,7 @@ from tilewise.backends import Gradients, Needs, Tangents
 from tilewise.backends.gpu_math.arguments import arguments, blocks, strides, visits, work
 from tilewise.backends.gpu_math.preprocess import preprocess
 from tilewise.backends.triton import backward_tangent_kernels as bwd
+from tilewise.backends.triton.configs import of_directions
 from tilewise.backends.triton.launch import Run, allocate_dbias, bias_mode, per_key_block, per_query_block, run
 from tilewise.backends.triton.tangent_kernel import tangent as tangent_kernel
 from tilewise.problem import Operands, Problem
@@ -18,7 +19,7 @@ from tilewise.state import sink_gradient_tangent
 
 
 def tangent(problem: Problem, x: Operands, u: Tangents, out: Tensor, lse: Tensor, run: Run = run) -> tuple[Tensor, Tensor]:
-    out_tangent, lse_tangent = problem.new_q(problem.head_dim_v), torch.zeros_like(lse)
+    problem, out_tangent, lse_tangent = of_directions(problem), problem.new_q(problem.head_dim_v), torch.zeros_like(lse)
     if problem.seqlen_q == 0:
         return out_tangent, lse_tangent
     x, u = alike(problem, x, u)
@@ -31,6 +32,7 @@ def tangent(problem: Problem, x: Operands, u: Tangents, out: Tensor, lse: Tensor
 
 def backward_tangent(problem: Problem, x: Operands, u: Tangents, out: Tensor, lse: Tensor, out_tangent: Tensor,
                      lse_tangent: Tensor, dout: Tensor, dlse: Tensor | None, needs: Needs, run: Run = run) -> Gradients:
+    problem = of_directions(problem)
     dq, dk, dv = problem.new_q(problem.head_dim), problem.new_k(problem.head_dim), problem.new_k(problem.head_dim_v)
     mode = bias_mode(problem, needs)
     if problem.seqlen_q == 0:
