@@ -29,7 +29,7 @@ class Judged(TypedDict):
 
 class Entry(Judged, total=False):
     """A contender. seconds: the median over rounds; host_seconds: until the caller went on. tflops: 10^12 FLOP per second, as
-    the field counts. bytes: beyond inputs and results at the peak. share: of the roofline, 0 to 1. count: exact; spread: between
+    the field counts. bytes: beyond inputs and results at the peak. share: of the roofline, 0 to 1. count: exact; spread: of
     two counts. rms: by tensor, of the errors and of the truth."""
     seconds: float
     quartiles: Sequence[float]
