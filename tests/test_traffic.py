@@ -246,7 +246,7 @@ def test_measuring_without_a_gpu_says_why():
     (["count", "--tiles", "60,64"], "tiles: expected powers"),
     (["count", "--tiles", "64"], 'tiles: expected "queries,keys"'), (["count", "--dtype", "int8"], "dtype: expected one of"),
     (["roofline", "--mask", "nonsense("], "Error"), (["memory", "--png", "x.svg"], "--png: expected a file that ends in .png"),
-    (["roofline", "--device", "T4", "--dtype", "float32", "--head-dim", "512"], "no kernel is shipped")])
+    (["roofline", "--device", "T4", "--dtype", "float32", "--head-dim", "512"], "no forward kernel is shipped")])
 def test_wrong_arguments_are_one_line(arguments, words):
     done = CliRunner().invoke(app, ["traffic", *arguments])
     assert done.exit_code == 2

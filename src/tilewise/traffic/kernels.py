@@ -15,7 +15,7 @@ from tilewise import costs
 from tilewise.backends import Needs
 from tilewise.backends.gpu_math.arguments import padded
 from tilewise.backends.gpu_math.splits import folds
-from tilewise.backends.triton.configs import Config, choose, forward_row, parts
+from tilewise.backends.triton.configs import Config, choose, forward_row, not_shipped, parts
 from tilewise.costs import Blocks, Moved, Sizes, Walk
 from tilewise.problem import Operands, Problem
 from tilewise.trace.graph import Graph, Node, leaves
@@ -115,13 +115,21 @@ def predicted(problem: Problem, x: Operands, tiles: Blocks, backward: bool = Fal
 
 
 def shipped(problem: Problem, x: Operands, arch: str, backward: bool = False, splits: int = 1) -> list[Kernel]:
-    """As `predicted`, each kernel in the tiles shipped for an architecture (`configs.tsv`). Raises KeyError if none are."""
-    found, config = [], choose(forward_row(problem), problem, arch)
+    """As `predicted`, each kernel in the tiles shipped for an architecture (`configs.tsv`). Raises ValueError if none are."""
+    found, config = [], chosen(forward_row(problem), problem, arch)
     for i, kernel in enumerate(predicted(problem, x, Blocks(config.BLOCK_M, config.BLOCK_N), backward, splits)):
-        own = config if kernel.name == "forward" else choose(kernel.name, problem, arch)
+        own = config if kernel.name == "forward" else chosen(kernel.name, problem, arch)
         found.append(kernel if own[:2] == config[:2] else predicted(problem, x, Blocks(own.BLOCK_M, own.BLOCK_N), backward,
                                                                     splits)[i])
     return found
+
+
+def chosen(kernel: str, problem: Problem, arch: str) -> Config:
+    """The kernel's configuration. Raises ValueError where none is shipped."""
+    lacking = not_shipped([kernel], problem, arch)
+    if lacking is not None:
+        raise ValueError(lacking)
+    return choose(kernel, problem, arch)
 
 
 def placed(problem: Problem, x: Operands, kernel: Kernel, moved: Moved, programs: int, used: tuple[str, ...] = tuple(TABLES),

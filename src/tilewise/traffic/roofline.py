@@ -73,7 +73,7 @@ def standard(problem: Problem, device: Device, backward: bool) -> Estimate:
 def tilewise(problem: Problem, x: Operands, device: Device, backward: bool, splits: int = 1) -> Estimate:
     """The Triton kernels in the tiles shipped for the device's architecture; on a CPU in its backend's tiles.
 
-    Raises KeyError where none is shipped, NotImplementedError for what has no closed form.
+    Raises ValueError where none is shipped, NotImplementedError for what has no closed form.
     """
     if device.name == "cpu":
         found = predicted(problem, x, Blocks(*cpu.tile_sizes(problem)), backward, splits)

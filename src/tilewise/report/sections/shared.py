@@ -29,7 +29,7 @@ def each_machine(files: Sequence[File], benchmarks: Sequence[str], build: Callab
     found: list[Block] = []
     for machine, of in machines(files).items():
         rows = [row for file in of if file.benchmark in benchmarks for row in file.rows]
-        blocks = build(rows) if rows else []
+        blocks = [block for block in build(rows) if not isinstance(block, Table) or block.rows] if rows else []
         if blocks:
             found += [Heading(machine), *blocks]
     return found
@@ -82,6 +82,8 @@ def rate(row: Row) -> list[str]:
 
 def without_empty(table: Table) -> Table:
     """The table without columns that say nothing."""
+    if not table.rows:
+        return table
     said = [{c.text if isinstance(c, Cell) else c for c in column} - {"", NOTHING} for column in zip(*table.rows, strict=True)]
     kept = [i for i in range(len(table.head)) if i == 0 or said[i]]
     return Table(table.caption, [table.head[i] for i in kept], [[row[i] for i in kept] for row in table.rows],
