@@ -33,3 +33,19 @@ def test_the_tables_own_rows_change_nothing(table):
 def test_what_has_no_place_is_refused(row):
     with pytest.raises(ValueError, match="expected a row with the columns"):
         config_patch.patch(TABLES[0], [row])
+
+
+def test_rows_of_tunings():
+    """The fastest over all shapes, as rows of the table that the tuned kernel belongs to."""
+    def result(benchmark, part, seconds):
+        rows = [{"part": part, "setting": {"head_dim": 64},
+                 "contenders": {name: {"state": "timed", "seconds": of[i]} for i, name in enumerate(("(1, 2)", "(3, 4)"))}}
+                for of in seconds]
+        return {"benchmark": benchmark, "rows": [*rows, {**rows[0], "part": "speed"}]}
+
+    times = [(1.0, 3.0), (1.0, 0.2)]
+    assert config_patch.chosen(result("tuning", "forward", times), "sm_90") == (
+        triton.TABLE, ["forward\t16\tsm_90\t64\tplain\t3\t4"])
+    assert config_patch.chosen(result("hopper tuning", "dq dk", times), "sm_90") == (
+        hopper.TABLE, ["dq dk\t64\t64\tplain\t3\t4"])
+    assert config_patch.chosen(result("hopper decoding", "variants", times), "sm_90")[1] == ["decode\t64\t64\tplain\t3\t4"]
