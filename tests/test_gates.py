@@ -11,7 +11,7 @@ if INTERPRETING:
 import triton
 
 from tilewise.backends.triton import configs
-from tilewise.backends.triton.aot import example, shipped
+from tilewise.backends.triton.aot import OF_DIRECTIONS, example, shipped
 from tilewise.inspect import build, examine, failing, failures, missing
 from tilewise.inspect import shipped as shipped_by_all
 from tilewise.problem import MAX_HEAD_DIM
@@ -57,6 +57,20 @@ def test_the_docs_say_what_is_shipped():
                 configs.missing(example(width, d, features, variant)[0], arch) is None
                 for variant in (("decode pages", "prefill pages") if cache else ("",)))]
             assert max(shipped_dims, default="none") == (int(limit) if limit.isdigit() else limit), (inputs, arch)
+
+
+def test_the_docs_say_which_derivatives_are_shipped():
+    docs = (STORE.parents[1] / "docs" / "derivatives.md").read_text()
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in docs.splitlines() if line.startswith("|")]
+    said = {row[0]: row[1:] for row in rows if row[0].split(" ")[0] in configs.WIDTHS}
+    assert set(said) == {f"{width} {features}" for width in ("16", "ieee") for features in ("plain", "rich")}
+    for inputs, limits in said.items():
+        width, features = inputs.split(" ")
+        for arch, limit in zip(configs.ARCHITECTURES, limits, strict=True):
+            shipped_dims = [d for d in configs.HEAD_DIMS if d <= MAX_HEAD_DIM and all(
+                configs.missing_tangents(example(width, d, of, OF_DIRECTIONS[of])[0], arch) is None
+                for of in ((features, "listed") if features == "plain" else (features,)))]
+            assert max(shipped_dims) == int(limit), (inputs, arch)
 
 
 def test_tiles_carry_dropout_bits():
