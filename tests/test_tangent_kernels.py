@@ -12,7 +12,7 @@ from tilewise import backends
 from tilewise.backends import Needs, Tangents
 from tilewise.backends.cpu import compiler
 from tilewise.bench import tolerance
-from tilewise.bench.cases import CASES, draw
+from tilewise.bench.cases import CASES, Case, draw
 from tilewise.problem import describe
 
 NATIVE = [name for name in AVAILABLE if hasattr(backends.load(name), "backward_tangent")
@@ -67,6 +67,13 @@ def assert_right(case, dtype, backend, **options):
 @pytest.mark.parametrize("name, dtype, backend", RUNS, ids=lambda x: str(x).removeprefix("torch."))
 def test_within_tolerance(name, dtype, backend, poisoned):
     assert_right(named(name), dtype, backend)
+
+
+@pytest.mark.parametrize("backend", NATIVE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda x: str(x).removeprefix("torch."))
+def test_heads_whose_channels_are_taken_in_parts(dtype, backend, poisoned):
+    wide = Case("wide heads", 1, 33, 40, heads=2, kv_heads=1, head_dim=136, head_dim_v=144)
+    assert_right(wide, dtype, backend)
 
 
 @pytest.mark.parametrize("backend", NATIVE)

@@ -56,7 +56,7 @@ def forward_with_statistics(problem: Problem, x: Operands) -> tuple[Tensor, Tens
 def call(kernel: str, problem: Problem, x: Operands, tensors: dict[str, Tensor | None], strides: dict[str, Tensor | None],
          numbers: dict[str, int], arrays: dict[str, Any] | None = None, compiled: Compiled = compiler.PLAIN) -> None:
     """Calls a kernel once. The dicts: fields of `abi.Problem` beside those of the problem and its operands."""
-    Launch(kernel, problem, x, strides, numbers, arrays, compiled)(x, **tensors)
+    Launch(kernel, problem, x, strides, numbers, arrays, compiled, tensors)(x, **tensors)
 
 
 class Frame(NamedTuple):
@@ -77,12 +77,16 @@ class Launch:
                  "problem", "scratch", "template")
 
     def __init__(self, kernel: str, problem: Problem, x: Operands, strides: dict[str, Tensor | None], numbers: dict[str, int],
-                 arrays: dict[str, Any] | None = None, compiled: Compiled = compiler.PLAIN):
+                 arrays: dict[str, Any] | None = None, compiled: Compiled = compiler.PLAIN,
+                 results: dict[str, Tensor | None] | None = None):
+        """results: those that decide how much memory the kernel needs."""
         library = compiler.library(kernel, problem.program, tuple(t.dtype for t in x.captured), compiled)
         self.names = tuple((name, Operands._fields.index(name)) for name in OPERANDS if getattr(x, name) is not None)
         told = described(problem, x, numbers)
         for name, t in strides.items():
             setattr(told, name, in_elements(t))
+        for name, t in (results or {}).items():
+            setattr(told, name, None if t is None else t.data_ptr())
         self.arrays = dict(arrays or {}, ints=(ctypes.c_long * len(x.ints))(*x.ints),
                            floats=(ctypes.c_double * len(x.floats))(*x.floats))
         for name, array in self.arrays.items():
