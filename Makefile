@@ -22,7 +22,8 @@ test: $(READY)   ## all tests: on this machine's devices, then the Triton kernel
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PYTEST) -n 2 --dist worksteal \
 	  tests/contract tests/test_interpreter.py tests/test_properties.py tests/test_rng.py tests/test_ops.py tests/test_memory.py tests/test_nonfinite.py \
 	  tests/test_varlen.py tests/test_cache_attention.py tests/test_cache_properties.py tests/test_statistics.py \
-	  tests/test_tangent_kernels.py tests/test_flash1.py tests/test_traffic_kernels.py
+	  tests/test_tangent_kernels.py tests/test_flash1.py tests/test_traffic_kernels.py \
+	  tests/test_compat_flash_attn_kernels.py
 
 soak: $(READY)   ## slow tests: the CPU kernels under the address and undefined behaviour sanitizers
 	$(PYTEST) -m slow

@@ -52,12 +52,16 @@ def four(function):
 @pytest.mark.parametrize("asked", TABLE, ids=str)
 @pytest.mark.parametrize("module, adapted", [(flash3, three), (flash4, four)], ids=["third", "fourth"])
 def test_every_argument(module, adapted, asked):
+    every_argument(module, adapted, asked, "tiled")
+
+
+def every_argument(module, adapted, asked, backend):
     """Those of all generations work in each."""
-    arguments = own_slopes(asked, len(LENGTHS)) | dict(backend="tiled")
+    arguments = own_slopes(asked, len(LENGTHS)) | dict(backend=backend)
     form = packed(adapted(module.flash_attn_varlen_func))
     check(asked, sequences_of(LENGTHS), lambda s: form(s, arguments), FLOAT, -torch.inf)
     if asked.name in ("plain", "everything", "window and causal"):
-        arguments = own_slopes(asked, 2) | dict(backend="tiled")
+        arguments = own_slopes(asked, 2) | dict(backend=backend)
         for lengths in ((21, 33), (33, 21)):
             check(asked, sequences_of([lengths] * 2), lambda s: dense(adapted(module.flash_attn_func))(s, arguments), FLOAT,
                   -torch.inf)

@@ -10,12 +10,13 @@ if INTERPRETING:
 from support.hopper.product import install
 
 import tilewise as tw
-from tilewise.backends import hopper
+from tilewise.backends import hopper, load
 from tilewise.backends.hopper import configs
 from tilewise.bench import tolerance
 from tilewise.bench.cases import CASES, draw, rows_in_use
 from tilewise.bench.hopper import correctness, tuning
 from tilewise.bench.hopper.correctness import LONGER
+from tilewise.bench.shapes import Shape
 from tilewise.problem import make
 
 BF16 = torch.bfloat16
@@ -190,6 +191,21 @@ def test_tuning_prints_rows_of_the_table():
     fields = said[-1].split("\t")
     assert configs.Config(*map(int, fields[4:])) in tuning.candidates("forward", 64)
     assert len(fields) == len(configs.TABLE.read_text().splitlines()[0].split("\t"))
+
+
+def test_tuning_measures_each_kernel_beside_peers(monkeypatch):
+    """The wiring, with `tiled` in the place of launches: two sets of inputs, and all passes of both kinds of backward."""
+    tiled = load("tiled")
+    monkeypatch.setattr(tuning.launch, "forward", tiled.forward)
+    monkeypatch.setattr(tuning.launch, "backward", tiled.backward)
+    monkeypatch.setattr(tuning, "SECONDS", 0.01)
+    monkeypatch.setattr(tuning, "PEERS", ("sdpa flash",))       # FlexAttention compiles for half a minute
+    rows = list(tuning.measure(Shape(1, 64, 2, 2, 64, True, "bfloat16"), torch.device("cpu")))
+    assert {row["part"] for row in rows} == {"forward", "forward fp8", "dq dk dv", "dq", "dk dv"}
+    for row in rows:
+        variants = [entry["state"] for name, entry in row["contenders"].items() if name.startswith("(")]
+        assert set(variants) == {"timed"}
+        assert row["contenders"]["sdpa flash"]["seconds"] > 0
 
 
 @pytest.mark.parametrize("head_dim", tuning.FORWARD_TILES)

@@ -12,30 +12,31 @@ import contextlib
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from tilewise.backends import Needs
 from tilewise.backends.hopper import configs, launch
 from tilewise.backends.hopper.configs import Config
 from tilewise.bench import record
-from tilewise.bench.attention import rates
+from tilewise.bench.attention import laid_heads_first, rates
 from tilewise.bench.contest import BACKWARD, FORWARD, Entrant, race
-from tilewise.bench.peers import discover
+from tilewise.bench.peers import Attend, discover
 from tilewise.bench.record import Row
-from tilewise.bench.shapes import Shape
+from tilewise.bench.shapes import Inputs, Shape
 from tilewise.bench.timing import finish
 from tilewise.bench.tolerance import Verdict
 from tilewise.bench.tuning import CHANNELS, LENGTHS, TOKENS, best, deviation
 from tilewise.fp8 import FP8
-from tilewise.problem import Problem, make
+from tilewise.problem import Operands, Problem, make
 
-Run = Callable[[], Sequence[torch.Tensor]]
+Run = Callable[[int], Sequence[Tensor]]        # given the round's number
 SECONDS = 1.5                           # for one kernel at one length, all variants and peers together
 PEERS = ("sdpa cudnn", "sdpa flash", "flex")
 CONSUMERS = {2: (240, 24), 3: (160, 32)}        # registers of a consumer's thread and of the producer's, by warpgroups
@@ -78,31 +79,61 @@ def configured(kernel: str, config: Config) -> Iterator[None]:
         launch.choose = table
 
 
+class Drawn(NamedTuple):
+    """One of the sets of inputs that take turns, with the outputs that backward passes begin from, ours and of peers.
+
+    laid: the inputs as peers want them, each head's rows in one piece of memory.
+    """
+    dout: Tensor
+    laid: Inputs
+    problem: Problem
+    x: Operands
+    of_fp8: tuple[Problem, Operands]
+    out: Tensor
+    lse: Tensor
+    outs: dict[str, Tensor]
+
+    @property
+    def repeatable(self) -> Problem:
+        return replace(self.problem, settings=self.problem.settings._replace(deterministic=True))
+
+
+def drawn(shape: Shape, device: torch.device, seed: int, peers: Mapping[str, Attend]) -> Drawn:
+    q, k, v, dout = shape.draw(device, seed)
+    laid = laid_heads_first((q, k, v, dout))
+    problem, x = make(*(t.detach() for t in (q, k, v)), causal=shape.causal)
+    of_fp8 = make(*(t.detach().to(FP8) for t in (q, k, v)), causal=shape.causal)
+    outs = {name: attend(*laid[:3], shape.causal) for name, attend in peers.items()}
+    return Drawn(dout, laid, problem, x, of_fp8, *launch.forward(problem, x), outs)
+
+
 def measure(shape: Shape, device: torch.device) -> Iterator[Row]:
     """A row for the forward kernel, one for that of fp8 inputs, beside peers in the shape's dtype, one for each pass of the
     backward, with dQ added in any order, then repeatable: the time of all of the forward or backward, by variant of this kernel
     and by peer."""
-    q, k, v, dout = shape.draw(device, 0)
-    problem, x = make(*(t.detach() for t in (q, k, v)), causal=shape.causal)
-    of_fp8 = make(*(t.detach().to(FP8) for t in (q, k, v)), causal=shape.causal)
-    out, lse = launch.forward(problem, x)
     peers = {c.name: c.attend for c in discover(device) if c.name in PEERS and c.attend is not None}
-    outs = {name: attend(q, k, v, shape.causal) for name, attend in peers.items()}
-    repeatable = replace(problem, settings=problem.settings._replace(deterministic=True))
+    sets = [drawn(shape, device, seed, peers) for seed in (0, 1)]
 
-    def backward(asked: Problem) -> Run:
-        return lambda: launch.backward(asked, x, out, lse, dout.transpose(1, 2), None, Needs(False, False))[:3]
+    def in_turns(run: Callable[[Drawn], Sequence[Tensor]]) -> Run:
+        return lambda turn: run(sets[turn % len(sets)])
 
-    runs: dict[str, Run] = {"forward": lambda: launch.forward(problem, x), "forward fp8": lambda: launch.forward(*of_fp8)}
-    runs |= {kernel: backward(asked) for asked in (problem, repeatable) for kernel in configs.passes(asked)}
-    of_peers: dict[str, Callable[[str, int], object]] = {
-        FORWARD: lambda name, turn: peers[name](q, k, v, shape.causal),
-        BACKWARD: lambda name, turn: torch.autograd.grad(outs[name], (q, k, v), dout, retain_graph=True)}
+    def backward(s: Drawn, asked: Problem) -> Sequence[Tensor]:
+        return launch.backward(asked, s.x, s.out, s.lse, s.dout.transpose(1, 2), None, Needs(False, False))[:3]
+
+    def of_peer(name: str, mode: str) -> Run:
+        if mode == FORWARD:
+            return in_turns(lambda s: [peers[name](*s.laid[:3], shape.causal)])
+        return in_turns(lambda s: torch.autograd.grad(s.outs[name], s.laid[:3], s.laid[3], retain_graph=True))
+
+    runs = {"forward": in_turns(lambda s: launch.forward(s.problem, s.x)),
+            "forward fp8": in_turns(lambda s: launch.forward(*s.of_fp8))}
+    runs |= dict.fromkeys(configs.passes(sets[0].problem), in_turns(lambda s: backward(s, s.problem)))
+    runs |= dict.fromkeys(configs.passes(sets[0].repeatable), in_turns(lambda s: backward(s, s.repeatable)))
     for kernel, run in runs.items():
         mode = FORWARD if kernel in FORWARDS else BACKWARD
         if (kernel, shape.head_dim, shape.head_dim, "plain") in configs.table():
             entrants = [*variants(kernel, shape.head_dim, mode, run, device),
-                        *(Entrant(name, {mode: partial(of_peers[mode], name)}, list) for name in peers)]
+                        *(Entrant(name, {mode: of_peer(name, mode)}, list) for name in peers)]
             found = race(entrants, device, (mode,), seconds=SECONDS, rates=partial(rates, shape, device))
             setting = asdict(shape) | {"mask": shape.mask, "mode": mode}
             yield {"part": kernel, "case": f"{kernel} {shape}", "setting": setting, **found[mode]}
@@ -110,11 +141,11 @@ def measure(shape: Shape, device: torch.device) -> Iterator[Row]:
 
 def variants(kernel: str, head_dim: int, mode: str, run: Run, device: torch.device) -> list[Entrant]:
     """The table's variant first; the others must give its results."""
-    reference: list[torch.Tensor] = []
+    reference: list[Tensor] = []
 
     def check(config: Config) -> Sequence[Verdict]:
         with configured(kernel, config):
-            found = [t.clone() for t in run()]
+            found = [t.clone() for t in run(0)]
         finish(device)
         reference.extend([] if reference else found)
         return [Verdict("results", max(map(deviation, found, reference)), 1.0)]
@@ -126,7 +157,7 @@ def variants(kernel: str, head_dim: int, mode: str, run: Run, device: torch.devi
 def in_variant(kernel: str, config: Config, run: Run) -> Callable[[int], object]:
     def call(turn: int) -> None:
         with configured(kernel, config):
-            run()
+            run(turn)
 
     return call
 
