@@ -49,7 +49,7 @@ def everything(
 ) -> None:
     """Every benchmark of this device in turn, a file each, and a report of all.
 
-    About five minutes on two CPU cores with --quick, an hour without. --seconds holds for each.
+    About two minutes on two CPU cores with --quick, an hour without. --seconds holds for each.
 
     Examples: `tilewise bench all --quick`, `tilewise bench all --out results --resume`
     """
