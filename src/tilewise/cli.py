@@ -30,7 +30,6 @@ app = typer.Typer(
 bench.command("all")(everything)
 app.add_typer(bench, name="bench")
 app.add_typer(traffic, name="traffic")
-app.command()(report)
 CELLS = (("·", "grey50"), ("■", "orange1"), ("■", "dodger_blue1"))     # hidden, visible in a partial tile, in a full one
 MOST_DRAWN = 64             # queries and keys, as text that is not on a terminal
 MOST_TILES = 2**13          # on a side, when only counting
@@ -345,6 +344,8 @@ def doctor() -> None:
     for line in check.advice():
         console.print(f"\n[yellow]{escape(line)}[/yellow]")
 
+
+app.command()(report)
 
 if __name__ == "__main__":
     app()
