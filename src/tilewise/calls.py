@@ -98,7 +98,7 @@ def plain(*tensors: Any) -> bool:
 
 def quantized(q: Tensor, options: Options) -> bool:
     """Whether these are inputs in fp8, or scales of such; they are described anew, since copying them takes longest."""
-    return q.dtype == FP8 or not options.q_scale is options.k_scale is options.v_scale is None
+    return q.dtype == FP8 or options.q_scale is not None or options.k_scale is not None or options.v_scale is not None
 
 
 def described(q: Tensor, k: Tensor, v: Tensor, options: Options, where: Layout) -> tuple[Problem, Operands]:

@@ -21,6 +21,7 @@ import torch
 
 TABLE = Path(__file__).with_name("devices.tsv")
 ROUNDS = 5
+UNITS = ("products", "exponentials", "arithmetic", "slow memory")
 
 
 @dataclass(frozen=True)
@@ -37,15 +38,22 @@ class Device:
     capacity: int
     source: str
 
-    def least_seconds(self, width: str, products: float, exponentials: float, moved: float) -> float:
-        """The roofline: the time of the busiest unit, all working at the same time, for FLOPs, exponentials and bytes."""
-        return max(products / self.rate(width), exponentials / self.exponentials, moved / self.bandwidth)
+    def seconds(self, width: str, products: float, exponentials: float, arithmetic: float,
+                moved: float) -> dict[str, float]:
+        """Of each of `UNITS` by itself, for FLOPs, exponentials and bytes. The roofline is the longest: all work at once."""
+        return dict(zip(UNITS, (products / self.rate(width), exponentials / self.exponentials, arithmetic / self.arithmetic,
+                                moved / self.bandwidth), strict=True))
 
     def rate(self, width: str) -> float:
         """Of products. Raises ValueError for a width that the device lacks."""
         if width not in self.products:
             raise ValueError(f"dtype: expected one that {self.name} multiplies ({', '.join(self.products)}), got {width}")
         return self.products[width]
+
+
+def width_of(dtype: torch.dtype, precision: str) -> str:
+    """The width of products of a dtype, fp32 in a precision of `problem.PRECISIONS`."""
+    return "half" if dtype != torch.float32 else "tf32" if precision == "tf32" else "fp32"
 
 
 @functools.cache

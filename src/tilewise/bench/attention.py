@@ -70,12 +70,12 @@ def measure(shape: Shape, field: Sequence[Contender], device: torch.device, *, m
 def rates(shape: Shape, device: torch.device, mode: str, seconds: float) -> dict[str, float]:
     """What a time on a shape amounts to: FLOPs per second, and the share of what the device can do at most, if it is known."""
     found, at_most = {"tflops": WORK[mode] * shape.flops() / seconds / 1e12}, devices.serving(device)
-    width = "half" if shape.dtype != "float32" else "tf32" if fp32_products() == "tf32" else "fp32"
+    width = devices.width_of(getattr(torch, shape.dtype), fp32_products())
     if at_most is not None and width in at_most.products:
         passes = (mode != BACKWARD) + (mode != FORWARD)
         exponentials, sizes = passes * shape.flops() / (4 * shape.head_dim), shape.sizes()
         moved = (mode != BACKWARD) * costs.least_forward(sizes) + (mode != FORWARD) * costs.least_backward(sizes)
-        found["share"] = at_most.least_seconds(width, WORK[mode] * shape.flops(), exponentials, moved) / seconds
+        found["share"] = max(at_most.seconds(width, WORK[mode] * shape.flops(), exponentials, 0, moved).values()) / seconds
     return found
 
 

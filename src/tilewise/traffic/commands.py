@@ -42,10 +42,10 @@ def estimate(shape: Shape, device: devices.Device, backward: bool) -> dict[str, 
     problem, x = shape.described()
     estimates = [roofline.standard(problem, device, backward),
                  roofline.tilewise(problem, x, device, backward, shape.splits)]
-    mode, width = "forward and backward" if backward else "forward", roofline.width_of(problem)
-    rows, lines = [], [["ms at least", *roofline.UNITS, "GB once", "GB asked for", "FLOP/byte", "bound by"]]
+    mode, width = "forward and backward" if backward else "forward", devices.width_of(problem.dtype, problem.precision)
+    rows, lines = [], [["ms at least", *devices.UNITS, "GB once", "GB asked for", "FLOP/byte", "bound by"]]
     for e in estimates:
-        lines.append([e.name, *(f"{e.seconds[unit] * 1e3:.3f}" for unit in roofline.UNITS), giga(e.least), giga(e.most),
+        lines.append([e.name, *(f"{e.seconds[unit] * 1e3:.3f}" for unit in devices.UNITS), giga(e.least), giga(e.most),
                       f"{e.intensity:.0f}", e.bound])
         rows.append(row("roofline", e.name, shape.setting | {
             "mode": mode.replace(" and ", "+"), "device": device.name, "peak": device.rate(width),

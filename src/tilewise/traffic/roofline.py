@@ -9,16 +9,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from tilewise import costs
 from tilewise.backends import cpu
 from tilewise.costs import Blocks
-from tilewise.devices import Device
+from tilewise.devices import UNITS, Device, width_of
 from tilewise.problem import Operands, Problem
 from tilewise.traffic.kernels import predicted, shipped, sizes
-
-UNITS = ("products", "exponentials", "arithmetic", "slow memory")
 
 
 @dataclass(frozen=True)
@@ -47,16 +43,7 @@ class Estimate:
 
 
 def timed(device: Device, width: str, name: str, work: tuple[int, int, int], least: int, most: int, moved: int) -> Estimate:
-    products, exponentials, arithmetic = work
-    return Estimate(name, products, least, most, moved, dict(zip(UNITS, (
-        products / device.rate(width), exponentials / device.exponentials, arithmetic / device.arithmetic,
-        moved / device.bandwidth), strict=True)))
-
-
-def width_of(problem: Problem) -> str:
-    if problem.dtype == torch.float32:
-        return "tf32" if problem.precision == "tf32" else "fp32"
-    return "half"
+    return Estimate(name, work[0], least, most, moved, device.seconds(width, *work, moved))
 
 
 def standard(problem: Problem, device: Device, backward: bool) -> Estimate:
@@ -67,7 +54,7 @@ def standard(problem: Problem, device: Device, backward: bool) -> Estimate:
     if backward:
         moved += costs.standard_backward(s)
         work += costs.Work(2 * work.products, 0, 4 * s.scores)          # four products; dP - sum, P *, and the sum
-    return timed(device, width_of(problem), "standard", work, moved.total, moved.total, moved.total)
+    return timed(device, width_of(problem.dtype, problem.precision), "standard", work, moved.total, moved.total, moved.total)
 
 
 def tilewise(problem: Problem, x: Operands, device: Device, backward: bool, splits: int = 1) -> Estimate:
@@ -87,5 +74,5 @@ def tilewise(problem: Problem, x: Operands, device: Device, backward: bool, spli
     least = costs.least_forward(s) + (costs.least_backward(s) if backward else 0) + parts
     cached = (s.k + s.v) // max(1, s.batch * s.kv_heads) <= device.l2 // 2
     least = min(least, most)
-    return timed(device, width_of(problem), "Tilewise", (work[0], work[1], work[2]), least, most,
+    return timed(device, width_of(problem.dtype, problem.precision), "Tilewise", (work[0], work[1], work[2]), least, most,
                  least if cached else most)
