@@ -86,7 +86,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Ma
     if torch._C._is_any_autocast_enabled():
         q, k, v = autocast(q, k, v)
     options = Options(causal, mask, score_mod, bias, sinks, scale, dropout_p, rng, deterministic, batch_invariant, return_stats,
-                      layout, q_scale=q_scale, k_scale=k_scale, v_scale=v_scale)
+                      layout, None, q_scale, k_scale, v_scale)
     out, lse, found = calls.attention(q, k, v, options, backend, return_lse)
     return _results(out, lse, found, return_lse)
 

@@ -12,10 +12,11 @@ follows, and functions given as they are, whose closures may change.
 """
 from __future__ import annotations
 
+import functools
 import os
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,7 +26,6 @@ from torch.autograd import forward_ad
 from tilewise import backends, ops
 from tilewise.backends import Needs
 from tilewise.derivatives import Call, followed, gradients
-from tilewise.fp8 import FP8
 from tilewise.masks import Mask
 from tilewise.plan import choose
 from tilewise.problem import DENSE, TENSORS, Layout, Operands, Problem, fp32_products, make, make_unequal, rng_tensor
@@ -34,6 +34,8 @@ from tilewise.state import sink_gradient
 from tilewise.statistics import Statistics
 
 KEPT = 512                              # entries; the oldest goes first
+ALIGNED = 16                            # bytes: what a kernel may assume of where a tensor begins
+deterministic_algorithms, threads = torch.are_deterministic_algorithms_enabled, torch.get_num_threads
 PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
@@ -70,7 +72,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, w
 
     q, k, v: as `options.layout` says, or [total, heads, head_dim] where `where` tells their rows.
     """
-    if plain(q, k, v, options.bias, options.sinks) and not quantized(q, options):
+    if plain(q, k, v, options.bias, options.sinks):
         found, x = find(q, k, v, options, backend, where)
         return found.compute(x, with_lse)
     problem, x = described(q, k, v, options, where)
@@ -79,7 +81,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, w
 
 def find_any(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, where: Layout) -> tuple[Found, Operands]:
     """`find`, also for tensors that are not plain."""
-    if plain(q, k, v, options.bias, options.sinks) and not quantized(q, options):
+    if plain(q, k, v, options.bias, options.sinks):
         return find(q, k, v, options, backend, where)
     problem, x = described(q, k, v, options, where)
     return Found(problem, x, backend, settled=False), x._replace(q=q, k=k, v=v)
@@ -96,11 +98,6 @@ def plain(*tensors: Any) -> bool:
     return True
 
 
-def quantized(q: Tensor, options: Options) -> bool:
-    """Whether these are inputs in fp8, or scales of such; they are described anew, since copying them takes longest."""
-    return q.dtype == FP8 or options.q_scale is not None or options.k_scale is not None or options.v_scale is not None
-
-
 def described(q: Tensor, k: Tensor, v: Tensor, options: Options, where: Layout) -> tuple[Problem, Operands]:
     """The problem, checked, and its operands."""
     if where is DENSE:
@@ -114,22 +111,30 @@ def find(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, where:
 
     Raises what `problem.make` and `plan.choose` raise.
     """
-    causal, mask, score_mod, bias, sinks, scale, dropout, rng, deterministic, invariant, statistics, order, splits, *_ = options
-    held = () if mask is None and score_mod is None and where is DENSE else named(mask, score_mod, where)
+    (causal, mask, score_mod, bias, sinks, scale, dropout, rng, deterministic, invariant, statistics, order, splits,
+     q_scale, k_scale, v_scale) = options
+    dense = where is DENSE
+    held = () if dense and mask is None and score_mod is None else named(mask, score_mod, where)
+    if not (q_scale is None and k_scale is None and v_scale is None):
+        held = None                     # fp8 inputs are copied, which takes longest
     known = captured = None
     if held is not None:
-        key = (layout(q), layout(k), layout(v), None if bias is None else layout(bias),
-               None if sinks is None else layout(sinks), causal, type(causal), scale, type(scale), dropout, type(dropout),
-               deterministic, invariant, statistics, order, splits, type(splits),  # types: 1 is True to a dictionary
-               backend, fp32_products(), torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(),
-               None if where is DENSE else placed(where), *map(id, held))
-        known = remembered(key)
-        captured = None if known is None else known.unchanged(held) if known.held else ()
+        try:
+            # types: 1 is True to a dictionary
+            key = (layouts(q, k, v), bias if bias is None else layout(bias), sinks if sinks is None else layout(sinks), causal,
+                   type(causal), scale, type(scale), dropout, type(dropout), deterministic, invariant, statistics, order, splits,
+                   type(splits), backend, fp32_products(), deterministic_algorithms(), threads(), dense or placed(where),
+                   held and tuple(map(id, held)))
+            known = _known.get(key)
+        except (TypeError, BufferError, RuntimeError):      # what is no option, or no tensor with strides: `make` will say so
+            held = None
+        else:
+            captured = None if known is None else known.unchanged(held) if held else ()
     if known is None or captured is None:
         problem, x = described(q, k, v, options, where)
         known = Found(problem, x, backend)
-        if held is not None:
-            known.keep(key, held, x.captured)
+        if held is not None and not problem.quantized:
+            known.keep((layouts(q, k, v), *key[1:]), held, x.captured)     # they may be read in another way by now
         return known, x._replace(q=q, k=k, v=v)
     if bias is not None and bias.dim() < 4:
         bias = bias[(None,) * (4 - bias.dim())]
@@ -137,16 +142,28 @@ def find(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, where:
         sinks = sinks.contiguous()
     if rng is not None or known.problem.dropout:
         rng = rng_tensor(rng, known.problem.dropout, q.device)
-    return known, Operands(q, k, v, bias, sinks, rng, *where[:5], None, captured, known.ints, known.floats)
+    return known, Operands(q, k, v, bias, sinks, rng, where.q_rows, where.k_rows, where.pages, where.k_scale, where.v_scale, None,
+                           captured, known.ints, known.floats)
+
+
+def in_python(q: Tensor, k: Tensor, v: Tensor) -> tuple:
+    return layout(q), layout(k), layout(v)
+
+
+@functools.cache
+def read_natively() -> None:
+    """From now on, if that is possible: what a machine can do that has compiled kernels."""
+    global layouts
+    layouts = backends.load("cpu").layout_reader(ALIGNED) or layouts
 
 
 def layout(x: Tensor) -> tuple:
     """All of a tensor that decides how it is computed with: neither what it holds nor where it begins."""
-    return x.shape, x.stride(), x.dtype, x.device, x.storage_offset() % 16
+    return x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % ALIGNED
 
 
 def state(x: Any) -> tuple | None:
-    """How a captured tensor is, what it holds included; of anything else nothing, since it does not change."""
+    """How a tensor is, what it holds included; None of anything else, since it does not change."""
     return (layout(x), x._version, x.requires_grad) if isinstance(x, Tensor) else None
 
 
@@ -187,7 +204,8 @@ class Found:
         self.launch: Callable[..., None] | None = None
         self.out: Tensor
         self.lse: Tensor
-        if settled and hasattr(module, "prepared") and not problem.statistics:
+        if settled and hasattr(module, "prepared") and not (problem.statistics or problem.quantized):
+            read_natively()
             packed = problem.packed_q is not None
             out, lse = problem.new_q(problem.head_dim_v), problem.new_lse()
             self.launch = module.prepared(problem, x, out)
@@ -203,15 +221,15 @@ class Found:
         def forget(_: Any) -> None:
             _known.pop(key, None)
 
-        def weakly(x: Tensor) -> Callable[[], Tensor | None]:
-            """A tensor that someone else keeps; one that was made of the mask given shares its memory, and goes with it."""
+        def weakly(x: Tensor) -> tuple[Callable[[], Tensor | None], tuple | None]:
+            """A tensor that someone else keeps; one that was made of the mask given shares its memory, goes and changes with it."""
             if any(x is not t and x.data_ptr() == t.data_ptr() for t in given):
                 alias = x.detach()
-                return lambda: alias
-            return weakref.ref(x)
+                return (lambda: alias), None
+            return weakref.ref(x), state(x)
 
         self.held = tuple((weakref.ref(x, forget), state(x)) for x in held)
-        self.captured = tuple((weakly(x), state(x)) for x in captured)
+        self.captured = tuple(weakly(x) for x in captured)
         with _lock:
             while len(_known) >= KEPT:
                 _known.pop(next(iter(_known)), None)
@@ -220,12 +238,12 @@ class Found:
     def unchanged(self, held: tuple) -> list[Tensor] | None:
         """The captured tensors, if the objects that the call names are those of then, and all are as they were."""
         for (at, before), given in zip(self.held, held, strict=True):
-            if at() is not given or state(given) != before:
+            if at() is not given or (before is not None and state(given) != before):
                 return None
         found: list[Tensor] = []
         for at, before in self.captured:
             x = at()
-            if x is None or state(x) != before:
+            if x is None or (before is not None and state(x) != before):
                 return None
             found.append(x)
         return found
@@ -234,9 +252,13 @@ class Found:
         """out, lse and statistics, differentiable, in the shapes of the caller's q; q, k and v of x as the caller gave them."""
         if self.launch is None:
             return through_ops(self.problem, self.heads_first(x), self.backend)
-        if ops.tracked(x):
-            return *Recorded.apply(self, *x[:TENSORS], *x.captured), None
-        return *self.run(x, with_lse), None
+        if not ops.recorded(x):
+            out, lse = self.run(x, with_lse)
+        elif with_lse:
+            out, lse = record(self, x, True, *given(x))
+        else:
+            out, lse = record(self, x, False, *given(x)), None
+        return out, lse, None
 
     def run(self, x: Operands, with_lse: bool = True) -> tuple[Tensor, Tensor | None]:
         """out and lse, by the backend."""
@@ -288,38 +310,61 @@ class Found:
 
 
 class Recorded(torch.autograd.Function):
-    """(out, lse) of a call that only autograd follows, in the caller's order of dimensions.
+    """out, or (out, lse), of a call that only autograd follows, in the caller's order of dimensions.
 
-    Like `derivatives.Native`, without what torch.func's transforms need, which costs more than a small kernel.
+    Like `derivatives.Native`, without what torch.func's transforms need, which costs more than a small kernel; and every
+    argument does, so that operands which are not there are none.
     """
 
     @staticmethod
-    def forward(ctx, found: Found, *tensors: Tensor | None):
-        out, lse = found.run(found.call.operands(tensors))
-        ctx.found = found
+    def forward(ctx, found: Found, x: Operands, with_lse: bool, *tensors: Tensor):
+        out, lse = found.run(x)
+        ctx.found, ctx.there = found, tuple([t is not None for t in x[:TENSORS]])
         ctx.save_for_backward(out, lse, *tensors)
         ctx.set_materialize_grads(False)
-        return out, lse
+        return (out, lse) if with_lse else out
 
     @staticmethod
-    def backward(ctx, dout, dlse):
+    def backward(ctx, dout, dlse=None):
         found: Found = ctx.found
         out, lse, *tensors = ctx.saved_tensors
-        needs = Needs(ctx.needs_input_grad[4], ctx.needs_input_grad[5], ctx.needs_input_grad[1 + TENSORS:])
+        singles = sum(ctx.there)
+        tensors = [*spread(ctx.there, tensors), *tensors[singles:]]
+        by_q, by_k, by_v, by_bias, by_sinks, *_ = spread(ctx.there, ctx.needs_input_grad[3:])
+        needs = Needs(bool(by_bias), bool(by_sinks), ctx.needs_input_grad[3 + singles:])
         run = None
         if dout is not None and not (needs.bias or followed() or any(needs.captured)):
             run = found.backward_of(dout, out, tensors)
+        captured: Sequence[Tensor | None]
         if run is not None:
-            return None, *found.run_backward(run, tensors, out, lse, dout, dlse, needs), *[None] * (len(tensors) - 5)
-        q, k, v, *others = tensors
-        packed, order = found.problem.packed_q is not None, found.problem.layout
-        if packed:
-            lse, dlse = lse[None], None if dlse is None else dlse[None]
-        q, k, v, out = (heads_first(x, order) for x in (q, k, v, out))
-        dout = torch.zeros_like(out) if dout is None else heads_first(dout, order)
-        dq, dk, dv, dbias, dsinks, *captured = gradients(found.call, needs, out, lse, dout, dlse, [q, k, v, *others])
-        dq, dk, dv = (given_order(x, order, packed) for x in (dq, dk, dv) if x is not None)
-        return None, dq, dk, dv, dbias, dsinks, *[None] * (TENSORS - 5), *captured
+            single, captured = found.run_backward(run, tensors, out, lse, dout, dlse, needs), [None] * (len(tensors) - TENSORS)
+        else:
+            q, k, v, *others = tensors
+            packed, order = found.problem.packed_q is not None, found.problem.layout
+            if packed:
+                lse, dlse = lse[None], None if dlse is None else dlse[None]
+            q, k, v, out = (heads_first(x, order) for x in (q, k, v, out))
+            dout = torch.zeros_like(out) if dout is None else heads_first(dout, order)
+            dq, dk, dv, *others = gradients(found.call, needs, out, lse, dout, dlse, [q, k, v, *others])
+            single = (*(given_order(x, order, packed) for x in (dq, dk, dv) if x is not None), *others[:2])
+            captured = others[2:]
+        single = (*single, *[None] * (TENSORS - len(single)))
+        return None, None, None, *(x for x, there in zip(single, ctx.there, strict=True) if there), *captured
+
+
+# Without what `apply` of torch.autograd.Function does for transforms, which are none here.
+record = super(torch.autograd.Function, Recorded).apply         # type: ignore[misc]
+
+
+def given(x: Operands) -> list[Tensor]:
+    """The tensors that are there."""
+    return [t for t in (*x[:TENSORS], *x.captured) if t is not None]
+
+
+def spread(there: Sequence[bool], found: Sequence[Any]) -> list[Any]:
+    """What was found for those that are there, None for the others."""
+    following = iter(found)
+    return [next(following) if one else None for one in there]
 
 
 def through_ops(problem: Problem, x: Operands, backend: str) -> tuple[Tensor, Tensor, Statistics | None]:
@@ -357,15 +402,9 @@ def given_order(x: Tensor, order: str, packed: bool) -> Tensor:
     return x.transpose(1, 2) if order == "bshd" else x
 
 
+layouts: Callable[[Tensor, Tensor, Tensor], Hashable] = in_python
 _known: dict[tuple, Found] = {}
 _lock = threading.Lock()
-
-
-def remembered(key: tuple) -> Found | None:
-    try:
-        return _known.get(key)
-    except TypeError:                   # something that is no option at all, as `problem.make` will say
-        return None
 
 
 def forget() -> None:

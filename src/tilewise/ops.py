@@ -81,8 +81,11 @@ def attention_with_statistics(problem: Problem, x: Operands, backend: str) -> tu
 
 def tracked(x: Operands) -> bool:
     """Whether autograd or torch.func follows what is computed from these operands; `apply` costs more than a small kernel."""
-    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        return True
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or recorded(x)
+
+
+def recorded(x: Operands) -> bool:
+    """Whether autograd does."""
     if torch.is_grad_enabled():
         for t in (x.q, x.k, x.v, x.bias, x.sinks, *x.captured):
             if t is not None and t.requires_grad:

@@ -297,7 +297,7 @@ def aligned(x: Tensor) -> bool:
 def fp32_products() -> str:
     """How PyTorch is told to multiply fp32: a value of PRECISIONS."""
     try:
-        return PRECISIONS[torch.get_float32_matmul_precision()]
+        return PRECISIONS[torch._C._get_float32_matmul_precision()]
     except RuntimeError:  # set through torch.backends, which this getter then refuses to tell
         return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 

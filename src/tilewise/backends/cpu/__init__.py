@@ -4,7 +4,7 @@
     launch.py      what a kernel is told                                             sizes.py      how work is cut
     gradients.py   the backward pass's calls                                         tangents.py   those of forward mode, and
     threads.py     PyTorch's own threads                                                           of the backward's derivative
-    append.py      new keys and values
+    append.py      new keys and values                                               layouts.py    reads how tensors lie
 """
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from torch import Tensor
 from tilewise.backends import Gradients, Needs, Tangents
 from tilewise.backends.cpu import compiler, gradients, launch, sizes, tangents, threads
 from tilewise.backends.cpu.append import write
+from tilewise.backends.cpu.layouts import reader as layout_reader
 from tilewise.problem import Operands, Problem
 from tilewise.statistics import Statistics
 
-__all__ = ["backward", "backward_tangent", "forward", "forward_with_statistics", "precision", "prepared", "prepared_backward",
+__all__ = ["backward", "backward_tangent", "forward", "forward_with_statistics", "layout_reader", "precision", "prepared", "prepared_backward",
            "repeatable", "splits", "supports", "supports_tangents", "tangent", "tile_sizes", "volunteers", "workspace", "write"]
 
 

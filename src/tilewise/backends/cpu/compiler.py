@@ -56,13 +56,16 @@ def cache_directory() -> Path:
 
 
 @functools.lru_cache(maxsize=512)
-def library(kernel: str, program: str, dtypes: tuple[torch.dtype, ...], compiled: abi.Compiled = PLAIN) -> ctypes.CDLL:
+def library(kernel: str, program: str | None = None, dtypes: tuple[torch.dtype, ...] = (),
+            compiled: abi.Compiled = PLAIN) -> ctypes.CDLL:
     """The library of a kernel, the name of a .cpp file in KERNELS, for a program's text and the dtypes of its captured tensors.
 
-    Raises RuntimeError with the compiler's words if it fails.
+    Without a program it is of a file that includes neither problem.h nor functions.h. Raises RuntimeError with the compiler's
+    words if it fails.
     """
-    generated = {"problem.h": abi.header(compiled),
-                 "functions.h": '#pragma once\n#include "elementary.h"\n' + emit_cpp.source(program, dtypes)}
+    generated = {} if program is None else {
+        "problem.h": abi.header(compiled),
+        "functions.h": '#pragma once\n#include "elementary.h"\n' + emit_cpp.source(program, dtypes)}
     name = hashlib.sha256(repr((kernel, generated, sources(), identity(), FLAGS)).encode()).hexdigest()[:32]
     path = cache_directory() / f"{name}.so"
     if not whole(path):
@@ -70,9 +73,7 @@ def library(kernel: str, program: str, dtypes: tuple[torch.dtype, ...], compiled
         with locked(path.with_suffix(".lock")):
             if not whole(path):
                 build(kernel, sources() | generated, path)
-    found = ctypes.CDLL(str(path))
-    getattr(found, f"{kernel}_memory").restype = ctypes.c_long
-    return found
+    return ctypes.CDLL(str(path))
 
 
 def writable_directory() -> Path:

@@ -81,7 +81,7 @@ class Launch:
                  results: dict[str, Tensor | None] | None = None):
         """results: those that decide how much memory the kernel needs."""
         library = compiler.library(kernel, problem.program, tuple(t.dtype for t in x.captured), compiled)
-        self.names = tuple((name, Operands._fields.index(name)) for name in OPERANDS if getattr(x, name) is not None)
+        self.names = tuple((name, Operands._fields.index(name)) for name in OTHERS if getattr(x, name) is not None)
         told = described(problem, x, numbers)
         for name, t in strides.items():
             setattr(told, name, in_elements(t))
@@ -99,7 +99,9 @@ class Launch:
         self.kernel, self.template = getattr(library, kernel), bytes(told)
         self.kernel.argtypes = [ctypes.c_void_p]
         self.lse = problem.heads * problem.queries * 4
-        self.scratch = getattr(library, f"{kernel}_memory")(ctypes.byref(told)) + ALIGNMENT + self.lse
+        memory = getattr(library, f"{kernel}_memory")
+        memory.restype = ctypes.c_long
+        self.scratch = memory(ctypes.byref(told)) + ALIGNMENT + self.lse
         self.frames: list[Frame] = []
 
     def __call__(self, x: Operands, **results: Tensor | None) -> None:
@@ -108,6 +110,7 @@ class Launch:
         except IndexError:
             frame = self.new_frame()
         told = frame.told
+        told.q, told.k, told.v = x.q.data_ptr(), x.k.data_ptr(), x.v.data_ptr()
         for name, at in self.names:
             operand: Any = x[at]
             setattr(told, name, operand.data_ptr())
@@ -153,7 +156,8 @@ FIRST = torch.zeros(1, dtype=torch.int64, device="cpu")
 KEPT_BYTES = 1 << 16                    # of a frame's memory, at most
 
 
-OPERANDS = tuple(name for name in POINTERS if name in Operands._fields and name not in ("captured", "ints", "floats", "pages"))
+OTHERS = tuple(name for name in POINTERS if name in Operands._fields   # than every call has, or are told in their own way
+               and name not in ("q", "k", "v", "captured", "ints", "floats", "pages"))
 
 
 def described(problem: Problem, x: Operands, numbers: dict[str, int]) -> abi.Problem:
