@@ -27,8 +27,8 @@ TENSORS = {
     "empty": torch.zeros(1, 0, 2, 8),
     "no dimensions": torch.zeros(()),
     **{str(dtype): torch.zeros(1, 16, 2, 8, dtype=dtype) for dtype in
-       (torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int16, torch.int64, torch.bool,
-        torch.complex64)}}
+       (torch.float64, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int16, torch.int64,
+        torch.bool, torch.complex64)}}
 
 
 @pytest.mark.parametrize("place", range(3))

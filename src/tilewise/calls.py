@@ -121,10 +121,10 @@ def find(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, where:
     if held is not None:
         try:
             # types: 1 is True to a dictionary
-            key = (layouts(q, k, v), bias if bias is None else layout(bias), sinks if sinks is None else layout(sinks), causal,
-                   type(causal), scale, type(scale), dropout, type(dropout), deterministic, invariant, statistics, order, splits,
-                   type(splits), backend, fp32_products(), deterministic_algorithms(), threads(), dense or placed(where),
-                   held and tuple(map(id, held)))
+            key = (layouts(q, k, v), bias if bias is None else layout(bias), sinks if sinks is None else layout(sinks),
+                   causal, type(causal), scale, type(scale), dropout, type(dropout), splits, type(splits), deterministic,
+                   invariant, statistics, order, backend, fp32_products(), deterministic_algorithms(), threads(),
+                   dense or placed(where), held and tuple(map(id, held)))
             known = _known.get(key)
         except (TypeError, BufferError, RuntimeError):      # what is no option, or no tensor with strides: `make` will say so
             held = None
@@ -134,7 +134,7 @@ def find(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, where:
         problem, x = described(q, k, v, options, where)
         known = Found(problem, x, backend)
         if held is not None and not problem.quantized:
-            known.keep((layouts(q, k, v), *key[1:]), held, x.captured)     # they may be read in another way by now
+            known.keep((layouts(q, k, v), *key[1:]), held, x.captured)      # `layouts` may be another one by now
         return known, x._replace(q=q, k=k, v=v)
     if bias is not None and bias.dim() < 4:
         bias = bias[(None,) * (4 - bias.dim())]
@@ -142,8 +142,8 @@ def find(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, where:
         sinks = sinks.contiguous()
     if rng is not None or known.problem.dropout:
         rng = rng_tensor(rng, known.problem.dropout, q.device)
-    return known, Operands(q, k, v, bias, sinks, rng, where.q_rows, where.k_rows, where.pages, where.k_scale, where.v_scale, None,
-                           captured, known.ints, known.floats)
+    return known, Operands(q, k, v, bias, sinks, rng, where.q_rows, where.k_rows, where.pages, where.k_scale, where.v_scale,
+                           None, captured, known.ints, known.floats)
 
 
 def in_python(q: Tensor, k: Tensor, v: Tensor) -> tuple:
@@ -222,7 +222,7 @@ class Found:
             _known.pop(key, None)
 
         def weakly(x: Tensor) -> tuple[Callable[[], Tensor | None], tuple | None]:
-            """A tensor that someone else keeps; one that was made of the mask given shares its memory, goes and changes with it."""
+            """A tensor that someone else keeps; one made of the mask given shares its memory, and goes and changes with it."""
             if any(x is not t and x.data_ptr() == t.data_ptr() for t in given):
                 alias = x.detach()
                 return (lambda: alias), None
@@ -330,8 +330,8 @@ class Recorded(torch.autograd.Function):
         out, lse, *tensors = ctx.saved_tensors
         singles = sum(ctx.there)
         tensors = [*spread(ctx.there, tensors), *tensors[singles:]]
-        by_q, by_k, by_v, by_bias, by_sinks, *_ = spread(ctx.there, ctx.needs_input_grad[3:])
-        needs = Needs(bool(by_bias), bool(by_sinks), ctx.needs_input_grad[3 + singles:])
+        wanted = spread(ctx.there, ctx.needs_input_grad[3:])
+        needs = Needs(bool(wanted[3]), bool(wanted[4]), ctx.needs_input_grad[3 + singles:])
         run = None
         if dout is not None and not (needs.bias or followed() or any(needs.captured)):
             run = found.backward_of(dout, out, tensors)
@@ -353,12 +353,13 @@ class Recorded(torch.autograd.Function):
 
 
 # Without what `apply` of torch.autograd.Function does for transforms, which are none here.
-record = super(torch.autograd.Function, Recorded).apply         # type: ignore[misc]
+record = super(torch.autograd.Function, Recorded).apply
 
 
 def given(x: Operands) -> list[Tensor]:
     """The tensors that are there."""
-    return [t for t in (*x[:TENSORS], *x.captured) if t is not None]
+    singles: Sequence[Any] = x[:TENSORS]
+    return [t for t in (*singles, *x.captured) if t is not None]
 
 
 def spread(there: Sequence[bool], found: Sequence[Any]) -> list[Any]:

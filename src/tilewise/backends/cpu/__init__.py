@@ -20,8 +20,9 @@ from tilewise.backends.cpu.layouts import reader as layout_reader
 from tilewise.problem import Operands, Problem
 from tilewise.statistics import Statistics
 
-__all__ = ["backward", "backward_tangent", "forward", "forward_with_statistics", "layout_reader", "precision", "prepared", "prepared_backward",
-           "repeatable", "splits", "supports", "supports_tangents", "tangent", "tile_sizes", "volunteers", "workspace", "write"]
+__all__ = ["backward", "backward_tangent", "forward", "forward_with_statistics", "layout_reader", "precision", "prepared",
+           "prepared_backward", "repeatable", "splits", "supports", "supports_tangents", "tangent", "tile_sizes", "volunteers",
+           "workspace", "write"]
 
 
 def supports(problem: Problem) -> str | None:

@@ -5,7 +5,6 @@ import ctypes
 import logging
 from collections.abc import Callable
 
-import torch
 from torch import Tensor
 
 from tilewise.backends.cpu import compiler
@@ -16,7 +15,8 @@ log = logging.getLogger("tilewise")
 
 
 def reader(alignment: int) -> Reader | None:
-    """A function of q, k and v whose bytes are equal where shapes, strides, dtypes, devices and addresses modulo `alignment` are.
+    """A function of q, k and v, whose bytes are equal where their shapes, strides, dtypes, devices and addresses modulo
+    `alignment` bytes are.
 
     It raises BufferError or RuntimeError of tensors that have no strides. None without a compiler, or where PyTorch (before
     2.10) does not offer DLPack's C exchange.
