@@ -115,6 +115,8 @@ def find(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, where:
     Raises what `problem.make` and `plan.choose` raise.
     """
     causal, mask, score_mod, bias, sinks, scale, dropout, rng, deterministic, invariant, statistics, order, splits, *_ = options
+    if type(statistics) is list:        # which has no hash
+        statistics = tuple(statistics)
     held = () if mask is None and score_mod is None and where is DENSE else named(mask, score_mod, where)
     known = captured = None
     if held is not None:
