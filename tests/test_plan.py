@@ -37,7 +37,8 @@ def test_masks_per_sequence_are_counted():
 
 MASKS = dict(
     full=lambda n: tw.full(), causal=lambda n: tw.causal(), window=lambda n: tw.window(n // 5, n // 9),
-    behind=lambda n: tw.causal() & ~tw.window(n // 7, None), prefix=lambda n: tw.causal() | tw.prefix(torch.tensor([n // 3, 0])),
+    behind=lambda n: tw.causal() & ~tw.window(n // 7, None),
+    prefix=lambda n: tw.causal() | tw.prefix(torch.tensor([n // 3, 0])),
     documents=lambda n: tw.documents(torch.arange(n) // 37, torch.arange(n + 70) // 37), nothing=lambda n: ~tw.full(),
     lengths=lambda n: tw.key_lengths(torch.tensor([0, n // 2])), chunked=lambda n: tw.chunked(50) & tw.causal(),
     both=lambda n: ~tw.window(20, 90) | (tw.window(5, 3) & tw.key_lengths(torch.tensor([n, 9]))),
@@ -52,18 +53,18 @@ def test_tiles_are_counted_as_they_are_classified(name, shift):
     q, k = torch.empty(2, n, heads, 16), torch.empty(2, n + (70 if name == "documents" else shift), heads, 16)
     mask = MASKS[name](n if shift >= 0 or name == "documents" else n - 70)
     plan = tw.explain(q, k, k, mask=mask, backend="tiled")
-    small = (16, 24)
+    small, lengths = (16, 24), (n, k.shape[1])
     problem, operands = make(q, k, k, mask=mask)
-    values = leaf_values(slot_values(operands.captured, operands.ints, operands.floats), 2, heads, n, k.shape[1])
+    values = leaf_values(slot_values(operands.captured, operands.ints, operands.floats), 2, heads, *lengths)
     for tile, counted in ((plan.tiles, (plan.visited, plan.full)),
-                          (small, tile_counts(problem.graphs.mask, problem.graphs.keys, values, 2, heads, (n, k.shape[1]), small))):
-        classes = mask.classify(2, heads, n, k.shape[1], *tile).expand(2, heads, -1, -1)
+                          (small, tile_counts(problem.graphs.mask, problem.graphs.keys, values, 2, heads, lengths, small))):
+        classes = mask.classify(2, heads, *lengths, *tile).expand(2, heads, -1, -1)
         assert counted == (int((classes != EMPTY).sum()), int((classes == FULL).sum()))
 
 
 def test_counting_tiles_of_intervals_takes_linear_memory(monkeypatch):
     monkeypatch.setattr(bounds, "tile_classes", None)
-    n = 2**22
+    n = 2**20
     q = torch.empty(1, 1, 1, 16).expand(1, n, 1, 16)
     plan = tw.explain(q, q, q, mask=tw.causal() & tw.window(n // 2 - 1, None), backend="tiled")
     assert plan.visited / plan.tiles_in_all == pytest.approx(3 / 8, rel=1e-3)

@@ -301,7 +301,7 @@ BAD = [
     (dict(q=JAGGED, k=JAGGED, v=OTHER, cu_seqlens_q=None), ValueError, "v: expected a nested tensor with k's lengths"),
     (dict(q=JAGGED, k=THREE, v=THREE, cu_seqlens_q=None), ValueError, r"cu_seqlens_k: .* as many sequences .* \(2\), got 3"),
     (dict(q=JAGGED, cu_seqlens_q=None), TypeError, "k: expected a nested tensor like q, got Tensor"),
-    (dict(q=JAGGED, k=JAGGED.transpose(1, 2), v=JAGGED, cu_seqlens_q=None), ValueError, "k: expected sequences along dimension 1"),
+    (dict(q=JAGGED, k=JAGGED.transpose(1, 2), v=JAGGED, cu_seqlens_q=None), ValueError, "k: expected sequences along dim"),
 ]
 
 
@@ -317,7 +317,7 @@ def test_bad_input(changes, error, words):
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
 def test_nested_tensors_of_the_other_layout():
     x = torch.nested.nested_tensor([torch.zeros(3, 2, 8)])
-    with pytest.raises(ValueError, match=r"q: expected a nested tensor of torch.jagged layout, got torch.strided: call .*\(q.unbind"):
+    with pytest.raises(ValueError, match=r"q: expected .* torch.jagged layout, got torch.strided: call .*\(q.unbind"):
         tw.attention_varlen(x, x, x)
 
 

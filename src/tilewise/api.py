@@ -262,7 +262,8 @@ def _packed_rows(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *
             if not isinstance(x, Tensor) or not x.is_nested:
                 raise TypeError(f"{name}: expected a nested tensor like q, got {type(x).__name__}")
         given_k, given_v = k, v
-        (q, cu_seqlens_q, max_seqlen_q), (k, cu_seqlens_k, max_seqlen_k), (v, cu_seqlens_v, _) = map(from_nested, (q, k, v), "qkv")
+        (q, cu_seqlens_q, max_seqlen_q), (k, cu_seqlens_k, max_seqlen_k), (v, cu_seqlens_v, _) = map(
+            from_nested, (q, k, v), "qkv")
         if given_k.offsets() is not given_v.offsets() and not torch.equal(cu_seqlens_k, cu_seqlens_v):
             raise ValueError("v: expected a nested tensor with k's lengths")
     elif cu_seqlens_k is None:

@@ -251,7 +251,8 @@ def make_unequal(where: Layout, q: Tensor, k: Tensor, v: Tensor, *, causal: bool
         precision=fp32_products(),
         deterministic=(torch.are_deterministic_algorithms_enabled() if deterministic is None
                        else _check_flag("deterministic", deterministic)),
-        batch_invariant=_check_flag("batch_invariant", batch_invariant), max_seqlen_q=where.max_seqlen_q, max_seqlen_k=where.max_seqlen_k,
+        batch_invariant=_check_flag("batch_invariant", batch_invariant),
+        max_seqlen_q=where.max_seqlen_q, max_seqlen_k=where.max_seqlen_k,
         cached=where.cached, shared=where.shared, splits=_check_splits(num_splits, batch_invariant),
         statistics=statistics.checked(return_stats))
     operands = Operands(q, k, v, bias, sinks, rng_tensor(rng, settings.dropout, q.device), *where[:5], None, program.captured,
