@@ -28,6 +28,7 @@ from tilewise.sequences import packed_rows
 
 Three = tuple[Tensor, Tensor, Tensor]
 
+
 def flash_attn_forward(q: Tensor, k: Tensor, v: Tensor, dropout_p: float, softmax_scale: float | None, causal: bool,
                        window_size_left: int = -1, window_size_right: int = -1, softcap: float = 0.0,
                        alibi_slopes: Tensor | None = None, return_softmax: bool = False, *,
