@@ -2,6 +2,7 @@
 
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from tilewise import cli
 from tilewise.cli import app
 from tilewise.draw import of_one_head
 from tilewise.mask_text import parse_mask, read_mask
+
+GATES = Path(__file__).parents[1] / "results/gates.json"
 
 
 def call(*arguments):
@@ -351,6 +354,9 @@ def test_explain_takes_masks_as_mask_does(files):
     (("mask", "nonsense()"), "mask: expected full, causal"),
     (("explain", "--window", "3"), 'window: expected "left,right"'),
     (("demo", "--device", "abacus"), "device: expected auto or one of cpu"),
+    (("explain", "--device", "abacus"), "device: expected one that works here, got abacus: "),
+    (("inspect", "--store", GATES, "--filter", "abacus"), "--arch, --filter: expected one of gfx942, "),
+    (("inspect", "--store", GATES, "--arch", "sm_70"), "--arch, --filter: expected one of gfx942, "),
     (("demo", "--text", "/no/such/place"), "text: no such file or folder"),
 ])
 def test_errors_are_one_line(tmp_path, monkeypatch, arguments, words):
@@ -365,6 +371,15 @@ def test_explain_names_the_backend_without_the_memory_of_the_problem():
     code, output = call("explain", "--seqlen-q", 1 << 20, "--heads", 64, "--kv-heads", 8, "--backend", "tiled")
     assert code == 0
     assert "tiled" in output
+
+
+def test_inspect_prints_a_line_for_each_kernel():
+    code, output = call("inspect", "--store", GATES, "--filter", "decode d128 16 plain", "--arch", "sm_90")
+    assert code == 0
+    title, *rows = output.splitlines()
+    assert re.match(r"kernel +warps +registers +spills +shared +tensor instructions +hot loop +overlap +failures", title)
+    assert rows
+    assert all(re.match(r"decode d128 16 plain .*@ sm_90 +\d+ +\d+", row) for row in rows)
 
 
 def test_doctor_checks_this_machine():

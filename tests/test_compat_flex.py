@@ -92,6 +92,7 @@ def test_refusals():
 @pytest.mark.skipif(not hasattr(theirs, "AuxRequest"), reason="torch 2.10 and newer")
 def test_auxiliary_outputs():
     q, k, v = inputs()
+    assert (flex.AuxRequest, flex.AuxOutput) == (theirs.AuxRequest, theirs.AuxOutput)
     _, aux = flex.flex_attention(q, k, v, return_aux=theirs.AuxRequest(lse=True))
     torch.testing.assert_close(aux.lse, flex.flex_attention(q, k, v, return_lse=True)[1])
     assert aux.max_scores is None

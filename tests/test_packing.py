@@ -180,6 +180,8 @@ def test_errors_of_nested_tensors_say_what_to_call():
     call = r"x: .* got lengths, as of torch.nested.narrow: call torch.nested.as_nested_tensor\(list\(x.unbind\(\)\), "
     with pytest.raises(ValueError, match=call):
         from_nested(x)
+    with pytest.raises(ValueError, match="v: expected sequences along dimension 1"):
+        from_nested(x.transpose(1, 2), "v")
     packed, offsets, _ = from_nested(torch.nested.as_nested_tensor(list(x.unbind()), layout=torch.jagged))
     assert torch.equal(packed, torch.cat([padded[0, :3], padded[1, 2:4]]))
     assert offsets.tolist() == [0, 3, 5]

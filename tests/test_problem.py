@@ -10,6 +10,8 @@ def tensors(**changes):
     return made | changes
 
 
+JAGGED = torch.nested.nested_tensor_from_jagged(torch.zeros(10, 4, 16), torch.tensor([0, 4, 10]))
+
 BAD = [
     (dict(q=[1.0]), TypeError, "q: expected a tensor, got list"),
     (dict(q=torch.zeros(6, 4, 16)), ValueError, r"q: expected \[batch, seqlen, heads, head_dim\], got 3 dimensions"),
@@ -54,6 +56,11 @@ BAD = [
     (dict(layout="sbhd"), ValueError, 'layout: expected "bshd" or "bhsd", got \'sbhd\''),
     (dict(backend="cuda"), ValueError,
      "backend: expected \"auto\" or one of hopper, triton, cpu, tiled, reference, got 'cuda'"),
+    (dict(backend=["cpu"]), ValueError, r"backend: expected .*, got \['cpu'\]"),
+    (dict(deterministic="no"), TypeError, "deterministic: expected True or False, got 'no'"),
+    (dict(deterministic=[True]), TypeError, r"deterministic: expected True or False, got \[True\]"),
+    (dict(batch_invariant=1), TypeError, "batch_invariant: expected True or False, got 1"),
+    (dict(q=JAGGED), ValueError, r"q: expected \[batch, .*, got a nested tensor: call tw.attention_varlen"),
 ]
 
 

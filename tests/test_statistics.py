@@ -105,6 +105,14 @@ def test_nothing_else_changes(names, backend):
     assert not any(x.requires_grad for x in found if x is not None)
 
 
+def test_names_may_be_a_list():
+    """Which has no hash, so that a call is not known by it."""
+    q = torch.randn(1, 9, 2, 16, device=DEVICE)
+    for _ in range(2):
+        found = tw.attention(q, q, q, return_stats=["entropy"])[1]
+        assert torch.equal(found.entropy, tw.attention(q, q, q, return_stats=("entropy",))[1].entropy)
+
+
 @every_backend
 def test_a_sink_is_no_key(backend):
     """It takes mass from keys, and changes neither the largest score nor how a row's mass is shared among keys."""

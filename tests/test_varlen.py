@@ -301,6 +301,7 @@ BAD = [
     (dict(q=JAGGED, k=JAGGED, v=OTHER, cu_seqlens_q=None), ValueError, "v: expected a nested tensor with k's lengths"),
     (dict(q=JAGGED, k=THREE, v=THREE, cu_seqlens_q=None), ValueError, r"cu_seqlens_k: .* as many sequences .* \(2\), got 3"),
     (dict(q=JAGGED, cu_seqlens_q=None), TypeError, "k: expected a nested tensor like q, got Tensor"),
+    (dict(q=JAGGED, k=JAGGED.transpose(1, 2), v=JAGGED, cu_seqlens_q=None), ValueError, "k: expected sequences along dim"),
 ]
 
 
@@ -310,6 +311,14 @@ BAD = [
 def test_bad_input(changes, error, words):
     with pytest.raises(error, match=words):
         tw.attention_varlen(**dict(q=X, k=X, v=X, cu_seqlens_q=ints(0, 4, 10)) | changes)
+
+
+@CPU_ONLY
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors_of_the_other_layout():
+    x = torch.nested.nested_tensor([torch.zeros(3, 2, 8)])
+    with pytest.raises(ValueError, match=r"q: expected .* torch.jagged layout, got torch.strided: call .*\(q.unbind"):
+        tw.attention_varlen(x, x, x)
 
 
 # ---- torch.compile, torch.func ------------------------------------------------------------------------------------------

@@ -261,9 +261,10 @@ def _packed_rows(q: Any, k: Any, v: Any, cu_seqlens_q: Any, cu_seqlens_k: Any, *
         for name, x in (("k", k), ("v", v)):
             if not isinstance(x, Tensor) or not x.is_nested:
                 raise TypeError(f"{name}: expected a nested tensor like q, got {type(x).__name__}")
-        same = k.offsets() is v.offsets()
-        (q, cu_seqlens_q, max_seqlen_q), (k, cu_seqlens_k, max_seqlen_k), (v, cu_seqlens_v, _) = map(from_nested, (q, k, v))
-        if not same and not torch.equal(cu_seqlens_k, cu_seqlens_v):
+        given_k, given_v = k, v
+        (q, cu_seqlens_q, max_seqlen_q), (k, cu_seqlens_k, max_seqlen_k), (v, cu_seqlens_v, _) = map(
+            from_nested, (q, k, v), "qkv")
+        if given_k.offsets() is not given_v.offsets() and not torch.equal(cu_seqlens_k, cu_seqlens_v):
             raise ValueError("v: expected a nested tensor with k's lengths")
     elif cu_seqlens_k is None:
         cu_seqlens_k, max_seqlen_k = cu_seqlens_q, max_seqlen_q if max_seqlen_k is None else max_seqlen_k

@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from tilewise.bench.cli import app as bench
+from tilewise.bench.cli import chosen_device
 from tilewise.report.cli import everything, report
 from tilewise.terminal import console, plain_errors, stage_bars
 from tilewise.traffic.cli import app as traffic
@@ -34,6 +36,7 @@ CELLS = (("·", "grey50"), ("■", "orange1"), ("■", "dodger_blue1"))     # hi
 MOST_DRAWN = 64             # queries and keys, as text that is not on a terminal
 MOST_TILES = 2**13          # on a side, when only counting
 LONGEST_COUNTED = 2**24
+UNBOUNDED = 2**12           # characters in a line
 
 
 class Precision(str, Enum):
@@ -130,10 +133,11 @@ def explain(
 
     def shaped(length: int, count: int) -> torch.Tensor:
         """[batch, length, count, head_dim] that takes the memory of one head."""
-        one = torch.empty(head_dim, dtype=getattr(torch, dtype.value), device=device, requires_grad=backward)
+        one = torch.empty(head_dim, dtype=getattr(torch, dtype.value), device=where, requires_grad=backward)
         return one.expand(batch, length, count, head_dim)
 
     with plain_errors(ValueError, TypeError, RuntimeError, IndexError, OverflowError, CaptureError):
+        where = chosen_device(device)
         q = shaped(seqlen_q, heads)
         k = v = shaped(seqlen_q if seqlen_k is None else seqlen_k, kv_heads or heads)
         wanted = mask_of(window, mask)
@@ -302,9 +306,14 @@ def inspect(
     if not store.exists():
         console.print(f"No results in {store} yet: `tilewise inspect --update` makes them.", soft_wrap=True)
         return
-    kept = {name: row for name, row in matrix.load(store).items()
-            if only in name and arch in (None, row["arch"])}
-    console.print(matrix.table(kept))
+    rows = matrix.load(store)
+    kept = {name: row for name, row in rows.items() if only in name and arch in (None, row["arch"])}
+    with plain_errors(ValueError):
+        if not kept:
+            known = ", ".join(sorted({row["arch"] for row in rows.values()}))
+            raise ValueError(f"--arch, --filter: expected one of {known} and a part of a kernel's name: {store} has none of "
+                             f"{arch or 'them'} with {only!r}")
+    Console(highlight=False, width=UNBOUNDED).print(matrix.table(kept))     # a row stays one line, whatever it is printed to
 
 
 def model_hopper(arch: str | None, only: str) -> None:

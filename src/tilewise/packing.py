@@ -95,9 +95,12 @@ def pad(packed: Tensor, indices: Tensor, batch: int, seqlen: int) -> Tensor:
     return packed.new_zeros(places, *packed.shape[1:]).index_copy(0, indices, packed).unflatten(0, (batch, seqlen))
 
 
-def from_nested(x: Tensor) -> tuple[Tensor, Tensor, int]:
-    """A torch.jagged nested tensor [B, j, ...] as packed [total, ...], not copied, cu_seqlens and max_seqlen (may wait)."""
-    nested = _jagged("x", x)
+def from_nested(x: Tensor, name: str = "x") -> tuple[Tensor, Tensor, int]:
+    """A torch.jagged nested tensor [B, j, ...] as packed [total, ...], not copied, cu_seqlens and max_seqlen (may wait).
+
+    name: what errors call it.
+    """
+    nested = _jagged(name, x)
     offsets = nested.offsets()
     return nested.values(), offsets.to(torch.int32), nested._get_max_seqlen() if len(offsets) > 1 else 0
 

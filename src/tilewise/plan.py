@@ -10,7 +10,7 @@ from tilewise import backends, costs, widening
 from tilewise.fp8 import FP8
 from tilewise.problem import Operands, Problem
 from tilewise.sequences import hosted
-from tilewise.trace.bounds import EMPTY, FULL, tile_classes
+from tilewise.trace.bounds import tile_counts
 from tilewise.trace.evaluate import leaf_values, slot_values
 
 
@@ -86,11 +86,12 @@ class Plan:
         dtype = FP8 if p.quantized else p.dtype
         rows = [("problem", f"{shapes}, {str(dtype)[6:]} on {p.device}"), ("backend", self.backend)]
         rows += [("", f"not {name}: {reason}") for name, reason in self.passed_over.items()]
-        share, forward_only = self.visited / max(1, self.tiles_in_all), p.cached or p.quantized
+        forward_only = p.cached or p.quantized
         rows += [
             ("tiles", f"{self.tiles[0]} queries x {self.tiles[1]} keys; {self.visited:,} of {self.tiles_in_all:,} computed "
-                      f"({share:.0%}), {self.full:,} of them without a mask"),
-            ("FLOPs", f"{si(self.flops[0])} forward" + ("" if forward_only else f", {si(self.flops[1])} backward")),
+                      f"({percent(self.visited, self.tiles_in_all)}), {self.full:,} of them without a mask"),
+            ("FLOPs", f"{si(self.flops[0]).rstrip()} forward"
+                      + ("" if forward_only else f", {si(self.flops[1]).rstrip()} backward")),
             ("traffic", f"{si(self.read)}B read, {si(self.written)}B written forward; standard attention "
                         f"{si(self.standard_traffic)}B"),
             ("extra memory", f"{si(self.workspace[0])}B forward"
@@ -128,11 +129,9 @@ def plan(problem: Problem, x: Operands, backend: str) -> Plan:
     moved = costs.Moved()
     for first, batch, nq, nk in groups(problem, x):
         values = leaf_values(slots, batch, problem.heads, nq, nk, first=first)
-        classes = tile_classes(mask, bands, values, batch, problem.heads, (nq, nk), tiles)
-        repeats = batch * problem.heads // max(1, classes.shape[0] * classes.shape[1])
-        here = int((classes != EMPTY).sum()) * repeats
-        visited, full = visited + here, full + int((classes == FULL).sum()) * repeats
-        in_all += classes.shape[2] * classes.shape[3] * batch * problem.heads
+        here, whole = tile_counts(mask, bands, values, batch, problem.heads, (nq, nk), tiles)
+        visited, full = visited + here, full + whole
+        in_all += batch * problem.heads * -(-nq // tiles[0]) * -(-nk // tiles[1])
         s = costs.Sizes(batch, problem.heads, problem.kv_heads, nq, nk, problem.head_dim, problem.head_dim_v,
                         problem.dtype.itemsize, x.k.itemsize, x.q.itemsize)
         keys = here * min(tiles[1], nk)
@@ -169,8 +168,14 @@ def rows_of(batch: int, longest: int, packed: int | None) -> str:
 
 def si(value: float) -> str:
     """A number with a decimal prefix, such as 4.3 G."""
-    for prefix in ("", "k", "M", "G", "T"):
+    for prefix in ("", "k", "M", "G", "T", "P"):
         if value < 999.5:
             return f"{value:.3g} {prefix}"
         value /= 1000
-    return f"{value:.3g} P"
+    return f"{value:.3g} E"
+
+
+def percent(part: int, whole: int) -> str:
+    """A percentage in which next to nothing is not nothing, nor nearly everything everything."""
+    share = part / max(1, whole)
+    return "<1%" if 0 < share < 0.005 else ">99%" if 0.995 <= share < 1 else f"{share:.0%}"

@@ -249,8 +249,10 @@ def make_unequal(where: Layout, q: Tensor, k: Tensor, v: Tensor, *, causal: bool
     settings = Settings(
         scale=_check_scale(scale, q.shape[3]), dropout=_check_dropout(dropout_p), program=program.text, layout=layout,
         precision=fp32_products(),
-        deterministic=torch.are_deterministic_algorithms_enabled() if deterministic is None else bool(deterministic),
-        batch_invariant=bool(batch_invariant), max_seqlen_q=where.max_seqlen_q, max_seqlen_k=where.max_seqlen_k,
+        deterministic=(torch.are_deterministic_algorithms_enabled() if deterministic is None
+                       else _check_flag("deterministic", deterministic)),
+        batch_invariant=_check_flag("batch_invariant", batch_invariant),
+        max_seqlen_q=where.max_seqlen_q, max_seqlen_k=where.max_seqlen_k,
         cached=where.cached, shared=where.shared, splits=_check_splits(num_splits, batch_invariant),
         statistics=statistics.checked(return_stats))
     operands = Operands(q, k, v, bias, sinks, rng_tensor(rng, settings.dropout, q.device), *where[:5], None, program.captured,
@@ -324,9 +326,7 @@ def _whole_mask(causal: bool, mask: Mask | Callable | Tensor | None) -> Mask | N
     if mask is not None and not isinstance(mask, Mask):
         raise TypeError("mask: expected None, a mask such as tw.causal(), a function mask_mod(b, h, q_idx, kv_idx) or a "
                         f"boolean tensor, got {type(mask).__name__}")
-    if not isinstance(causal, bool):
-        raise TypeError(f"causal: expected True or False, got {causal!r}")
-    if causal:
+    if _check_flag("causal", causal):
         return masks.causal() if mask is None else masks.causal() & mask
     return mask
 
@@ -338,6 +338,9 @@ def _to_bhsd(q: Tensor, k: Tensor, v: Tensor, layout: str) -> list[Tensor]:
     for name, x in zip("qkv", (q, k, v), strict=True):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
+        if x.is_nested:
+            raise ValueError(f"{name}: expected {names}, got a nested tensor: call tw.attention_varlen, which takes those of "
+                             "torch.jagged layout")
         if x.dim() != 4:
             raise ValueError(f"{name}: expected {names}, got {x.dim()} dimensions {list(x.shape)}")
     return [x.transpose(1, 2) if layout == "bshd" else x for x in (q, k, v)]
@@ -398,6 +401,12 @@ def _check_sinks(sinks: Tensor, q: Tensor) -> None:
         raise ValueError(f"sinks: expected a floating tensor [H] = [{q.shape[1]}], got {got}")
     if sinks.device != q.device:
         raise ValueError(f"sinks: expected q's device {q.device}, got {sinks.device}")
+
+
+def _check_flag(name: str, value: bool) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, got {value!r}")
+    return value
 
 
 def _check_scale(scale: float | None, head_dim: int) -> float:

@@ -82,7 +82,7 @@ class Gradients(NamedTuple):
 
 def load(name: str) -> ModuleType:
     """The module of a backend, imported when first asked for."""
-    if name not in MODULES:
+    if not isinstance(name, str) or name not in MODULES:
         raise ValueError(f"backend: expected \"auto\" or one of {', '.join(MODULES)}, got {name!r}")
     return importlib.import_module(MODULES[name])
 

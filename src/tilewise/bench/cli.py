@@ -176,11 +176,14 @@ def measure(name: str, *, out: Path | None = None, quick: bool = False, device: 
 
 
 def chosen_device(text: str) -> Any:
-    """The torch.device; it must work."""
+    """The torch.device; RuntimeError if it does not work here."""
     import torch
 
-    found = torch.device(text if text != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
-    torch.zeros(1, device=found)
+    try:
+        found = torch.device(text if text != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
+        torch.zeros(1, device=found)
+    except (RuntimeError, AssertionError) as error:     # the latter of a torch that was built without CUDA
+        raise RuntimeError(f"device: expected one that works here, got {text}: {str(error).splitlines()[0]}") from None
     return found
 
 

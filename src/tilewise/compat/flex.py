@@ -7,6 +7,7 @@ N² evaluations; lengths never recompile; kernel options have nothing to act on 
 """
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -18,6 +19,10 @@ from tilewise.api import attention
 from tilewise.block_sparse import BlockMask, block_mask, layout_element
 from tilewise.masks import Mask, mask_mod
 from tilewise.trace.bounds import FULL, PARTIAL
+
+with contextlib.suppress(ImportError):  # torch 2.10 and newer
+    from torch.nn.attention.flex_attention import AuxOutput as AuxOutput
+    from torch.nn.attention.flex_attention import AuxRequest as AuxRequest
 
 __all__ = ["BlockMask", "and_masks", "create_block_mask", "create_mask", "flex_attention", "noop_mask", "or_masks"]
 
@@ -41,13 +46,8 @@ def flex_attention(query: Tensor, key: Tensor, value: Tensor, score_mod: Callabl
     out, lse, *found = attention(query, key, value, mask=mask, score_mod=score_mod, scale=scale, return_lse=True,
                                  return_stats=wanted, layout="bhsd", backend=backend)
     if return_aux is not None:
-        return out, _aux(lse if return_aux.lse else None, found[0].max_score if found else None)
+        return out, AuxOutput(lse=lse if return_aux.lse else None, max_scores=found[0].max_score if found else None)
     return (out, lse) if return_lse else out
-
-
-def _aux(lse: Tensor | None, max_scores: Tensor | None) -> Any:
-    from torch.nn.attention.flex_attention import AuxOutput  # torch 2.10 and newer
-    return AuxOutput(lse=lse, max_scores=max_scores)
 
 
 def create_block_mask(mask_mod: Callable, B: int | None, H: int | None, Q_LEN: int, KV_LEN: int,

@@ -94,7 +94,9 @@ def save(store: Path, rows: Mapping[str, Row]) -> None:
 
 def table(rows: Mapping[str, Row]) -> Table:
     """The rows for reading. hot loop: instructions in the longest hot loop. overlap: see `Loop.overlap`."""
-    result = Table("kernel", "warps", "registers", "spills", "shared", "tensor instructions", "hot loop", "overlap", "failures")
+    result = Table("kernel", "warps", "registers", "spills", "shared", "tensor instructions", "hot loop", "overlap", "failures",
+                   box=None, header_style="bold", pad_edge=False)
+    result.columns[0].no_wrap = True
     for column in result.columns[1:5]:
         column.justify = "right"
     for name, row in sorted(rows.items()):

@@ -1,7 +1,7 @@
 """Which tiles of the score matrix can be skipped, and which need no mask, without looking at N² elements."""
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,20 +46,72 @@ def band_classes(bands: Sequence[Graph], values: Mapping[str, Any], seqlen_q: in
     tiles_q = -(-seqlen_q // tile_q)
     if not bands:
         return torch.full((1, 1, tiles_q, len(starts)), FULL, dtype=torch.uint8, device=device)
+    classes = torch.zeros((1, 1, tiles_q, len(starts)), dtype=torch.uint8, device=device)
+    for low, high, inner_low, inner_high in _row_blocks(bands, values, seqlen_q, seqlen_k, tile_q, device):
+        visible = (low <= ends) & (high >= starts)
+        certain = (inner_low <= starts) & (inner_high >= ends)
+        classes = torch.maximum(classes, visible.byte() + (visible & certain).byte())
+    return classes
+
+
+def _row_blocks(bands: Sequence[Graph], values: Mapping[str, Any], seqlen_q: int, seqlen_k: int, tile_q: int,
+                device: torch.device | str) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """For each band and each tile's rows: the first and last key that any row sees, and those between which all rows see all.
+
+    Each [b, h, tiles_q, 1]; (S_k, -1) where no row sees a key.
+    """
+    tiles_q = -(-seqlen_q // tile_q)
     # the last tile's missing rows repeat its last row
     rows = torch.arange(tiles_q * tile_q, device=device).clamp(max=max(seqlen_q - 1, 0))
     values = {**values, "q": rows.reshape(1, 1, tiles_q, tile_q)}
-    classes = torch.zeros((1, 1, tiles_q, len(starts)), dtype=torch.uint8, device=device)
     for first in range(0, len(bands), 4):
         lo, hi, inner_lo, inner_hi = (
             _over_tiles(evaluate(node, values), tiles_q, tile_q, device) for node in bands[first:first + 4])
         shown = lo <= hi
-        low = torch.where(shown, lo, seqlen_k).amin(-1, keepdim=True)
-        high = torch.where(shown, hi, -1).amax(-1, keepdim=True)
-        visible = (low <= ends) & (high >= starts)
-        certain = (inner_lo.amax(-1, keepdim=True) <= starts) & (inner_hi.amin(-1, keepdim=True) >= ends)
-        classes = torch.maximum(classes, visible.byte() + (visible & certain).byte())
-    return classes
+        yield (torch.where(shown, lo, seqlen_k).amin(-1, keepdim=True), torch.where(shown, hi, -1).amax(-1, keepdim=True),
+               inner_lo.amax(-1, keepdim=True), inner_hi.amin(-1, keepdim=True))
+
+
+def tile_counts(mask: Graph | None, bands: Sequence[Graph], values: Mapping[str, Any], batch: int, heads: int,
+                lengths: tuple[int, int], tile: tuple[int, int]) -> tuple[int, int]:
+    """How many tiles of all sequences and heads `tile_classes` calls PARTIAL or FULL, and how many FULL.
+
+    Without a grid of them where the mask has intervals: O(N).
+    """
+    if mask is None:
+        every = batch * heads * -(-lengths[0] // tile[0]) * -(-lengths[1] // tile[1])
+        return every, every
+    if bands and min(lengths):
+        shown, whole = zip(*(_tile_ranges(block, lengths[1], tile[1])
+                             for block in _row_blocks(bands, values, *lengths, tile[0], "cpu")), strict=True)
+        visited, full = _union_sizes(shown), _union_sizes(whole)
+    else:
+        classes = tile_classes(mask, bands, values, batch, heads, lengths, tile)
+        visited, full = (classes != EMPTY).sum((2, 3)), (classes == FULL).sum((2, 3))
+    repeats = batch * heads // max(1, visited.numel())
+    return int(visited.sum()) * repeats, int(full.sum()) * repeats
+
+
+def _tile_ranges(block: tuple[Tensor, Tensor, Tensor, Tensor], seqlen_k: int,
+                 tile_k: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """(first, last) tile of keys that a band shows, and of those that it shows whole: [b, h, tiles_q]; first > last: none."""
+    low, high, inner_low, inner_high = (x[..., 0] for x in block)
+    first, last = low.clamp(min=0) // tile_k, high.clamp(max=seqlen_k - 1) // tile_k    # a high of -1 gives -1
+    first = torch.where(low < seqlen_k, first, last + 1)
+    ends_early = inner_high < seqlen_k - 1      # the last tile ends with the keys
+    inner_first = -(-inner_low.clamp(min=0) // tile_k)
+    inner_last = torch.where(ends_early, (inner_high + 1) // tile_k - 1, (seqlen_k - 1) // tile_k)
+    return (first, last), (torch.maximum(first, inner_first), torch.minimum(last, inner_last))
+
+
+def _union_sizes(ranges: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """How many tiles lie in any of the ranges, summed over rows of tiles: [b, h]."""
+    firsts, lasts = (torch.stack(torch.broadcast_tensors(*ends)) for ends in zip(*ranges, strict=True))
+    lasts = torch.where(firsts <= lasts, lasts, -1)
+    firsts, order = firsts.sort(0)
+    lasts = lasts.gather(0, order)
+    reached = torch.cat([torch.full_like(lasts[:1], -1), lasts.cummax(0).values[:-1]])
+    return (lasts - torch.maximum(firsts, reached + 1) + 1).clamp(min=0).sum((0, -1))
 
 
 CHUNK = 1 << 18                         # tiles decided at a time

@@ -27,9 +27,15 @@ from torch import Tensor
 from tilewise import rng
 from tilewise.compat.flash_calls import New, Place, cached, dense, packed, turned_by
 from tilewise.compat.flash_options import hints, options
+from tilewise.compat.flash_passes import flash_attn_backward as _flash_attn_backward
+from tilewise.compat.flash_passes import flash_attn_forward as _flash_attn_forward
+from tilewise.compat.flash_passes import flash_attn_varlen_backward as _flash_attn_varlen_backward
+from tilewise.compat.flash_passes import flash_attn_varlen_forward as _flash_attn_varlen_forward
 from tilewise.problem import MAX_HEAD_DIM
 
-__all__ = ["flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func",
+# "_..." are no part of flash-attn's documented interface; libraries for ring attention import them.
+__all__ = ["_flash_attn_backward", "_flash_attn_forward", "_flash_attn_varlen_backward", "_flash_attn_varlen_forward",
+           "flash_attn_func", "flash_attn_kvpacked_func", "flash_attn_qkvpacked_func", "flash_attn_varlen_func",
            "flash_attn_varlen_kvpacked_func", "flash_attn_varlen_qkvpacked_func", "flash_attn_with_kvcache"]
 
 UNBOUNDED = (-1, -1)
