@@ -29,7 +29,21 @@ from torch import Tensor
 from tilewise.trace.bounds import tile_classes
 from tilewise.trace.capture import mask_graph
 from tilewise.trace.evaluate import evaluate, leaf_values, slot_values
-from tilewise.trace.graph import Captured, Expr, Graph, equal, load, lower, maximum, minimum, parse, var, where, wrap
+from tilewise.trace.graph import (
+    Captured,
+    Expr,
+    Graph,
+    equal,
+    load,
+    lower,
+    maximum,
+    minimum,
+    parse,
+    rewritten,
+    var,
+    where,
+    wrap,
+)
 from tilewise.trace.memo import readable
 
 B, H, Q, K, NQ, NK = (var(name) for name in ("b", "h", "q", "k", "nq", "nk"))
@@ -38,6 +52,7 @@ SHIFT = NK - NQ
 P = Q + SHIFT
 LONGEST = 2**30  # no sequence is longer; sums of two stay inside 32 bits
 LAST_KEY, LAST_QUERY = NK - ONE, NQ - ONE
+ON_BOTH_SIDES = "a mask or a mask function on both sides"
 
 
 class Band(NamedTuple):
@@ -81,12 +96,12 @@ class Mask:
         self.name, self.element, self.keys, self.queries = name, element, keys, queries
 
     def __and__(self, other: Mask | Callable) -> Mask:
-        other = _checked(other, "&")
+        other = as_mask(other, "&", ON_BOTH_SIDES)
         return Mask(f"{self.name} & {other.name}", self.element & other.element,
                     _intersect(self.keys, other.keys, LAST_KEY), _intersect(self.queries, other.queries, LAST_QUERY))
 
     def __or__(self, other: Mask | Callable) -> Mask:
-        other = _checked(other, "|")
+        other = as_mask(other, "|", ON_BOTH_SIDES)
         return Mask(f"({self.name} | {other.name})", self.element | other.element,
                     _unite(self.keys, other.keys, LAST_KEY), _unite(self.queries, other.queries, LAST_QUERY))
 
@@ -102,8 +117,24 @@ class Mask:
     def __repr__(self) -> str:
         return self.name
 
-    def _named(self, name: str) -> Mask:
-        return Mask(name, self.element, self.keys, self.queries)
+    def rewritten(self, leaf: Callable[[Expr], Expr]) -> Mask:
+        """The mask with leaf(x) in the place of each leaf x of its graphs."""
+        count = len(self.keys)
+        element, *bounds = rewritten([self.element, *(x for band in self.keys + self.queries for x in band)], leaf)
+        bands = tuple(Band(*bounds[i:i + 4]) for i in range(0, len(bounds), 4))
+        return Mask(self.name, element, bands[:count], bands[count:])
+
+    def to(self, device: torch.device | str) -> Mask:
+        """The mask with its tensors on a device."""
+        there: dict[int, Tensor] = {}       # of each tensor one copy
+
+        def leaf(x: Expr) -> Expr:
+            if x.op != "captured":
+                return x
+            tensor = x.value.tensor
+            return Expr(x.op, x.kind, value=x.value._replace(tensor=there.setdefault(id(tensor), tensor.to(device))))
+
+        return self.rewritten(leaf)
 
     def dense(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int, device="cpu") -> Tensor:
         """The mask as a boolean tensor [batch, heads, seqlen_q, seqlen_k]: the definition, of size N²."""
@@ -145,12 +176,13 @@ def _lowered(exprs: list[Expr], batch: int, heads: int, nq: int, nk: int, device
     return nodes, leaf_values(slots, batch, heads, nq, nk, device)
 
 
-def _checked(mask: Any, operation: str) -> Mask:
+def as_mask(mask: Any, name: str, expected: str = "a mask or a mask function") -> Mask:
+    """A mask, or a function as one. Raises TypeError, which names the argument, for anything else."""
     if isinstance(mask, Mask):
         return mask
     if callable(mask):
         return mask_mod(mask)
-    raise TypeError(f"{operation}: expected a mask or a mask function on both sides, got {type(mask).__name__}")
+    raise TypeError(f"{name}: expected {expected}, got {type(mask).__name__}")
 
 
 def _intersect(a: tuple[Band, ...], b: tuple[Band, ...], last: Expr) -> tuple[Band, ...]:
@@ -225,7 +257,8 @@ def window(left: int | None, right: int | None) -> Mask:
 @once
 def _window(left: int | None, right: int | None) -> Mask:
     if left is None and right is None:
-        return full()._named("window(None, None)")
+        every = full()
+        return Mask("window(None, None)", every.element, every.keys, every.queries)
     l, r = wrap(left), wrap(right)
     lo = ZERO if left is None else P - l
     hi = LAST_KEY if right is None else P + r

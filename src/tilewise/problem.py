@@ -319,11 +319,9 @@ def _program(mask: Mask | None, score: ScoreMod | None, cached: bool) -> Program
 def _whole_mask(causal: bool, mask: Mask | Callable | Tensor | None) -> Mask | None:
     if isinstance(mask, Tensor):
         mask = masks.from_tensor(mask)
-    elif callable(mask):
-        mask = masks.mask_mod(mask)
-    if mask is not None and not isinstance(mask, Mask):
-        raise TypeError("mask: expected None, a mask such as tw.causal(), a function mask_mod(b, h, q_idx, kv_idx) or a "
-                        f"boolean tensor, got {type(mask).__name__}")
+    elif mask is not None:
+        mask = masks.as_mask(mask, "mask", "None, a mask such as tw.causal(), a function mask_mod(b, h, q_idx, kv_idx) or a "
+                                           "boolean tensor")
     if not isinstance(causal, bool):
         raise TypeError(f"causal: expected True or False, got {causal!r}")
     if causal:

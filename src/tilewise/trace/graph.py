@@ -212,20 +212,22 @@ def tanh(x: Expr) -> Expr:
     return function("tanh", x)
 
 
-def substitute(expr: Expr, leaf: str, value: Expr) -> Expr:
-    """`expr` with `value` in the place of a leaf; of s: how score functions are composed."""
+def rewritten(exprs: Sequence[Expr], leaf: Callable[[Expr], Expr]) -> list[Expr]:
+    """Graphs with leaf(x) in the place of each leaf x; what they share they share afterwards."""
     done: dict[int, Expr] = {}
 
     def visit(node: Expr) -> Expr:
-        if node.op == "var":
-            return value if node.value == leaf else node
-        if not node.args:
-            return node
         if id(node) not in done:
-            done[id(node)] = Expr(node.op, node.kind, *[visit(a) for a in node.args], value=node.value)
+            done[id(node)] = Expr(node.op, node.kind, *[visit(a) for a in node.args]) if node.args else leaf(node)
         return done[id(node)]
 
-    return visit(expr)
+    return [visit(expr) for expr in exprs]
+
+
+def substitute(expr: Expr, name: str, value: Expr) -> Expr:
+    """`expr` with `value` in the place of a leaf b, h, q, ...; of s: how score functions are composed."""
+    (found,) = rewritten([expr], lambda leaf: value if leaf.op == "var" and leaf.value == name else leaf)
+    return found
 
 
 # ---- programs -----------------------------------------------------------------------------------------------------------
