@@ -73,18 +73,18 @@ class Operands(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    bias: Tensor | None
-    sinks: Tensor | None
-    rng: Tensor | None
-    q_rows: Tensor | None
-    k_rows: Tensor | None
-    pages: Tensor | None
-    k_scale: Tensor | None
-    v_scale: Tensor | None
-    q_scale: Tensor | None
-    captured: Sequence[Tensor]
-    ints: Sequence[int]
-    floats: Sequence[float]
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+    rng: Tensor | None = None
+    q_rows: Tensor | None = None
+    k_rows: Tensor | None = None
+    pages: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    q_scale: Tensor | None = None
+    captured: Sequence[Tensor] = ()
+    ints: Sequence[int] = ()
+    floats: Sequence[float] = ()
 
 
 TENSORS = Operands._fields.index("captured")   # of them come before the lists

@@ -25,6 +25,7 @@ CUDA_ONLY = "it runs on CUDA only"
 NO_GRADIENTS = "compiled for the CPU it has no gradients"
 SDPA = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
         "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION, "sdpa math": SDPBackend.MATH}
+OF_GPUS = "sdpa cudnn", "sdpa efficient"
 DAO_AI_LAB = {"flash_attn": "flash_attn", "flash_attn 3": "flash_attn_interface", "flash_attn 4": "flash_attn.cute"}
 
 
@@ -78,7 +79,7 @@ def function_of(module: str, name: str, device: torch.device) -> tuple[Callable[
 
 
 def sdpa(name: str, backend: SDPBackend, device: torch.device) -> Contender:
-    if device.type != "cuda" and backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+    if device.type != "cuda" and name in OF_GPUS:
         return Contender(name, None, CUDA_ONLY)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:

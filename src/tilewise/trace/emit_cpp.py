@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from tilewise.trace.graph import COMPARISONS, Graph, Node, kind, leaves, parse
+from tilewise.trace.graph import COMPARISONS, Graph, Node, kind, leaves, parse, stored_kind
 from tilewise.trace.learned import Learned
 
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==",
@@ -144,9 +144,8 @@ class _Body:
     def load(self, args: Sequence[Graph]) -> Value:
         slot = int(str(args[0])[2:])
         place = self.offset(args[1::2], args[2::2])
-        element = self.dtypes[slot]
-        kind = "b" if element == torch.bool else "f" if element.is_floating_point else "l" if element == torch.int64 else "i"
-        return Value(f"entry<{ELEMENTS[element]}>(x.captured[{slot}], {place.text})", kind, place.varying)
+        dtype = self.dtypes[slot]
+        return Value(f"entry<{ELEMENTS[dtype]}>(x.captured[{slot}], {place.text})", stored_kind(dtype), place.varying)
 
     def offset(self, indices: Sequence[Graph], strides: Sequence[Graph]) -> Value:
         """Where an entry lies in its tensor, in elements."""
@@ -174,4 +173,3 @@ def _result(op: str, first: Value) -> str:
     if op in ("div", "pow", "to_float", "to_fp16", "to_bf16") or CALLS.get(op, "").startswith("of_"):
         return "f"
     return "i" if op == "to_int" else first.kind
-

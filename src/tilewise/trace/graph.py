@@ -114,9 +114,14 @@ class Captured(NamedTuple):
 
 def load(captured: Captured, *indices: Expr) -> Expr:
     """captured.tensor[indices]; the indices must lie inside the tensor."""
-    dtype = captured.tensor.dtype
-    kind = "b" if dtype == torch.bool else "f" if dtype.is_floating_point else "i"
+    stored = stored_kind(captured.tensor.dtype)
+    kind = "i" if stored == "l" else stored
     return Expr("load", kind, Expr("captured", kind, value=captured), *indices)
+
+
+def stored_kind(dtype: torch.dtype) -> str:
+    """Of a captured tensor: "b" boolean, "i" integer of up to 32 bits, "l" of 64, "f" floating."""
+    return "b" if dtype == torch.bool else "f" if dtype.is_floating_point else "l" if dtype == torch.int64 else "i"
 
 
 # ---- operations, with torch's conversions -----------------------------------------------------------------------------
@@ -353,9 +358,7 @@ class _Slots:
         slot = self.position(self.captured, tensor)
         if slot == len(self.captured):
             self.captured.append(tensor)
-        dtype = tensor.dtype
-        kind = "b" if dtype == torch.bool else "f" if dtype.is_floating_point else "l" if dtype == torch.int64 else "i"
-        return f"t{kind}{slot}"
+        return f"t{stored_kind(tensor.dtype)}{slot}"
 
 
 class Node:
