@@ -1,5 +1,6 @@
 """The layout that DESIGN.md promises: imports point downward, optional packages stay optional, names are public on purpose."""
 import ast
+import functools
 import subprocess
 import sys
 import zipfile
@@ -37,14 +38,17 @@ LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
 EXCEPTIONS = {("masks", "draw"), ("inspect", "backends")}
 
 
+@functools.cache
 def imports(path):
     """Modules that a file imports when it is loaded or later, as dotted names."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "tilewise" else [node.module]
-            yield from names
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            found += [f"tilewise.{alias.name}" for alias in node.names] if node.module == "tilewise" else [node.module]
+    return found
 
 
 def room_of(module):
