@@ -43,6 +43,7 @@ class Learned(NamedTuple):
 
     @property
     def pattern(self) -> str:
+        """How its gradient is summed: one of those that the module's text lists."""
         used = frozenset().union(*map(leaves, self.indices)) if self.indices else frozenset()
         if not {"q", "k"} <= used:
             return "cols" if "k" in used else "rows"
