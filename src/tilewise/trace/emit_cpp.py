@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from tilewise.trace.graph import COMPARISONS, Graph, Node, kind, leaves, parse, stored_kind
+from tilewise.trace.graph import COMPARISONS, Graph, Node, kind, leaves, parse, slot_of, stored_kind
 from tilewise.trace.learned import Learned
 
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==",
@@ -106,7 +106,7 @@ class _Body:
         if isinstance(graph, str):
             return self.leaf(graph)
         if graph not in self.values:
-            value = self.load(graph.args) if graph.op == "load" else self.operation(graph.op, graph.args)
+            value = self.load(graph) if graph.op == "load" else self.operation(graph.op, graph.args)
             name = f"v{len(self.values)}"
             self.lines.append(f"const auto {name} = {value.text};")
             self.values[graph] = value._replace(text=name)
@@ -141,11 +141,9 @@ class _Body:
             return Value(f"-{texts[0]}", first.kind, first.varying)
         return Value(f"{CALLS[op]}({', '.join(texts)})", result, first.varying)
 
-    def load(self, args: Sequence[Graph]) -> Value:
-        slot = int(str(args[0])[2:])
-        place = self.offset(args[1::2], args[2::2])
-        dtype = self.dtypes[slot]
-        return Value(f"entry<{ELEMENTS[dtype]}>(x.captured[{slot}], {place.text})", stored_kind(dtype), place.varying)
+    def load(self, node: Node) -> Value:
+        place, dtype = self.offset(node.args[1::2], node.args[2::2]), self.dtypes[slot_of(node)]
+        return Value(f"entry<{ELEMENTS[dtype]}>(x.captured[{slot_of(node)}], {place.text})", stored_kind(dtype), place.varying)
 
     def offset(self, indices: Sequence[Graph], strides: Sequence[Graph]) -> Value:
         """Where an entry lies in its tensor, in elements."""

@@ -397,6 +397,11 @@ def _kind(op: str, args: tuple[Graph, ...]) -> str:
     return CASTS[op[3:]] if op.startswith("to_") else kind(args[-1] if op == "where" else args[0])
 
 
+def slot_of(load: Node) -> int:
+    """Which captured tensor a lookup in a parsed program reads."""
+    return int(str(load.args[0])[2:])
+
+
 @functools.lru_cache(maxsize=1024)
 def parse(text: str) -> tuple[tuple[Graph, ...], ...]:
     """The groups of graphs in a program's text."""
