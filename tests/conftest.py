@@ -36,6 +36,15 @@ def small_tiles(monkeypatch):
     monkeypatch.setattr(tiled, "SHORTEST_TILE", 16)
 
 
+@pytest.fixture
+def threads():
+    """One thread; and sets how many there are."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def one_thread():
     """Work this small only waits for its threads, and long where others use the machine too."""

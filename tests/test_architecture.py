@@ -1,5 +1,6 @@
 """The layout that DESIGN.md promises: imports point downward, optional packages stay optional, names are public on purpose."""
 import ast
+import functools
 import subprocess
 import sys
 import zipfile
@@ -16,8 +17,9 @@ SOURCE = ROOT / "src" / "tilewise"
 # Rooms from the bottom up: a module imports from its own row or rows above it in this table, never below.
 LAYERS = [
     ["trace"],
-    ["rng", "masks", "score_mods", "block_sparse", "patterns", "state", "draw", "packing", "rotary", "fp8", "costs"],
-    ["kv_cache", "paged_cache", "statistics"],
+    ["rng", "mask_tables", "state", "packing", "rotary", "fp8", "costs", "patterns"],
+    ["masks", "score_mods", "block_sparse"],
+    ["draw", "kv_cache", "paged_cache", "statistics"],
     ["problem"],
     ["sequences", "sharding", "widening"],
     ["backends"],
@@ -33,18 +35,21 @@ LAYERS = [
     ["cli"],
 ]
 LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
-# `tilewise.Mask.save_png` draws on request; drawing knows masks
-EXCEPTIONS = {("masks", "draw"), ("inspect", "backends")}
+VOCABULARY = [room for row in LAYERS[:LEVEL["backends"]] for room in row]
+EXCEPTIONS = {("masks", "draw")}        # `tilewise.Mask.save_png` draws on request; drawing knows masks
 
 
+@functools.cache
 def imports(path):
     """Modules that a file imports when it is loaded or later, as dotted names."""
+    found = []
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module and node.level == 0:
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "tilewise" else [node.module]
-            yield from names
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: imports are absolute"
+            found += [f"tilewise.{alias.name}" for alias in node.names] if node.module == "tilewise" else [node.module]
+    return found
 
 
 def room_of(module):
@@ -81,12 +86,11 @@ def test_backends_do_not_know_each_other_or_what_is_above():
 
 def test_baselines_are_for_study():
     """They know the vocabulary and the arithmetic of tiles, and only rooms that compare know them."""
-    vocabulary = {room for row in LAYERS[:LEVEL["backends"]] for room in row}
     for path in FILES:
         here = path.relative_to(SOURCE).parts[0]
         for module in imports(path):
             if here == "baselines" and module.startswith("tilewise") and not module.startswith("tilewise.baselines"):
-                inside = room_of(module) in vocabulary or module.startswith("tilewise.backends.gpu_math")
+                inside = room_of(module) in VOCABULARY or module.startswith("tilewise.backends.gpu_math")
                 assert inside, f"{path.name} imports {module}"
             elif module.startswith("tilewise.baselines"):
                 assert here in ("baselines", "traffic", "bench", "report"), f"{path.name} imports {module}"
@@ -94,7 +98,7 @@ def test_baselines_are_for_study():
 
 def test_only_torch_below_the_backends():
     allowed = {"torch", "tilewise", "matplotlib", *sys.stdlib_module_names}
-    for room in (*LAYERS[0], *LAYERS[1], *LAYERS[2]):
+    for room in VOCABULARY:
         for path in [SOURCE / f"{room}.py"] if (SOURCE / f"{room}.py").exists() else (SOURCE / room).glob("*.py"):
             for module in imports(path):
                 assert module.split(".")[0] in allowed, f"{path.name} imports {module}"

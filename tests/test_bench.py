@@ -69,7 +69,7 @@ def test_every_peer_computes_attention_or_says_why_not(shape):
         if peer.attend is None:
             assert peer.reason
         elif peer.name != "flex":       # which compiles for half a minute
-            attend = attention.on_heads_first(peer.attend) if peer.heads_first else peer.attend
+            attend = attention.given_bhsd(peer.attend) if peer.wants_bhsd else peer.attend
             assert all(verdict.ok for verdict in gate.verdicts(attend)), peer.name
 
 
@@ -219,7 +219,7 @@ def test_rows_of_other_conditions_are_not_continued(trials, tmp_path):
     trials(trial("a", []))
     result = suite.run("attention", HERE, out=out)
     record.write(out, {**result, "commit": "abc", "machine": {**result["machine"], "CPU": "a 6502", record.PASSING: "9"}})
-    with pytest.raises(ValueError, match=r"--resume: .*commit: abc, now .*CPU: a 6502, now") as caught:
+    with pytest.raises(ValueError, match=r"--resume: .*CPU: a 6502, now .*commit: abc, now") as caught:
         suite.run("attention", HERE, out=out, resume=True)
     assert record.PASSING not in str(caught.value)
     with pytest.raises(ValueError, match="quick: True, now False"):

@@ -8,7 +8,20 @@ from support.backends import AVAILABLE
 from support.halved import Halved
 
 import tilewise as tw
-from tilewise.bench import caches, chunks, compiling, cpu, decode, masks, memory, packed, sparse, work
+from tilewise.bench import (
+    caches,
+    chunks,
+    compiling,
+    cpu,
+    decode,
+    first_calls,
+    memory,
+    packed,
+    sparse,
+    table_gradients,
+    tiles,
+    work,
+)
 from tilewise.bench.contest import BOTH, FORWARD, PASSES
 from tilewise.bench.gate import faults
 from tilewise.bench.peers import Contender, standard
@@ -22,7 +35,8 @@ TINY = caches.Setting(2, 40, 4, 2, 16, 16, "float32", 0.02)
 TINY_MLA = caches.Setting(3, 33, 4, 1, 24, 16, "float32", 0.02)
 TINY_PACKED = packed.Setting(3, True, 2, 16, 4, 40, "float32", 0.02)
 TINY_CHUNKS = chunks.Setting(24, (5, 24), 20, 4, 2, 16, "float32", 0.02)
-TINY_MASKS = masks.Sizes(functions=96, captured=64, repeats=1, seconds=0.02, heads=2, head_dim=16, block=32)
+TINY_CALLS = first_calls.Setting(96, 2, 16, 1)
+TINY_TABLES = table_gradients.Setting(64, 2, 16, 1, 0.02)
 native = pytest.mark.skipif("cpu" not in AVAILABLE, reason="the CPU backend is not what runs here")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -181,15 +195,15 @@ def test_what_is_wrong_is_seen_in_a_sample():
 
 def test_wrong_gradients_of_a_table_alone_are_seen():
     tensors, dout = work.draw(48, 2, 16, CPU)
-    (shape, score), table = masks.tables(48, 2)["scalar per head"], torch.ones(2, requires_grad=True)
+    (shape, score), table = table_gradients.tables(48, 2)["scalar per head"], torch.ones(2, requires_grad=True)
     assert shape == (2,)
     mistaken = work.Work(tensors | {"table": table}, dout, score=score,
                          attend=lambda q, k, v, table: tw.attention(q, k, v, score_mod=score(Halved.apply(table))))
     assert faults(mistaken.verdicts()).startswith("dtable: error")
 
 
-@pytest.mark.parametrize("make", [lambda i: tw.mask_mod(masks.new_mask(i)).element,
-                                  lambda i: tw.score_mod(masks.new_score(i)).expr])
+@pytest.mark.parametrize("make", [lambda i: tw.mask_mod(first_calls.new_mask(i)).element,
+                                  lambda i: tw.score_mod(first_calls.new_score(i)).expr])
 def test_new_functions_are_new_graphs_of_one_size(make):
     texts = {lower([[make(index)]]).text for index in range(40)}
     assert len(texts) == 40
@@ -198,32 +212,32 @@ def test_new_functions_are_new_graphs_of_one_size(make):
 
 def test_new_mask_functions_are_causal():
     for index in (0, 5, 255):
-        assert torch.equal(tw.mask_mod(masks.new_mask(index)).dense(1, 1, 12, 12), tw.causal().dense(1, 1, 12, 12))
+        assert torch.equal(tw.mask_mod(first_calls.new_mask(index)).dense(1, 1, 12, 12), tw.causal().dense(1, 1, 12, 12))
 
 
 def test_functions(monkeypatch):
     def here(module, function, *arguments, environment, patience):
         assert {"XDG_CACHE_HOME", "TRITON_CACHE_DIR"} <= set(environment)
-        return getattr(masks, function)(*arguments)
+        return getattr(first_calls, function)(*arguments)
 
-    monkeypatch.setattr(masks, "apart", here)
-    found = masks.functions("mask", TINY_MASKS, CPU, compiled=False)
-    for mode in (masks.NEW_FUNCTION, masks.NEW_LENGTH):
-        assert states(found[mode]) == {"tilewise": "timed", masks.AGAIN: "timed", "flex": "absent"}
-        assert found[mode]["contenders"]["tilewise"]["rounds"] == TINY_MASKS.repeats
+    monkeypatch.setattr(first_calls, "apart", here)
+    found = first_calls.measure("mask", TINY_CALLS, CPU, compiled=False)
+    for mode in first_calls.MODES:
+        assert states(found[mode]) == {"tilewise": "timed", first_calls.AGAIN: "timed", "flex": "absent"}
+        assert found[mode]["contenders"]["tilewise"]["rounds"] == TINY_CALLS.repeats
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_tiles(monkeypatch):
-    monkeypatch.setattr(masks, "apart", lambda module, function, *arguments, environment: getattr(masks, function)(*arguments))
-    found = masks.tiles(2048, 32)[masks.CLASSIFY]
+    monkeypatch.setattr(tiles, "apart", lambda module, function, *arguments, environment: getattr(tiles, function)(*arguments))
+    found = tiles.measure(2048, 32)[tiles.CLASSIFY]
     ours, flex = found["contenders"].values()
     assert ours["state"] == flex["state"] == "timed"
     assert 64 <= ours["count"] <= 64 * 65 // 2
     assert flex["count"] == ours["count"]
     assert 0 <= ours["bytes"] < 2**28
-    monkeypatch.setattr(masks, "MOST_BYTES", 1)
-    assert "evaluates every score" in masks.tiles(2048, 32)[masks.CLASSIFY]["contenders"]["create_block_mask"]["reason"]
+    monkeypatch.setattr(tiles, "MOST_BYTES", 1)
+    assert "evaluates every score" in tiles.measure(2048, 32)[tiles.CLASSIFY]["contenders"]["create_block_mask"]["reason"]
 
 
 def test_misjudged_tiles_are_seen(monkeypatch):
@@ -231,21 +245,21 @@ def test_misjudged_tiles_are_seen(monkeypatch):
         return q >= k
 
     classes = tw.causal().classify(1, 1, 64, 64, 8, 8)[0, 0]
-    assert masks.misjudged(classes, causal, 64, 8) == (0, 0)
-    assert masks.misjudged(torch.full_like(classes, 2), causal, 64, 8)[0] > 0
-    assert masks.misjudged(torch.zeros_like(classes), causal, 64, 8)[0] > 0
-    wrong, loose = masks.misjudged(torch.ones_like(classes), causal, 64, 8)
+    assert tiles.misjudged(classes, causal, 64, 8) == (0, 0)
+    assert tiles.misjudged(torch.full_like(classes, 2), causal, 64, 8)[0] > 0
+    assert tiles.misjudged(torch.zeros_like(classes), causal, 64, 8)[0] > 0
+    wrong, loose = tiles.misjudged(torch.ones_like(classes), causal, 64, 8)
     assert wrong == 0
     assert loose > 0
-    monkeypatch.setattr(masks, "apart", lambda *_, **__: {"wrong": 1, "seconds": [1.0], "bytes": 0, "kept": 0})
-    assert masks.tiles(64, 8)[masks.CLASSIFY]["contenders"]["tilewise"] == {"state": "wrong", "reason": "2 tiles"}
+    monkeypatch.setattr(tiles, "apart", lambda *_, **__: {"wrong": 1, "seconds": [1.0], "bytes": 0, "kept": 0})
+    assert tiles.measure(64, 8)[tiles.CLASSIFY]["contenders"]["tilewise"] == {"state": "wrong", "reason": "2 tiles"}
 
 
-@pytest.mark.parametrize("name", masks.tables(1, 1))
+@pytest.mark.parametrize("name", table_gradients.tables(1, 1))
 def test_gradients_of_tables(name):
-    found = masks.captured(name, TINY_MASKS, CPU)[BOTH]
-    assert states(found) == {"tilewise": "timed", masks.WITHOUT: "timed", "flex": "absent"}
-    assert found["times_faster"][masks.WITHOUT]["median"] > 0
+    found = table_gradients.measure(name, TINY_TABLES, CPU)[BOTH]
+    assert states(found) == {"tilewise": "timed", table_gradients.WITHOUT: "timed", "flex": "absent"}
+    assert found["times_faster"][table_gradients.WITHOUT]["median"] > 0
 
 
 # ---- memory, the CPU backend ---------------------------------------------------------------------------------------------

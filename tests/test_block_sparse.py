@@ -55,7 +55,7 @@ def test_bad_block_masks():
         (lambda: tw.block_mask(torch.zeros(4, dtype=torch.bool)), TypeError, "two to four dimensions"),
         (lambda: tw.block_mask(torch.zeros(4, 4, dtype=torch.bool), block_size=0), ValueError, "block_size: .* got 0"),
         (lambda: tw.block_mask(tw.causal()), ValueError, "seqlen_q: a mask or a function needs"),
-        (lambda: tw.block_mask(3, 16), TypeError, "block_mask: expected a mask or a mask function"),
+        (lambda: tw.block_mask(3, 16), TypeError, "block_mask: source: expected .* or a boolean layout, got int"),
         (lambda: patterns.butterfly(12), ValueError, "butterfly: n: expected a power of two, got 12"),
         (lambda: patterns.butterfly(8, 4), ValueError, "factors: expected 0 to log2"),
         (lambda: patterns.local(0, 1), ValueError, "local: n: expected a number of blocks"),

@@ -166,7 +166,7 @@ def test_refusals():
         rotary.apply_rotary_emb(x, cos, sin, seqlen_offsets=1)
     with pytest.raises(ValueError, match=r"x: expected .* rotary_dim 12"):
         rotary.apply_rotary_emb(x[..., :8], cos, sin)
-    with pytest.raises(ValueError, match="num_heads_q: expected the number of query heads"):
+    with pytest.raises(ValueError, match=r"qkv: expected .* with num_heads_q=None"):
         rotary.apply_rotary_emb_qkv_(x, cos, sin)
     with pytest.raises(ValueError, match="max_seqlen: expected a number of positions where seqlen_offset is a tensor"):
         rotary.RotaryEmbedding(8)(x, seqlen_offset=torch.tensor([0, 1]))

@@ -16,19 +16,11 @@ from tilewise.bench import tolerance
 from tilewise.bench.cases import Call, Case, bucketed, draw
 from tilewise.problem import make
 
-pytestmark = pytest.mark.skipif("cpu" not in AVAILABLE or not cpu.compiler.compiler(), reason="needs a C++ compiler")
+pytestmark = [pytest.mark.usefixtures("threads"), pytest.mark.skipif(
+    "cpu" not in AVAILABLE or not cpu.compiler.compiler(), reason="needs a C++ compiler")]
 
 FP8 = torch.float8_e4m3fn
 CAUSAL = dict(causal=True)
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """Sets how many threads there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 def assert_right(case):

@@ -4,13 +4,13 @@ import platform
 import pytest
 import torch
 from support.backends import AVAILABLE
-from test_tangent_kernels import assert_right, named
+from support.tangents import assert_right
 
 import tilewise as tw
 from tilewise.backends import cpu
 from tilewise.backends.cpu import compiler
 from tilewise.bench import tolerance
-from tilewise.bench.cases import CASES, Case, draw
+from tilewise.bench.cases import CASES, Case, draw, named
 
 pytestmark = [pytest.mark.usefixtures("one_thread", "poisoned"), pytest.mark.skipif(
     "cpu" not in AVAILABLE or not cpu.compiler.compiler(), reason="needs a C++ compiler")]

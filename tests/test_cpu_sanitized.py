@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
+from support.tangents import assert_right
 from test_tangent_kernels import NAMES as DERIVED
-from test_tangent_kernels import assert_right
 
 import tilewise as tw
 from tilewise.backends import cpu

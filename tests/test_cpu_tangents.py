@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import algebra
 from support.backends import AVAILABLE
-from test_tangent_kernels import along, assert_right
+from support.tangents import along, assert_right
 
 import tilewise as tw
 from tilewise.backends import Needs, Tangents, cpu
@@ -14,7 +14,8 @@ from tilewise.backends.cpu import sizes
 from tilewise.bench.cases import Case, draw
 from tilewise.problem import make
 
-pytestmark = pytest.mark.skipif("cpu" not in AVAILABLE or not cpu.compiler.compiler(), reason="needs a C++ compiler")
+pytestmark = [pytest.mark.usefixtures("threads"), pytest.mark.skipif(
+    "cpu" not in AVAILABLE or not cpu.compiler.compiler(), reason="needs a C++ compiler")]
 
 LONG = dict(seqlen_q=70, seqlen_k=600, heads=2, kv_heads=1)
 CAUSAL = dict(causal=True)
@@ -25,15 +26,6 @@ THREADED = (
     Case("bias over heads", **LONG | dict(heads=4, kv_heads=2), options=lambda m: CAUSAL | dict(bias=m.normal(2, 1, 70, 600))),
     Case("bias of queries", **LONG, options=lambda m: CAUSAL | DROPOUT | dict(bias=m.normal(2, 2, 70, 1))),
 )
-
-
-@pytest.fixture(autouse=True)
-def threads():
-    """Sets how many threads there are."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("case", THREADED, ids=str)

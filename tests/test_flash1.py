@@ -8,7 +8,7 @@ import tilewise as tw
 from tilewise.baselines import flash1
 from tilewise.baselines.flash1 import algorithms, blocks
 from tilewise.bench import tolerance
-from tilewise.bench.cases import CASES, draw
+from tilewise.bench.cases import CASES, draw, named
 
 BACKENDS = ["triton"] if INTERPRETING else ["torch", "triton"] if GPU else ["torch"]
 SIZES = {"torch": (16, 24), "triton": (16, 32)}
@@ -29,10 +29,6 @@ def supported(case):
 TABLE = [(case, torch.float32) for case in CASES if supported(case) and case.name != CANCELLING and (
     not INTERPRETING or case.name in INTERPRETED)]
 TABLE += [(case, dtype) for case, _ in TABLE if case.name in HALVES for dtype in (torch.bfloat16, torch.float16)]
-
-
-def named(name):
-    return next(case for case in CASES if case.name == name)
 
 
 def options_of(call):

@@ -13,7 +13,7 @@ import tilewise as tw
 from tilewise.backends import hopper, load
 from tilewise.backends.hopper import configs
 from tilewise.bench import tolerance
-from tilewise.bench.cases import CASES, draw, rows_in_use
+from tilewise.bench.cases import CASES, draw, named, rows_in_use
 from tilewise.bench.hopper import correctness, tuning
 from tilewise.bench.hopper.correctness import LONGER
 from tilewise.bench.shapes import Shape
@@ -82,8 +82,7 @@ SERVED = ("causal", "window", "grouped heads", "softcap", "alibi", "sinks", "key
 
 @pytest.mark.parametrize("name", SERVED)
 def test_what_is_promised_is_served(name):
-    case = next(case for case in CASES if case.name == name)
-    assert hopper.unsupported(draw(case, BF16).described()[0]) is None
+    assert hopper.unsupported(draw(named(name), BF16).described()[0]) is None
 
 
 REFUSED = {"fp32 inputs": "float32", "bias": "a bias", "head dim 512": "head dims over 256",
@@ -132,7 +131,7 @@ def test_gradients_of_tables_go_elsewhere(simulated):
 
 @pytest.mark.parametrize("name", ["packed", "packed used", "packed no sequences in use"])
 def test_rows_of_no_sequence(name, simulated, poisoned):
-    call = draw(next(c for c in CASES if c.name == name), BF16)
+    call = draw(named(name), BF16)
     found = tolerance.run(call, "hopper").tensors
     rows, keys = (~rows_in_use(call.case, side) for side in (0, 1))
     assert (found["out"][rows] == 0).all()

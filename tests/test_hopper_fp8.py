@@ -12,7 +12,7 @@ from support.hopper.product import install
 import tilewise as tw
 from tilewise.backends.hopper import launch
 from tilewise.bench import fp8
-from tilewise.bench.cases import CASES, Case
+from tilewise.bench.cases import CASES, Case, named
 from tilewise.bench.hopper.correctness import LONGER
 from tilewise.fp8 import FP8
 
@@ -55,7 +55,7 @@ def test_the_same_bits_under_all_schedules(simulated):
 
 
 def test_few_queries_take_the_same_kernel(simulated):
-    call = fp8.drawn(next(case for case in CASES if case.name == "one query"))
+    call = fp8.drawn(named("one query"))
     fp8.run(call, "hopper")
     assert simulated.launched[-1] == "forward"
 

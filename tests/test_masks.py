@@ -199,6 +199,16 @@ def test_a_tree_has_a_node_for_each_query(parents, words):
         tw.attention(q, k, k, mask=tw.tree(parents))
 
 
+def test_a_mask_moves_with_its_tensors():
+    mask = tw.documents(torch.tensor([0, 0, 1, 1, 1])) & ~tw.key_lengths(torch.tensor([3, 4]))
+    here, there = (lower([[m.element, *(x for band in m.keys + m.queries for x in band)]]) for m in (mask, mask.to("meta")))
+    assert here.text == there.text                  # the same graph, and of each tensor one copy
+    assert {t.device.type for t in there.captured} == {"meta"}
+    blocks = tw.block_mask(torch.ones(2, 2, dtype=torch.bool)).to("meta")
+    assert isinstance(blocks, tw.BlockMask)
+    assert blocks.classes.is_meta
+
+
 def test_drawings(tmp_path):
     assert tw.window(1, 0).draw(3) == "■ · ·\n■ ■ ·\n· ■ ■"
     assert tw.causal().draw(2, 4) == "■ ■ ■ ·\n■ ■ ■ ■"

@@ -9,24 +9,20 @@ from support.backends import AVAILABLE, DEVICE, INTERPRETING
 import tilewise as tw
 from tilewise import backends
 from tilewise.bench import tolerance
-from tilewise.bench.cases import CASES, draw, rows_in_use
+from tilewise.bench.cases import draw, named, rows_in_use
 
 pytestmark = pytest.mark.usefixtures("one_thread", "poisoned", "small_tiles")
 
 NAMES = ("max_score", "entropy", "key_mass")
 
 
-def of_name(name):
-    return next(case for case in CASES if case.name == name)
-
-
 # one for each path through a kernel, with few programs, since each compiles kernels of its own
 PATHS = ("causal more queries", "sinks rows without keys", "dropout", "grouped heads", "scale negative", "scores of 100",
          "head dim 40", "one query", "no keys", "no queries", "batch invariant", "function of heads", "everything",
          "packed everything", "packed batch invariant", "packed function")
-TABLE = [(of_name(name), torch.float32) for name in PATHS]
-TABLE += [(of_name(name), torch.bfloat16) for name in ("grouped heads", "everything", "packed everything", "one query")]
-TABLE += [(of_name(name), torch.float16) for name in ("scores of 100", "grouped heads")]
+TABLE = [(named(name), torch.float32) for name in PATHS]
+TABLE += [(named(name), torch.bfloat16) for name in ("grouped heads", "everything", "packed everything", "one query")]
+TABLE += [(named(name), torch.float16) for name in ("scores of 100", "grouped heads")]
 
 every_backend = pytest.mark.parametrize("backend", AVAILABLE)
 
@@ -68,7 +64,7 @@ def test_within_tolerance(case, dtype, backend):
 @pytest.mark.skipif("tiled" not in AVAILABLE, reason="in the interpreter's process only Triton runs")
 @pytest.mark.parametrize("name", PATHS)
 def test_tiled_in_fp64(name):
-    call = draw(of_name(name), torch.float64, DEVICE)
+    call = draw(named(name), torch.float64, DEVICE)
     if not call.supported("tiled"):
         return
     truth, found = (computed(call, backend)[2] for backend in ("reference", "tiled"))
@@ -80,7 +76,7 @@ def test_tiled_in_fp64(name):
 @every_backend
 @pytest.mark.parametrize("name", ["packed used dropout bias", "packed no sequences in use"])
 def test_rows_of_no_sequence(name, backend):
-    call = draw(of_name(name), torch.float32, DEVICE)
+    call = draw(named(name), torch.float32, DEVICE)
     found = computed(call, backend)[2]
     rows, keys = (~rows_in_use(call.case, side) for side in (0, 1))
     assert (found.max_score[:, rows] == -torch.inf).all()
@@ -92,7 +88,7 @@ def test_rows_of_no_sequence(name, backend):
 @pytest.mark.parametrize("names", [NAMES, ("entropy",), ("key_mass", "max_score")], ids=" ".join)
 def test_nothing_else_changes(names, backend):
     """The same bits of out, lse and gradients; what nobody asked for is None."""
-    call = draw(of_name("sinks"), torch.float32, DEVICE)
+    call = draw(named("sinks"), torch.float32, DEVICE)
     leaves = {name: x.requires_grad_() for name, x in call.differentiable.items()}
     out, lse, found = computed(call, backend, names)
     plain = call.run(leaves, backend)
@@ -116,7 +112,7 @@ def test_names_may_be_a_list():
 @every_backend
 def test_a_sink_is_no_key(backend):
     """It takes mass from keys, and changes neither the largest score nor how a row's mass is shared among keys."""
-    call = draw(of_name("sinks"), torch.float32, DEVICE)
+    call = draw(named("sinks"), torch.float32, DEVICE)
     alone = call.options.pop("sinks")
     options = dict(causal=True, return_lse=True, return_stats=NAMES, backend=backend)
     _, lse, bare = tw.attention(call.q, call.k, call.v, **options)
@@ -274,7 +270,7 @@ def test_bad_names(names, error, message):
 
 
 def test_hopper_does_not_compute_them():
-    call = draw(of_name("full"), torch.bfloat16)
+    call = draw(named("full"), torch.bfloat16)
     q = call.q.contiguous()
     problem, _ = tw.api.make(q, q, q, return_stats=("max_score",))
     assert backends.load("hopper").unsupported(problem) == "statistics of rows and keys"

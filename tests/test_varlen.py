@@ -15,7 +15,7 @@ import tilewise.ops  # registers the custom op
 from tilewise.backends import Needs
 from tilewise.backends.gpu_math.schedule import schedule
 from tilewise.backends.triton.configs import Config
-from tilewise.bench.cases import CASES, draw
+from tilewise.bench.cases import draw, named
 from tilewise.packing import cu_seqlens
 from tilewise.sequences import packed_rows
 from tilewise.trace import tile_lists
@@ -438,7 +438,7 @@ class NoTransfers(TorchFunctionMode):
 def test_nothing_waits_for_a_device(name):
     """Forward and backward up to the launches themselves."""
     launch = pytest.importorskip("tilewise.backends.triton.launch", reason="needs triton", exc_type=ImportError)
-    call = draw(next(c for c in CASES if c.name == name), torch.float32, "meta")
+    call = draw(named(name), torch.float32, "meta")
 
     def settle(kernel, problem, programs, values):
         config = launch.choose(launch.config_name(kernel, values), problem, "interpreter")
@@ -456,7 +456,7 @@ def test_nothing_waits_for_a_device(name):
 @pytest.mark.parametrize("transposed", [False, True], ids=["queries", "keys"])
 def test_lists_on_a_device_begin_as_those_on_the_host(transposed, monkeypatch):
     launch = pytest.importorskip("tilewise.backends.triton.launch", reason="needs triton", exc_type=ImportError)
-    problem, x = draw(next(c for c in CASES if c.name == "packed function"), torch.float32).described()
+    problem, x = draw(named("packed function"), torch.float32).described()
     visits = launch.visits(problem, x, transposed)
     compact = visits(Config(16, 16, 4, 1))["LIST"]
     monkeypatch.setattr(tile_lists, "on_host", lambda device: False)

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tilewise.masks import B, H, K, Mask, Q, _checked
+from tilewise.masks import B, H, K, Mask, Q, as_mask
 from tilewise.trace.bounds import EMPTY, FULL, PARTIAL
 from tilewise.trace.graph import Captured, Expr, load, wrap
 
@@ -30,6 +30,9 @@ class BlockMask(Mask):
     def __init__(self, name: str, element: Expr, classes: Tensor, block_size: tuple[int, int]):
         super().__init__(name, element, (), ())
         self.classes, self.block_size = classes, block_size
+
+    def to(self, device: torch.device | str) -> BlockMask:
+        return BlockMask(self.name, super().to(device).element, self.classes.to(device), self.block_size)
 
     @property
     def density(self) -> float:
@@ -65,7 +68,7 @@ def block_mask(source: Mask | Callable | Tensor, seqlen_q: int | None = None, se
         raise ValueError(f"block_mask: block_size: expected one or two integers >= 1, got {block_size!r}")
     if isinstance(source, Tensor):
         return _from_layout(source, size)
-    mask = _checked(source, "block_mask")
+    mask = as_mask(source, "block_mask: source", "a mask, a mask function or a boolean layout")
     if seqlen_q is None:
         raise ValueError("block_mask: seqlen_q: a mask or a function needs the lengths of the sequences")
     classes = mask.classify(batch, heads, seqlen_q, seqlen_q if seqlen_k is None else seqlen_k, *size, device=device)

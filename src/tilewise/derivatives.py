@@ -122,7 +122,12 @@ def gradients(of: Call, needs: Needs, out: Tensor, lse: Tensor, dout: Tensor, dl
 
 def followed() -> bool:
     """Whether what is computed now may be differentiated or transformed; `apply` costs more than a small kernel."""
-    return torch.is_grad_enabled() or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return torch.is_grad_enabled() or transformed()
+
+
+def transformed() -> bool:
+    """Whether torch.func or forward mode is at work, which follow what requires no gradient."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class NativeBackward(torch.autograd.Function):

@@ -58,6 +58,7 @@ def width_of(dtype: torch.dtype, precision: str) -> str:
 
 @functools.cache
 def table() -> dict[str, Device]:
+    """The GPUs of `devices.tsv`, by name."""
     found = {}
     with TABLE.open(newline="") as file:
         for row in csv.DictReader(file, delimiter="\t"):

@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tilewise.masks import Band, Mask
+from tilewise.masks import Mask
 from tilewise.trace.bounds import FULL
 from tilewise.trace.checks import check_indices
-from tilewise.trace.graph import Expr, lower, wrap
+from tilewise.trace.graph import lower, wrap
 
 COLOURS = ("#f4f4f2", "#f2b134", "#2a6f97")     # hidden, visible in a partial tile, visible in a full tile
 DOTS = 800                                      # of a picture, on a side
@@ -23,22 +23,7 @@ def of_one_head(mask: Mask, batch: int, head: int) -> Mask:
     To draw or to classify it costs the same whichever head it is.
     """
     chosen = {"b": wrap(batch), "h": wrap(head)}
-    done: dict[int, Expr] = {}
-
-    def visit(expr: Expr) -> Expr:
-        if id(expr) not in done:
-            done[id(expr)] = changed(expr)
-        return done[id(expr)]
-
-    def changed(expr: Expr) -> Expr:
-        if expr.op == "var":
-            return chosen.get(expr.value, expr)
-        if expr.op == "captured":
-            return Expr(expr.op, expr.kind, value=expr.value._replace(tensor=expr.value.tensor.cpu()))
-        return Expr(expr.op, expr.kind, *map(visit, expr.args), value=expr.value) if expr.args else expr
-
-    keys, queries = (tuple(Band(*map(visit, band)) for band in bands) for bands in (mask.keys, mask.queries))
-    return Mask(mask.name, visit(mask.element), keys, queries)
+    return mask.to("cpu").rewritten(lambda leaf: chosen.get(leaf.value, leaf) if leaf.op == "var" else leaf)
 
 
 def check_lengths(mask: Mask, seqlen_q: int, seqlen_k: int) -> None:

@@ -26,11 +26,25 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tilewise.mask_tables import ancestors, check_parents, dense_ids, document_intervals, youngest
 from tilewise.trace.bounds import tile_classes
 from tilewise.trace.capture import mask_graph
 from tilewise.trace.evaluate import evaluate, leaf_values, slot_values
-from tilewise.trace.graph import Captured, Expr, Graph, equal, load, lower, maximum, minimum, parse, var, where, wrap
-from tilewise.trace.memo import readable
+from tilewise.trace.graph import (
+    Captured,
+    Expr,
+    Graph,
+    equal,
+    load,
+    lower,
+    maximum,
+    minimum,
+    parse,
+    rewritten,
+    var,
+    where,
+    wrap,
+)
 
 B, H, Q, K, NQ, NK = (var(name) for name in ("b", "h", "q", "k", "nq", "nk"))
 ZERO, ONE = wrap(0), wrap(1)
@@ -38,6 +52,7 @@ SHIFT = NK - NQ
 P = Q + SHIFT
 LONGEST = 2**30  # no sequence is longer; sums of two stay inside 32 bits
 LAST_KEY, LAST_QUERY = NK - ONE, NQ - ONE
+ON_BOTH_SIDES = "a mask or a mask function on both sides"
 
 
 class Band(NamedTuple):
@@ -81,12 +96,12 @@ class Mask:
         self.name, self.element, self.keys, self.queries = name, element, keys, queries
 
     def __and__(self, other: Mask | Callable) -> Mask:
-        other = _checked(other, "&")
+        other = as_mask(other, "&", ON_BOTH_SIDES)
         return Mask(f"{self.name} & {other.name}", self.element & other.element,
                     _intersect(self.keys, other.keys, LAST_KEY), _intersect(self.queries, other.queries, LAST_QUERY))
 
     def __or__(self, other: Mask | Callable) -> Mask:
-        other = _checked(other, "|")
+        other = as_mask(other, "|", ON_BOTH_SIDES)
         return Mask(f"({self.name} | {other.name})", self.element | other.element,
                     _unite(self.keys, other.keys, LAST_KEY), _unite(self.queries, other.queries, LAST_QUERY))
 
@@ -102,8 +117,24 @@ class Mask:
     def __repr__(self) -> str:
         return self.name
 
-    def _named(self, name: str) -> Mask:
-        return Mask(name, self.element, self.keys, self.queries)
+    def rewritten(self, leaf: Callable[[Expr], Expr]) -> Mask:
+        """The mask with leaf(x) in the place of each leaf x of its graphs."""
+        count = len(self.keys)
+        element, *bounds = rewritten([self.element, *(x for band in self.keys + self.queries for x in band)], leaf)
+        bands = tuple(Band(*bounds[i:i + 4]) for i in range(0, len(bounds), 4))
+        return Mask(self.name, element, bands[:count], bands[count:])
+
+    def to(self, device: torch.device | str) -> Mask:
+        """The mask with its tensors on a device."""
+        there: dict[int, Tensor] = {}       # of each tensor one copy
+
+        def leaf(x: Expr) -> Expr:
+            if x.op != "captured":
+                return x
+            tensor = x.value.tensor
+            return Expr(x.op, x.kind, value=x.value._replace(tensor=there.setdefault(id(tensor), tensor.to(device))))
+
+        return self.rewritten(leaf)
 
     def dense(self, batch: int, heads: int, seqlen_q: int, seqlen_k: int, device="cpu") -> Tensor:
         """The mask as a boolean tensor [batch, heads, seqlen_q, seqlen_k]: the definition, of size N²."""
@@ -145,12 +176,13 @@ def _lowered(exprs: list[Expr], batch: int, heads: int, nq: int, nk: int, device
     return nodes, leaf_values(slots, batch, heads, nq, nk, device)
 
 
-def _checked(mask: Any, operation: str) -> Mask:
+def as_mask(mask: Any, name: str, expected: str = "a mask or a mask function") -> Mask:
+    """A mask, or a function as one. Raises TypeError, which names the argument, for anything else."""
     if isinstance(mask, Mask):
         return mask
     if callable(mask):
         return mask_mod(mask)
-    raise TypeError(f"{operation}: expected a mask or a mask function on both sides, got {type(mask).__name__}")
+    raise TypeError(f"{name}: expected {expected}, got {type(mask).__name__}")
 
 
 def _intersect(a: tuple[Band, ...], b: tuple[Band, ...], last: Expr) -> tuple[Band, ...]:
@@ -225,7 +257,8 @@ def window(left: int | None, right: int | None) -> Mask:
 @once
 def _window(left: int | None, right: int | None) -> Mask:
     if left is None and right is None:
-        return full()._named("window(None, None)")
+        every = full()
+        return Mask("window(None, None)", every.element, every.keys, every.queries)
     l, r = wrap(left), wrap(right)
     lo = ZERO if left is None else P - l
     hi = LAST_KEY if right is None else P + r
@@ -286,15 +319,15 @@ def documents(ids_q: Tensor, ids_k: Tensor | None = None) -> Mask:
     _check_index_tensor("documents: ids_k", ids_k, (1, 2))
     if ids_k.dim() != ids_q.dim():
         raise ValueError(f"documents: ids_k: expected as many dimensions as ids_q ({ids_q.dim()}), got {ids_k.dim()}")
-    ids_q, ids_k = _dense_ids(ids_q, ids_k)  # copies: a mask is a value, and its tables hold for these ids
+    ids_q, ids_k = dense_ids(ids_q, ids_k)  # copies: a mask is a value, and its tables hold for these ids
 
     def row(name: str, tensor: Tensor, index: Expr) -> Expr:
         captured = Captured(tensor, f"documents: {name}")
         return load(captured, index) if tensor.dim() == 1 else load(captured, B, index)
 
     id_q, id_k = row("ids_q", ids_q, Q), row("ids_k", ids_k, K)
-    keys = Band(*(row("ids_q", t, Q) for t in _document_intervals(ids_q, ids_k)))
-    queries = Band(*(row("ids_k", t, K) for t in _document_intervals(ids_k, ids_q)))
+    keys = Band(*(row("ids_q", t, Q) for t in document_intervals(ids_q, ids_k)))
+    queries = Band(*(row("ids_k", t, K) for t in document_intervals(ids_k, ids_q)))
     return Mask("documents(...)", equal(id_q, id_k) & (id_q >= ZERO), (keys,), (queries,))
 
 
@@ -307,16 +340,14 @@ def tree(parents: Tensor) -> Mask:
     nodes. Costs O(T²) memory, once.
     """
     _check_index_tensor("tree: parents", parents, (1, 2))
-    _check_parents(parents)
-    ancestors = _ancestors(parents)
-    nodes = parents.shape[-1]
-    youngest = torch.where(ancestors, torch.arange(nodes, device=parents.device)[:, None], 0).amax(-2).int()
+    check_parents(parents)
+    above = ancestors(parents)
 
     before = K < SHIFT
-    node = minimum(maximum(K - SHIFT, ZERO), wrap(nodes - 1))
+    node = minimum(maximum(K - SHIFT, ZERO), wrap(parents.shape[-1] - 1))
     batch = (B,) * (parents.dim() - 1)
-    visible = before | load(Captured(ancestors, "tree: parents"), *batch, Q, node)
-    last = where(before, LAST_QUERY, load(Captured(youngest, "tree: parents"), *batch, node))
+    visible = before | load(Captured(above, "tree: parents"), *batch, Q, node)
+    last = where(before, LAST_QUERY, load(Captured(youngest(above), "tree: parents"), *batch, node))
     keys = Band(ZERO, P, ZERO, SHIFT - ONE)
     queries = Band(K - SHIFT, last, where(before, ZERO, NQ), LAST_QUERY)
     return Mask("tree(...)", visible, (keys,), (queries,))
@@ -355,68 +386,3 @@ def _check_index_tensor(name: str, tensor, dims: tuple[int, ...]) -> None:
     if not isinstance(tensor, Tensor) or tensor.dtype not in (torch.int32, torch.int64) or tensor.dim() not in dims:
         got = f"{tensor.dtype} {list(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{name}: expected an int32 or int64 tensor of {' or '.join(map(str, dims))} dimensions, got {got}")
-
-
-def _check_parents(parents: Tensor) -> None:
-    if parents.shape[-1] == 0:
-        raise ValueError(f"tree: parents: expected at least one node, got {list(parents.shape)}")
-    if not readable(parents):
-        return
-    bad = ((parents < -1) | (parents >= torch.arange(parents.shape[-1]))).nonzero()
-    if len(bad):
-        first = bad[0].tolist()
-        raise ValueError(f"tree: parents: expected an earlier node, or -1 for a root, got parents{first} = "
-                         f"{int(parents[tuple(first)])}")
-
-
-def _ancestors(parents: Tensor) -> Tensor:
-    """Whether node j is node i or above it: bool [..., i, j] from parents [..., i]. By doubling: log T steps."""
-    nodes = parents.shape[-1]
-    above = torch.where((parents >= 0) & (parents < torch.arange(nodes, device=parents.device)), parents, nodes).long()
-    above = torch.nn.functional.pad(above, (0, 1), value=nodes)  # a node above all roots, which is an ancestor of none
-    found = torch.eye(nodes + 1, nodes, dtype=torch.bool, device=parents.device).expand(*above.shape, nodes)
-    for _ in range((nodes - 1).bit_length()):
-        found = found | found.gather(-2, above[..., None].expand_as(found))
-        above = above.gather(-1, above)
-    return found[..., :nodes, :].contiguous()
-
-
-def _dense_ids(ids_q: Tensor, ids_k: Tensor) -> tuple[Tensor, Tensor]:
-    """The ids renumbered from 0 in 32 bits, equal where they were equal; -1 where negative. Without a synchronisation."""
-    if ids_q.shape[:-1] != ids_k.shape[:-1] or ids_q.device != ids_k.device:
-        raise ValueError(f"documents: ids_k: expected ids_q's batch and device, {list(ids_q.shape[:-1])} on {ids_q.device}, "
-                         f"got {list(ids_k.shape[:-1])} on {ids_k.device}")
-    both = torch.cat([ids_q.long(), ids_k.long()], -1)
-    ordered = both.sort(dim=-1).values
-    rank = torch.zeros_like(both)
-    rank[..., 1:] = (ordered[..., 1:] != ordered[..., :-1]).cumsum(-1)
-    dense = rank.gather(-1, torch.searchsorted(ordered, both)) if both.shape[-1] else rank
-    dense = torch.where(both < 0, -1, dense).int()
-    return dense[..., :ids_q.shape[-1]].contiguous(), dense[..., ids_q.shape[-1]:].contiguous()
-
-
-def _document_intervals(ids: Tensor, other: Tensor) -> list[Tensor]:
-    """For every token of `ids`: first and last token of its document in `other`, and the bounds of a run of it.
-
-    Returns lo, hi, inner_lo, inner_hi, int32, each of ids' shape; lo > hi where there is none. Data-dependent but
-    without a synchronisation: sorting and searching only.
-    """
-    n = other.shape[-1]
-    if n == 0 or ids.shape[-1] == 0:
-        lo = torch.zeros(ids.shape, dtype=torch.int32, device=ids.device)
-        return [lo, lo - 1, lo, lo - 1]
-    positions = torch.arange(n, device=other.device).expand(other.shape)
-    ordered, order = other.sort(dim=-1, stable=True)
-    wanted = ids.contiguous()
-    first = torch.searchsorted(ordered.contiguous(), wanted)
-    last = torch.searchsorted(ordered.contiguous(), wanted, right=True) - 1
-    found = (last >= first) & (ids >= 0)
-    lo = order.gather(-1, first.clamp(0, n - 1))
-    hi = order.gather(-1, last.clamp(0, n - 1))
-    # the last token of the run that each position belongs to: the position before the next change of id
-    change = torch.ones_like(other, dtype=torch.bool)
-    change[..., :-1] = other[..., 1:] != other[..., :-1]
-    ends = torch.where(change, positions, n - 1).flip(-1).cummin(-1).values.flip(-1)
-    run_end = ends.gather(-1, lo)
-    none = torch.where(found, lo, n), torch.where(found, hi, -1), torch.where(found, lo, n), torch.where(found, run_end, -1)
-    return [t.to(torch.int32) for t in none]

@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from tilewise import backends, reference, sharding, widening
 from tilewise.backends import Gradients, Needs
-from tilewise.derivatives import differentiable
+from tilewise.derivatives import differentiable, transformed
 from tilewise.plan import choose, takes_fp8
 from tilewise.problem import TENSORS, Graphs, Operands, Problem, Settings, describe
 from tilewise.statistics import Statistics
@@ -81,7 +80,7 @@ def attention_with_statistics(problem: Problem, x: Operands, backend: str) -> tu
 
 def tracked(x: Operands) -> bool:
     """Whether autograd or torch.func follows what is computed from these operands; `apply` costs more than a small kernel."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or recorded(x)
+    return transformed() or recorded(x)
 
 
 def recorded(x: Operands) -> bool:

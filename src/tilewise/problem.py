@@ -73,18 +73,18 @@ class Operands(NamedTuple):
     q: Tensor
     k: Tensor
     v: Tensor
-    bias: Tensor | None
-    sinks: Tensor | None
-    rng: Tensor | None
-    q_rows: Tensor | None
-    k_rows: Tensor | None
-    pages: Tensor | None
-    k_scale: Tensor | None
-    v_scale: Tensor | None
-    q_scale: Tensor | None
-    captured: Sequence[Tensor]
-    ints: Sequence[int]
-    floats: Sequence[float]
+    bias: Tensor | None = None
+    sinks: Tensor | None = None
+    rng: Tensor | None = None
+    q_rows: Tensor | None = None
+    k_rows: Tensor | None = None
+    pages: Tensor | None = None
+    k_scale: Tensor | None = None
+    v_scale: Tensor | None = None
+    q_scale: Tensor | None = None
+    captured: Sequence[Tensor] = ()
+    ints: Sequence[int] = ()
+    floats: Sequence[float] = ()
 
 
 TENSORS = Operands._fields.index("captured")   # of them come before the lists
@@ -321,11 +321,9 @@ def _program(mask: Mask | None, score: ScoreMod | None, cached: bool) -> Program
 def _whole_mask(causal: bool, mask: Mask | Callable | Tensor | None) -> Mask | None:
     if isinstance(mask, Tensor):
         mask = masks.from_tensor(mask)
-    elif callable(mask):
-        mask = masks.mask_mod(mask)
-    if mask is not None and not isinstance(mask, Mask):
-        raise TypeError("mask: expected None, a mask such as tw.causal(), a function mask_mod(b, h, q_idx, kv_idx) or a "
-                        f"boolean tensor, got {type(mask).__name__}")
+    elif mask is not None:
+        mask = masks.as_mask(mask, "mask", "None, a mask such as tw.causal(), a function mask_mod(b, h, q_idx, kv_idx) or a "
+                                           "boolean tensor")
     if _check_flag("causal", causal):
         return masks.causal() if mask is None else masks.causal() & mask
     return mask

@@ -121,7 +121,7 @@ def _keys(name: str, x: Any, part: Part) -> Tensor:
 
 def _looked_up(text: str, leaf: str, split: bool) -> list[tuple[int, int]]:
     """(slot, dimension) of the captured tensors that a program indexes by the leaf b or h; elsewhere it may not stand."""
-    lines, *groups = text.split("|")
+    lines, *groups = text.split("|")        # not parsed: torch.compile traces this
     found, elsewhere = [], any(leaf in group.split(" ") for group in groups)
     for line in lines.split(";"):
         op, *args = line.split(" ")

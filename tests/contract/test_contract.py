@@ -8,7 +8,7 @@ from support.backends import AVAILABLE, DEVICE
 
 import tilewise as tw
 from tilewise.bench import tolerance
-from tilewise.bench.cases import CASES, draw, rows_in_use
+from tilewise.bench.cases import CASES, draw, named, rows_in_use
 
 SHORT = ("full", "causal more keys", "causal more queries", "grouped heads", "head dim 40", "documents", "everything",
          "prefix lm bias dropout sinks", "window grouped softcap dropout", "bias with -inf", "values narrower", "no keys",
@@ -46,7 +46,7 @@ def test_tiled_in_fp64(case, dtype, poisoned, small_tiles):
 @pytest.mark.parametrize("name", ["causal", "grouped heads", "bias over batch", "documents", "everything",
                                   "table of any index", "packed everything", "packed table of any index"])
 def test_bitwise_repeatable(name, backend, poisoned, small_tiles):
-    call = draw(next(c for c in CASES if c.name == name), torch.float32, DEVICE)
+    call = draw(named(name), torch.float32, DEVICE)
     first, second = tolerance.run(call, backend).tensors, tolerance.run(call, backend).tensors
     for key in first:
         assert torch.equal(first[key].nan_to_num(), second[key].nan_to_num()), key
@@ -55,7 +55,7 @@ def test_bitwise_repeatable(name, backend, poisoned, small_tiles):
 @pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize("name", ["packed", "packed used dropout bias", "packed no sequences in use"])
 def test_rows_of_no_sequence(name, backend, poisoned, small_tiles):
-    call = draw(next(c for c in CASES if c.name == name), torch.float32, DEVICE)
+    call = draw(named(name), torch.float32, DEVICE)
     found = tolerance.run(call, backend).tensors
     rows, keys = (~rows_in_use(call.case, side) for side in (0, 1))
     assert (found["out"][rows] == 0).all()
@@ -79,7 +79,7 @@ def test_triton_refuses_fp64():
 def test_every_tile_shape(name, tile, monkeypatch, poisoned):
     from tilewise.backends.triton import configs
     monkeypatch.setattr(configs, "INTERPRETER", configs.Config(*tile, 4, 1))
-    assert_right(next(c for c in CASES if c.name == name), torch.float32, "triton")
+    assert_right(named(name), torch.float32, "triton")
 
 
 @pytest.mark.skipif("tiled" not in AVAILABLE, reason="in the interpreter's process only Triton runs")
@@ -90,7 +90,7 @@ def test_sequences_apart(name, monkeypatch, poisoned):
     """Long sequences whose masks differ are computed one by one; here short ones are."""
     from tilewise.backends import tiled
     monkeypatch.setattr(tiled, "TILE_ELEMENTS", 0)
-    case = next(c for c in CASES if c.name == name)
+    case = named(name)
     if name != "table of t5":
         assert tiled.apart(draw(case, torch.float32, DEVICE).described()[0])
     assert_right(case, torch.float32, "tiled")

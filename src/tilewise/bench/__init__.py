@@ -9,6 +9,7 @@
 
     work.py       attention under functions of indices      caches.py     what decodes with which cache
     packed.py     sequences of unequal length               chunks.py     prompts in chunks, drafted tokens
+    first_calls.py  tiles.py  table_gradients.py            of masks and score functions
     compiling.py  the CPU backend's compiler                workers.py    processes of their own
 
     smoke.py, tuning.py, hopper/    for scripts/gpu: does it work, which configuration is fastest

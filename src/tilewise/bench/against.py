@@ -11,12 +11,11 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from tilewise.bench.record import PASSING
+from tilewise.bench.record import ASKED, HARDWARE, differences
 
 Verdict = Literal["no longer right", "refused", "slower", "gone", "same", "faster", "new"]
 ORDER: tuple[Verdict, ...] = ("no longer right", "refused", "slower", "gone", "same", "faster", "new")   # worst first
 BECAME: dict[str, Verdict] = {"wrong": "no longer right", "refused": "refused"}
-HARDWARE = ("CPU", "GPU")
 FEWEST_ROUNDS = 3
 Result = Mapping[str, Any]
 Spread = tuple[float, float]
@@ -66,7 +65,7 @@ def lines(old: Result, new: Result, *, anyway: bool = False, tolerance: float = 
     changes = compare(old, new, anyway=anyway)
     failed = failures(changes, tolerance)
     width = max([len(f"{change.case}  {change.contender}") for change in changes], default=0)
-    found = [f"{name}: {a}, now {b}" for name, a, b in _differences(old, new)]
+    found = list(map(str, differences(old, new)))
     if not new["complete"]:
         missing = {case for case, _, _ in _entries(old)} - {case for case, _, _ in _entries(new)}
         found.append(f"not complete: {len(missing)} earlier cases are not measured yet")
@@ -98,20 +97,13 @@ def _amount(x: float | None, unit: str) -> str:
 
 
 def _check(old: Result, new: Result, anyway: bool) -> None:
-    for name in ("benchmark", "device", "quick"):
+    for name in ASKED:
         if old[name] != new[name]:
             raise ValueError(f"against: expected a result of the same {name}, {new[name]!r}, got {old[name]!r}")
-    other = [f"{name}: {a}, now {b}" for name, a, b in _differences(old, new) if name in HARDWARE]
+    other = [str(fact) for fact in differences(old, new) if fact.name in HARDWARE]
     if other and not anyway:
         raise ValueError(f"against: expected a result of this hardware, got another ({'; '.join(other)}): the same case there "
                          "is not the same measurement")
-
-
-def _differences(old: Result, new: Result) -> list[tuple[str, Any, Any]]:
-    """(name, old, new) of what is other about machine, versions and commit; hardware first."""
-    names = dict.fromkeys((*HARDWARE, *old["machine"], *new["machine"]))
-    facts = [(name, old["machine"].get(name), new["machine"].get(name)) for name in names if name != PASSING]
-    return [fact for fact in (*facts, ("commit", old["commit"], new["commit"])) if fact[1] != fact[2]]
 
 
 def _entries(result: Result) -> dict[tuple[str, str, str], Mapping[str, Any]]:

@@ -16,7 +16,7 @@ from tilewise import backends, costs, devices
 from tilewise.bench.contest import BACKWARD, BOTH, FORWARD, PASSES, Entrant, Outcome, free_bytes, gib, race
 from tilewise.bench.gate import Gate
 from tilewise.bench.peers import Attend, Contender, discover, ours
-from tilewise.bench.shapes import WORK, Inputs, Shape, heads_first, of_the_paper
+from tilewise.bench.shapes import WORK, Inputs, Shape, laid_bhsd, of_the_paper
 from tilewise.bench.suite import Bars, Trial, Wanted
 from tilewise.problem import fp32_products, make
 
@@ -61,9 +61,9 @@ def measure(shape: Shape, field: Sequence[Contender], device: torch.device, *, m
     relaid: list[Inputs] = []
     gate, alone, entrants = Gate(*sets[0], shape.causal), tuple(modes) == (FORWARD,), []
     for contender in field:
-        if contender.heads_first and not relaid:
-            relaid = [laid_heads_first(inputs) for inputs in sets]
-        entrants.append(entrant(contender, shape, relaid if contender.heads_first else sets, gate, alone, device))
+        if contender.wants_bhsd and not relaid:
+            relaid = [inputs_laid_bhsd(inputs) for inputs in sets]
+        entrants.append(entrant(contender, shape, relaid if contender.wants_bhsd else sets, gate, alone, device))
     return race([*entrants, *beside], device, modes, seconds=seconds, rates=partial(rates, shape, device))
 
 
@@ -97,7 +97,7 @@ def entrant(contender: Contender, shape: Shape, sets: Sequence[Inputs], gate: Ga
         return torch.autograd.grad(attend(q, k, v, shape.causal), (q, k, v), dout)
 
     gradients = not alone and not contender.no_gradients
-    check = partial(gate.verdicts, on_heads_first(attend) if contender.heads_first else attend, gradients)
+    check = partial(gate.verdicts, given_bhsd(attend) if contender.wants_bhsd else attend, gradients)
     if alone:
         return Entrant(contender.name, {FORWARD: torch.no_grad()(forward)}, check)
     if contender.no_gradients:
@@ -105,13 +105,13 @@ def entrant(contender: Contender, shape: Shape, sets: Sequence[Inputs], gate: Ga
     return Entrant(contender.name, {FORWARD: forward, BOTH: both}, check)
 
 
-def on_heads_first(attend: Attend) -> Attend:
+def given_bhsd(attend: Attend) -> Attend:
     """The same function, which is given its inputs as it wants them."""
-    return lambda q, k, v, causal: attend(heads_first(q), heads_first(k), heads_first(v), causal)
+    return lambda q, k, v, causal: attend(laid_bhsd(q), laid_bhsd(k), laid_bhsd(v), causal)
 
 
-def laid_heads_first(inputs: Inputs) -> Inputs:
-    q, k, v, dout = (heads_first(x.detach()) for x in inputs)
+def inputs_laid_bhsd(inputs: Inputs) -> Inputs:
+    q, k, v, dout = (laid_bhsd(x.detach()) for x in inputs)
     return q.requires_grad_(), k.requires_grad_(), v.requires_grad_(), dout
 
 

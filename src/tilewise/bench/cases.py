@@ -363,3 +363,8 @@ CASES = (
             m.values([17, 17, 0, 0, 44, 2])), score_mod=[tw.alibi(m.uniform(6, 4)), tw.softcap(4.0)],
         bias=m.normal(4, 30, 44), sinks=m.normal(4), dropout_p=0.1, rng=tw.Rng(11, 2, 1), scale=0.3, **m.longest)),
 )
+
+
+def named(name: str) -> Case:
+    """The case of the table that is called so. Raises StopIteration if none is."""
+    return next(case for case in CASES if case.name == name)

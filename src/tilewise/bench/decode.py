@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor
 
-import tilewise as tw
 from tilewise.bench.caches import STEPS, Decoder, Setting, World, decoders
 from tilewise.bench.contest import Entrant, Outcome, free_bytes, gib, race
 from tilewise.bench.gate import Expected
@@ -94,10 +93,7 @@ def expected(world: World, appended: int) -> Expected:
     s = world.setting
     k, v = (torch.cat([x[[0, -1], :s.context, -1:], new[[0, -1], :appended, -1:]], 1)
             for x, new in ((world.cache.k, world.k_new), (world.cache.v, world.v_new)))
-    inputs = world.q[[0, -1]][:, :, -checked(s):], k, v
-    truth, standard = ({"out": tw.attention(*(x.to(dtype) for x in inputs), backend="reference")}
-                       for dtype in (torch.float64, s.kind))
-    return Expected(truth, standard, inputs)
+    return Expected.of(world.q[[0, -1]][:, :, -checked(s):], k, v)
 
 
 def checked(setting: Setting) -> int:

@@ -7,9 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from tilewise.api import attention
 from tilewise.bench.cases import Call, Case
 from tilewise.bench.peers import Attend, ours
 from tilewise.bench.tolerance import Results, Verdict, judge
+from tilewise.masks import Mask
 
 Found = dict[str, Tensor]
 
@@ -20,6 +22,13 @@ class Expected(NamedTuple):
     standard: Found
     inputs: tuple[Tensor, Tensor, Tensor]
     causal: bool = False
+
+    @staticmethod
+    def of(q: Tensor, k: Tensor, v: Tensor, mask: Mask | None = None) -> Expected:
+        """Of out alone: standard attention of q [B, S_q, H, D], k [B, S_k, H_kv, D] and v."""
+        truth, standard = ({"out": attention(*(x.to(dtype) for x in (q, k, v)), mask=mask, backend="reference")}
+                           for dtype in (torch.float64, q.dtype))
+        return Expected(truth, standard, (q, k, v))
 
     def verdicts(self, found: Found) -> list[Verdict]:
         call = Call(Case("timed"), *self.inputs, {"causal": self.causal})

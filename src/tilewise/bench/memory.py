@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from tilewise.bench import record
-from tilewise.bench.attention import contenders, entrant, laid_heads_first
+from tilewise.bench.attention import contenders, entrant, inputs_laid_bhsd
 from tilewise.bench.contest import BOTH, FORWARD, Outcome, admit
 from tilewise.bench.gate import Gate
 from tilewise.bench.peers import Contender
@@ -79,8 +79,8 @@ def held_here(name: str, fields: dict[str, Any]) -> dict[str, tuple[int, float]]
 def held(contender: Contender, shape: Shape, device: torch.device) -> dict[str, tuple[int, float]]:
     """Bytes at the peak beyond inputs and results, and seconds of a call, by mode. Raises MemoryError for what is too large."""
     own = shape.draw(device, 0)
-    if contender.heads_first:
-        own = laid_heads_first(own)
+    if contender.wants_bhsd:
+        own = inputs_laid_bhsd(own)
     inputs = replace(shape, seqlen=16).draw(device, 0)
     ready = entrant(contender, shape, [own], Gate(*inputs, shape.causal), False, device)
     if not ready.calls:

@@ -25,21 +25,22 @@ CUDA_ONLY = "it runs on CUDA only"
 NO_GRADIENTS = "compiled for the CPU it has no gradients"
 SDPA = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION,
         "sdpa efficient": SDPBackend.EFFICIENT_ATTENTION, "sdpa math": SDPBackend.MATH}
+OF_GPUS = "sdpa cudnn", "sdpa efficient"
 DAO_AI_LAB = {"flash_attn": "flash_attn", "flash_attn 3": "flash_attn_interface", "flash_attn 4": "flash_attn.cute"}
 
 
 class Contender(NamedTuple):
     """An implementation, or why it is absent.
 
-    dense: it holds whole matrices of scores. compiles: for each shape anew, or on first use. heads_first: it wants each head's
-    rows in one piece of memory. no_gradients: why it has none.
+    dense: it holds whole matrices of scores. compiles: for each shape anew, or on first use. wants_bhsd: in memory, each head's
+    rows in one piece. no_gradients: why it has none.
     """
     name: str
     attend: Attend | None
     reason: str = ""
     dense: bool = False
     compiles: bool = False
-    heads_first: bool = False
+    wants_bhsd: bool = False
     no_gradients: str = ""
 
 
@@ -78,7 +79,7 @@ def function_of(module: str, name: str, device: torch.device) -> tuple[Callable[
 
 
 def sdpa(name: str, backend: SDPBackend, device: torch.device) -> Contender:
-    if device.type != "cuda" and backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+    if device.type != "cuda" and name in OF_GPUS:
         return Contender(name, None, CUDA_ONLY)
 
     def attend(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Tensor:
@@ -87,13 +88,13 @@ def sdpa(name: str, backend: SDPBackend, device: torch.device) -> Contender:
             out = scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=q.shape[1] != k.shape[1])
         return out.transpose(1, 2)
 
-    return Contender(name, attend, dense=backend == SDPBackend.MATH, heads_first=True)
+    return Contender(name, attend, dense=backend == SDPBackend.MATH, wants_bhsd=True)
 
 
 def flex(device: torch.device) -> Contender:
     """FlexAttention, compiled; on a CPU it refuses inputs that require gradients."""
     found = flex_attend(device), flex_attend(device, lambda b, h, q, k: q >= k)
-    return Contender("flex", lambda q, k, v, causal: found[causal](q, k, v), compiles=True, heads_first=True,
+    return Contender("flex", lambda q, k, v, causal: found[causal](q, k, v), compiles=True, wants_bhsd=True,
                      no_gradients="" if device.type == "cuda" else NO_GRADIENTS)
 
 

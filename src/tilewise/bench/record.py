@@ -11,14 +11,16 @@ import os
 import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import torch
 
 from tilewise.doctor import machine
 
 State = Literal["timed", "right", "wrong", "refused", "absent"]       # right: judged, and not to be timed
-PASSING = "CPU kernels"                 # a fact of the machine that the next call may change
+ASKED = "benchmark", "device", "quick"
+HARDWARE = "CPU", "GPU"                 # facts of the machine: on another the same case is not the same measurement
+PASSING = "CPU kernels"                 # one that the next call may change
 
 
 class Judged(TypedDict):
@@ -98,11 +100,22 @@ def load(path: str | Path) -> Result:
     return found
 
 
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Why rows of two results do not belong in one file: what is other, as "name: old, now new"."""
-    facts = ((name, old["machine"].get(name), new["machine"].get(name)) for name in new["machine"] if name != PASSING)
-    heads = ((name, old[name], new[name]) for name in ("benchmark", "device", "quick", "commit"))
-    return [f"{name}: {a}, now {b}" for name, a, b in (*heads, *facts) if a != b]
+class Difference(NamedTuple):
+    """A fact about a result that is another in a later one."""
+    name: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.old}, now {self.new}"
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[Difference]:
+    """What is other about two results beside their rows: what was asked for, hardware, versions, commit."""
+    names = [name for name in dict.fromkeys((*HARDWARE, *old["machine"], *new["machine"])) if name != PASSING]
+    facts = [Difference(name, old[name], new[name]) for name in ASKED]
+    facts += [Difference(name, old["machine"].get(name), new["machine"].get(name)) for name in names]
+    return [fact for fact in (*facts, Difference("commit", old["commit"], new["commit"])) if fact.old != fact.new]
 
 
 def stamp() -> dict[str, Any]:

@@ -54,8 +54,8 @@ class Shape:
         return f"B {self.batch} N {self.seqlen} H {heads} D {self.head_dim} {self.dtype} {self.mask}"
 
 
-def heads_first(x: Tensor) -> Tensor:
-    """The same [B, S, H, D] with each head's rows in one piece of memory."""
+def laid_bhsd(x: Tensor) -> Tensor:
+    """The same [B, S, H, D], in memory [B, H, S, D]: each head's rows in one piece."""
     return x.transpose(1, 2).contiguous().transpose(1, 2)
 
 

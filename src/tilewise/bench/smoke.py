@@ -17,7 +17,7 @@ from torch import Tensor
 
 import tilewise as tw
 from tilewise.bench import record, tolerance
-from tilewise.bench.cases import CASES, Case, draw
+from tilewise.bench.cases import Case, draw, named
 from tilewise.bench.timing import alive
 
 DEVICE = torch.device("cuda")
@@ -155,7 +155,7 @@ def _captured(function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tenso
 
 CHECKS: dict[str, Callable[[], str]] = {
     "auto": chosen, "kernels": lambda: kernels(CAUSAL), "kernels with bias": lambda: kernels(BIASED),
-    "packed": lambda: kernels(next(case for case in CASES if case.name == "packed causal")), "cache": cache,
+    "packed": lambda: kernels(named("packed causal")), "cache": cache,
     "CUDA graph": graph, "CUDA graph dropout": graph_dropout, "CUDA graph of a cache": graph_cache, "torch.compile": compiled}
 
 

@@ -16,7 +16,7 @@ import tilewise as tw
 from tilewise import patterns
 from tilewise.bench.contest import BOTH, FORWARD, PASSES, Entrant, Outcome, race
 from tilewise.bench.peers import NO_GRADIENTS, flex_attend
-from tilewise.bench.shapes import WORK, heads_first
+from tilewise.bench.shapes import WORK, laid_bhsd
 from tilewise.bench.suite import Bars, Trial, Wanted
 from tilewise.bench.work import Work, draw
 from tilewise.masks import Mask
@@ -104,8 +104,8 @@ def with_matrix(name: str, tensors: dict[str, Tensor], dout: Tensor, function: C
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
         return scaled_dot_product_attention(q, k, v, attn_mask=matrix).transpose(1, 2)
 
-    laid = {key: heads_first(x.detach()).requires_grad_() for key, x in tensors.items()}
-    return Work(laid, heads_first(dout), mask=function, attend=attend).entrant(name, modes)
+    laid = {key: laid_bhsd(x.detach()).requires_grad_() for key, x in tensors.items()}
+    return Work(laid, laid_bhsd(dout), mask=function, attend=attend).entrant(name, modes)
 
 
 def with_blocks(name: str, tensors: dict[str, Tensor], dout: Tensor, function: Callable, device: torch.device,

@@ -107,9 +107,9 @@ def run(name: str, wanted: Wanted, *, out: Path | None = None, seconds: float = 
 def kept(path: Path, result: Result) -> list[Row]:
     """The rows of an earlier run of the same benchmark, but those in which nobody could be timed."""
     old = record.load(path)
-    if words := record.differences(old, result):
-        raise ValueError(f"--resume: {path} was measured under other conditions ({'; '.join(words)}); without --resume it is "
-                         "replaced")
+    if found := record.differences(old, result):
+        raise ValueError(f"--resume: {path} was measured under other conditions ({'; '.join(map(str, found))}); without "
+                         "--resume it is replaced")
     return [row for row in old["rows"] if any(entry["state"] in ("timed", "right") for entry in row["contenders"].values())]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilewise.compat.flash_calls import Descale, New, Place, cached, dense, packed, turned_by
+from tilewise.compat.flash_calls import Descale, New, Place, cached, dense, packed, turned_by, unpacked
 from tilewise.compat.flash_options import hints, options
 from tilewise.kv_cache import INTEGERS, check_tensor
 from tilewise.state import AttentionState, merge_states
@@ -50,14 +50,7 @@ def flash_attn_qkvpacked_func(qkv: Tensor, softmax_scale: float | None = None, c
                               deterministic: bool = False, num_heads_q: int | None = None, sm_margin: int = 0,
                               return_attn_probs: bool = False, **more: Any) -> Any:
     """qkv [B, S, 3, H, D], or [B, S, H + 2 H_kv, D] with num_heads_q = H."""
-    if qkv.dim() == 5 and qkv.shape[2] == 3:
-        q, k, v = qkv.unbind(2)
-    elif qkv.dim() == 4 and num_heads_q is not None and num_heads_q < qkv.shape[2] and (qkv.shape[2] - num_heads_q) % 2 == 0:
-        heads = (qkv.shape[2] - num_heads_q) // 2
-        q, k, v = qkv.split([num_heads_q, heads, heads], 2)
-    else:
-        raise ValueError(f"qkv: expected [B, S, 3, heads, head_dim], or [B, S, num_heads_q + 2 kv_heads, head_dim] with "
-                         f"num_heads_q, got {list(qkv.shape)} with {num_heads_q=}")
+    q, k, v = unpacked(qkv, num_heads_q)
     return flash_attn_func(q, k, v, softmax_scale, causal, None, q_descale, k_descale, v_descale, window_size, attention_chunk,
                            softcap, deterministic=deterministic, sm_margin=sm_margin, return_attn_probs=return_attn_probs,
                            **more)

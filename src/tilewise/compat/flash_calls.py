@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from tilewise.api import attention, attention_varlen, attention_with_kv_cache
-from tilewise.kv_cache import FP8, INTEGERS, KVCache, check_tensor
+from tilewise.fp8 import FP8
+from tilewise.kv_cache import INTEGERS, KVCache, check_tensor
 from tilewise.paged_cache import PagedKVCache
 from tilewise.problem import MAX_HEAD_DIM, MAX_LATENT_DIM
 from tilewise.rotary import Rotary
@@ -132,6 +133,19 @@ def cached(q: Tensor, k_cache: Tensor, v_cache: Tensor, place: Place, given: dic
 def rows_contiguous(x: Any) -> Any:
     """x with a contiguous last dimension; a copy where it has none, as flash-attn makes."""
     return x if not isinstance(x, Tensor) or x.stride(-1) == 1 else x.contiguous()
+
+
+def unpacked(qkv: Tensor, num_heads_q: int | None) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v of qkv [B, S, 3, H, D], or [B, S, H + 2 H_kv, D] with num_heads_q = H: views."""
+    if qkv.dim() == 5 and qkv.shape[2] == 3:
+        q, k, v = qkv.unbind(2)
+        return q, k, v
+    if qkv.dim() == 4 and num_heads_q is not None and num_heads_q < qkv.shape[2] and (qkv.shape[2] - num_heads_q) % 2 == 0:
+        heads = (qkv.shape[2] - num_heads_q) // 2
+        q, k, v = qkv.split([num_heads_q, heads, heads], 2)
+        return q, k, v
+    raise ValueError(f"qkv: expected [B, S, 3, heads, head_dim], or [B, S, num_heads_q + 2 kv_heads, head_dim] with "
+                     f"num_heads_q, got {list(qkv.shape)} with {num_heads_q=}")
 
 
 def integer(x: Any) -> int | None:

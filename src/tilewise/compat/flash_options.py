@@ -13,10 +13,9 @@ from typing import Any
 from torch import Tensor
 
 from tilewise.masks import Mask, chunked, window
+from tilewise.problem import MAX_SPLITS
 from tilewise.score_mods import ScoreMod, alibi
 from tilewise.score_mods import softcap as capped
-
-MAX_SPLITS = 256
 
 
 def options(*, softmax_scale: float | None = None, causal: bool = False, window_size: Sequence | None = (-1, -1),

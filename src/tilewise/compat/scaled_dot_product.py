@@ -69,8 +69,8 @@ def scaled_dot_product_attention(query: Tensor, key: Tensor, value: Tensor, attn
         lower_right = False
     if any(x.is_nested for x in given.values()):
         return _nested(query, key, value, attn_mask, is_causal, lower_right, options)
-    if is_causal:  # where both alignments are one, the usual mask
-        options |= dict(causal=True) if lower_right or query.shape[-2] == key.shape[-2] else dict(mask=TOP_LEFT)
+    if is_causal:
+        options |= _causal(query, key, lower_right)
 
     q, k, v = _same_heads([x if x.dim() > 2 else x[None] for x in given.values()], enable_gqa)
     batch = _broadcast({name: x.shape[:-3] for name, x in zip(given, (q, k, v), strict=True)})
@@ -94,6 +94,11 @@ def _lower_right(bias: CausalBias, query: Tensor, key: Tensor) -> bool:
         raise ValueError(f"attn_mask: expected a causal bias for {lengths[0]} queries and {lengths[1]} keys, got one for "
                          f"{bias.seq_len_q} and {bias.seq_len_kv}")
     return bias.variant == CausalVariant.LOWER_RIGHT
+
+
+def _causal(query: Tensor, key: Tensor, lower_right: bool) -> dict[str, Any]:
+    """The options of `tilewise.attention` for a causal mask; where both alignments are one, the usual."""
+    return dict(causal=True) if lower_right or query.shape[-2] == key.shape[-2] else dict(mask=TOP_LEFT)
 
 
 def _check_mask(mask: Tensor, dtype: torch.dtype, weights: list[int], cast: torch.dtype) -> None:
@@ -154,7 +159,7 @@ def _nested(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None,
             raise ValueError(f"{name}: expected a nested tensor [B, H, (sequence), head_dim] or [B, (sequence), head_dim] like "
                              f"query, got {got}")
     if is_causal:
-        options |= dict(causal=True) if lower_right or query.shape[-2] == key.shape[-2] else dict(mask=TOP_LEFT)
+        options |= _causal(query, key, lower_right)
     with_heads = (x.transpose(1, 2) if x.dim() == 4 else x.unsqueeze(2) for x in (query, key, value))
     out = attention_varlen(*with_heads, **options)
     return out.transpose(1, 2) if query.dim() == 4 else out.squeeze(2)

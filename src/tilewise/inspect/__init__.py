@@ -1,9 +1,9 @@
 """Compile any kernel for any supported GPU without one, read its machine code, and decide whether it may ship."""
 
-from .build import TARGETS, KernelCase, build, reason
-from .matrix import failing, load, missing, run, table
-from .report import Report, examine, failures
-from .shipped import shipped
+from tilewise.inspect.build import TARGETS, KernelCase, build, reason
+from tilewise.inspect.matrix import failing, load, missing, run, table
+from tilewise.inspect.report import Report, examine, failures
+from tilewise.inspect.shipped import shipped
 
 __all__ = [
     "TARGETS",

@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .build import KernelCase, build, reason
-from .report import Report, examine, failures
+from tilewise.inspect.build import KernelCase, build, reason
+from tilewise.inspect.report import Report, examine, failures
 
 Cases = Callable[[], Iterable[KernelCase]]  # a module-level function, so that worker processes can call it too
 Row = dict[str, Any]

@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from rich.table import Table
 from triton.compiler import CompiledKernel
 
-from .build import KernelCase
-from .sass import Instruction, Loop, disassemble, hot_loops, least_overlap
+from tilewise.inspect.build import KernelCase
+from tilewise.inspect.sass import Instruction, Loop, disassemble, hot_loops, least_overlap
 
 MULTIPROCESSORS = 132
 CLOCK = 1.98e9  # Hz, the highest of an H100 or H200 SXM

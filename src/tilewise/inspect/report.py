@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from triton.compiler import CompiledKernel
 
-from .build import KernelCase
-from .sass import Loop, disassemble, hot_loops, least_overlap, ptxas_log
+from tilewise.inspect.build import KernelCase
+from tilewise.inspect.sass import Loop, disassemble, hot_loops, least_overlap, ptxas_log
 
 # Shared memory one block may use, in bytes. Compilation does not check it; a launch would fail.
 SHARED_MEMORY = {"sm_80": 166_912, "sm_89": 101_376, "sm_90": 232_448, "sm_100": 232_448, "gfx942": 65_536}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from .build import KernelCase
+from tilewise.inspect.build import KernelCase
 
 
 def shipped() -> Iterator[KernelCase]:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from tilewise.trace.evaluate import slot_values
-from tilewise.trace.graph import Graph, Node, parse
+from tilewise.trace.graph import Graph, Node, parse, slot_of
 from tilewise.trace.intervals import Bounds, Interval, point
 from tilewise.trace.memo import readable
 
@@ -39,9 +39,9 @@ def check_indices(text: str, captured: Sequence[Tensor], ints: Sequence[int], fl
         if elsewhere and (any(map(_reads, node.args[1::2])) if node.op == "load" else _reads(node)):
             continue
         if node.op == "load":
-            slot = int(str(node.args[0])[2:])
+            read = slot_of(node)
             for axis, index in enumerate(node.args[1::2]):
-                _check_index(bounds.of(index, leaves), names[slot], axis, captured[slot].shape[axis])
+                _check_index(bounds.of(index, leaves), names[read], axis, captured[read].shape[axis])
         elif node.kind == "i":
             low, high = _ends(bounds.of(node, leaves))
             if low < LIMITS[0] or high > LIMITS[1]:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from tilewise.trace.graph import COMPARISONS, Graph, Node, kind, leaves, parse
+from tilewise.trace.graph import COMPARISONS, Graph, Node, kind, leaves, parse, slot_of, stored_kind
 from tilewise.trace.learned import Learned
 
 SYMBOLS = {"add": "+", "sub": "-", "mul": "*", "div": "/", "lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==",
@@ -106,7 +106,7 @@ class _Body:
         if isinstance(graph, str):
             return self.leaf(graph)
         if graph not in self.values:
-            value = self.load(graph.args) if graph.op == "load" else self.operation(graph.op, graph.args)
+            value = self.load(graph) if graph.op == "load" else self.operation(graph.op, graph.args)
             name = f"v{len(self.values)}"
             self.lines.append(f"const auto {name} = {value.text};")
             self.values[graph] = value._replace(text=name)
@@ -141,12 +141,9 @@ class _Body:
             return Value(f"-{texts[0]}", first.kind, first.varying)
         return Value(f"{CALLS[op]}({', '.join(texts)})", result, first.varying)
 
-    def load(self, args: Sequence[Graph]) -> Value:
-        slot = int(str(args[0])[2:])
-        place = self.offset(args[1::2], args[2::2])
-        element = self.dtypes[slot]
-        kind = "b" if element == torch.bool else "f" if element.is_floating_point else "l" if element == torch.int64 else "i"
-        return Value(f"entry<{ELEMENTS[element]}>(x.captured[{slot}], {place.text})", kind, place.varying)
+    def load(self, node: Node) -> Value:
+        place, dtype = self.offset(node.args[1::2], node.args[2::2]), self.dtypes[slot_of(node)]
+        return Value(f"entry<{ELEMENTS[dtype]}>(x.captured[{slot_of(node)}], {place.text})", stored_kind(dtype), place.varying)
 
     def offset(self, indices: Sequence[Graph], strides: Sequence[Graph]) -> Value:
         """Where an entry lies in its tensor, in elements."""
@@ -174,4 +171,3 @@ def _result(op: str, first: Value) -> str:
     if op in ("div", "pow", "to_float", "to_fp16", "to_bf16") or CALLS.get(op, "").startswith("of_"):
         return "f"
     return "i" if op == "to_int" else first.kind
-

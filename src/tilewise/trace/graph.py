@@ -114,9 +114,14 @@ class Captured(NamedTuple):
 
 def load(captured: Captured, *indices: Expr) -> Expr:
     """captured.tensor[indices]; the indices must lie inside the tensor."""
-    dtype = captured.tensor.dtype
-    kind = "b" if dtype == torch.bool else "f" if dtype.is_floating_point else "i"
+    stored = stored_kind(captured.tensor.dtype)
+    kind = "i" if stored == "l" else stored
     return Expr("load", kind, Expr("captured", kind, value=captured), *indices)
+
+
+def stored_kind(dtype: torch.dtype) -> str:
+    """Of a captured tensor: "b" boolean, "i" integer of up to 32 bits, "l" of 64, "f" floating."""
+    return "b" if dtype == torch.bool else "f" if dtype.is_floating_point else "l" if dtype == torch.int64 else "i"
 
 
 # ---- operations, with torch's conversions -----------------------------------------------------------------------------
@@ -212,20 +217,22 @@ def tanh(x: Expr) -> Expr:
     return function("tanh", x)
 
 
-def substitute(expr: Expr, leaf: str, value: Expr) -> Expr:
-    """`expr` with `value` in the place of a leaf; of s: how score functions are composed."""
+def rewritten(exprs: Sequence[Expr], leaf: Callable[[Expr], Expr]) -> list[Expr]:
+    """Graphs with leaf(x) in the place of each leaf x; what they share they share afterwards."""
     done: dict[int, Expr] = {}
 
     def visit(node: Expr) -> Expr:
-        if node.op == "var":
-            return value if node.value == leaf else node
-        if not node.args:
-            return node
         if id(node) not in done:
-            done[id(node)] = Expr(node.op, node.kind, *[visit(a) for a in node.args], value=node.value)
+            done[id(node)] = Expr(node.op, node.kind, *[visit(a) for a in node.args]) if node.args else leaf(node)
         return done[id(node)]
 
-    return visit(expr)
+    return [visit(expr) for expr in exprs]
+
+
+def substitute(expr: Expr, name: str, value: Expr) -> Expr:
+    """`expr` with `value` in the place of a leaf b, h, q, ...; of s: how score functions are composed."""
+    (found,) = rewritten([expr], lambda leaf: value if leaf.op == "var" and leaf.value == name else leaf)
+    return found
 
 
 # ---- programs -----------------------------------------------------------------------------------------------------------
@@ -351,9 +358,7 @@ class _Slots:
         slot = self.position(self.captured, tensor)
         if slot == len(self.captured):
             self.captured.append(tensor)
-        dtype = tensor.dtype
-        kind = "b" if dtype == torch.bool else "f" if dtype.is_floating_point else "l" if dtype == torch.int64 else "i"
-        return f"t{kind}{slot}"
+        return f"t{stored_kind(tensor.dtype)}{slot}"
 
 
 class Node:
@@ -390,6 +395,11 @@ def _kind(op: str, args: tuple[Graph, ...]) -> str:
     if op in OF_FLOATS or op in ("div", "pow"):
         return "f"
     return CASTS[op[3:]] if op.startswith("to_") else kind(args[-1] if op == "where" else args[0])
+
+
+def slot_of(load: Node) -> int:
+    """Which captured tensor a lookup in a parsed program reads."""
+    return int(str(load.args[0])[2:])
 
 
 @functools.lru_cache(maxsize=1024)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from tilewise.trace.evaluate import evaluate
-from tilewise.trace.graph import Graph, Node, leaves
+from tilewise.trace.graph import Graph, Node, leaves, slot_of
 
 FREE, DIAGONAL = "free", "diagonal"     # of q and k; a function of q - k
 
@@ -35,7 +35,7 @@ class Learned(NamedTuple):
 
     @property
     def slot(self) -> int:
-        return int(self.name[2:])
+        return slot_of(self.load)
 
     @property
     def indices(self) -> tuple[Graph, ...]:
@@ -43,6 +43,7 @@ class Learned(NamedTuple):
 
     @property
     def pattern(self) -> str:
+        """How its gradient is summed: one of those that the module's text lists."""
         used = frozenset().union(*map(leaves, self.indices)) if self.indices else frozenset()
         if not {"q", "k"} <= used:
             return "cols" if "k" in used else "rows"

@@ -18,6 +18,7 @@ from tilewise.trace.memo import Memo, capturing
 
 CAPACITY = 64 << 20                     # bytes up to which a list is as long as the grid, so that no one waits for its length
 
+
 class TileList(NamedTuple):
     """tiles: as above; per_batch, per_head: whether each sequence, each head has rows of its own."""
     tiles: Tensor

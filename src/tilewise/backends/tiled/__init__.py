@@ -105,6 +105,7 @@ def forward_with_statistics(problem: Problem, x: Operands) -> tuple[Tensor, Tens
 
 def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
              needs: Needs) -> Gradients:
+    """Gradients in the shapes and dtypes of the operands, not differentiable themselves: for calls inside a compiled graph."""
     with torch.no_grad():
         if apart(problem):
             return backward_over_sequences(backward, problem, x, out, lse, dout, dlse, needs)

@@ -197,7 +197,8 @@ class Tiled(torch.autograd.Function):
 
 def operands(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, rng: Tensor | None, captured: Sequence[Tensor],
              numbers: Sequence) -> Operands:
-    return Operands(q, k, v, bias, None, rng, None, None, None, None, None, None, captured, *numbers)
+    ints, floats = numbers
+    return Operands(q, k, v, bias, rng=rng, captured=captured, ints=ints, floats=floats)
 
 
 def named_inputs(x: Operands, wanted: Collection[str]) -> Inputs:

@@ -90,6 +90,7 @@ class Walk:
 
 
 def walk(problem: Problem, x: Operands) -> Walk:
+    """The walk over a problem's tiles; on the CPU it looks at what masks' tensors hold, elsewhere it does not wait for that."""
     values = leaf_values(slot_values(x.captured, x.ints, x.floats, problem.dtype), problem.batch, problem.heads,
                          problem.seqlen_q, problem.seqlen_k, problem.device, problem.first)
     graphs, device = problem.graphs, problem.device

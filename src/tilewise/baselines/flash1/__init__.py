@@ -128,5 +128,6 @@ class _FlashAttention1(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, *_):
         q, k, v, out, l, m, rng, *captured = ctx.saved_tensors
-        x = Operands(q, k, v, None, None, rng, None, None, None, None, None, None, captured, *ctx.numbers)
+        ints, floats = ctx.numbers
+        x = Operands(q, k, v, rng=rng, captured=captured, ints=ints, floats=floats)
         return *ctx.how.backward(ctx.problem, x, State(out, l, m), dout, ctx.blocks[1]), None, None, None, None

@@ -11,7 +11,7 @@ from torch import Tensor
 import tilewise as tw
 from tilewise.bench.cases import Case, Maker
 from tilewise.bench.gate import Expected, faults
-from tilewise.kv_cache import FP8
+from tilewise.fp8 import FP8
 from tilewise.packing import cu_seqlens
 from tilewise.problem import Problem
 

@@ -46,7 +46,6 @@ LONGER = (
         deterministic=True, mask=tw.window(100, 30))),
     Case("long repeatable softcap", **LONG | dict(head_dim=128), options=lambda m: dict(
         deterministic=True, score_mod=tw.softcap(5.0), mask=tw.block_mask(m.uniform(2, 4, 6) < 0.4, block_size=64))),
-    Case("long dropout", **LONG, options=lambda m: dict(dropout_p=0.3, rng=tw.Rng(1), causal=True)),
     Case("long widest", **LONG | dict(head_dim=256), kv_heads=1, options=lambda m: dict(causal=True)),
     Case("long widest values narrower", **LONG | dict(head_dim=192, head_dim_v=128)),
     Case("long rows without keys", **LONG | dict(seqlen_q=330, seqlen_k=100), options=lambda m: dict(causal=True)),

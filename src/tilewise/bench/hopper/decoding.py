@@ -32,7 +32,7 @@ from tilewise.bench.hopper.correctness import DTYPES
 from tilewise.bench.record import Row
 from tilewise.bench.timing import Call, alive
 from tilewise.bench.workers import part, run_slices
-from tilewise.kv_cache import FP8
+from tilewise.fp8 import FP8
 
 SECONDS = 0.4                           # for one setting, all contenders together
 SETTINGS = tuple(Setting(*of) for of in (       # batch, context, heads, key heads, head dims

@@ -25,7 +25,7 @@ from tilewise.backends import Needs
 from tilewise.backends.hopper import configs, launch
 from tilewise.backends.hopper.configs import Config
 from tilewise.bench import record
-from tilewise.bench.attention import laid_heads_first, rates
+from tilewise.bench.attention import inputs_laid_bhsd, rates
 from tilewise.bench.contest import BACKWARD, FORWARD, Entrant, race
 from tilewise.bench.peers import Attend, discover
 from tilewise.bench.record import Row
@@ -100,7 +100,7 @@ class Drawn(NamedTuple):
 
 def drawn(shape: Shape, device: torch.device, seed: int, peers: Mapping[str, Attend]) -> Drawn:
     q, k, v, dout = shape.draw(device, seed)
-    laid = laid_heads_first((q, k, v, dout))
+    laid = inputs_laid_bhsd((q, k, v, dout))
     problem, x = make(*(t.detach() for t in (q, k, v)), causal=shape.causal)
     of_fp8 = make(*(t.detach().to(FP8) for t in (q, k, v)), causal=shape.causal)
     outs = {name: attend(*laid[:3], shape.causal) for name, attend in peers.items()}

@@ -1,8 +1,6 @@
 """Who takes part: each is a function of q, k, v [1, S, H, D] that returns out [1, S_q, H, D] and lse [1, H, S_q] or None."""
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -15,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 import tilewise as tw
 from tilewise import backends
 from tilewise.bench.numerics.inputs import Setting
-from tilewise.bench.peers import SDPA
+from tilewise.bench.peers import CUDA_ONLY, OF_GPUS, SDPA, function_of
 from tilewise.problem import make
 
 Attend = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor | None]]
@@ -48,8 +46,8 @@ def on_backend(backend: str, causal: bool, q: Tensor, k: Tensor, v: Tensor) -> t
 
 
 def sdpa(name: str, setting: Setting, device: torch.device) -> Method:
-    if device.type != "cuda" and name in ("sdpa cudnn", "sdpa efficient"):
-        return Method(name, None, "it runs on CUDA only")
+    if device.type != "cuda" and name in OF_GPUS:
+        return Method(name, None, CUDA_ONLY)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, None]:
         from torch.nn.attention.bias import causal_lower_right
@@ -65,12 +63,7 @@ def sdpa(name: str, setting: Setting, device: torch.device) -> Method:
 
 def flash_attn(setting: Setting, device: torch.device) -> Method:
     """FlashAttention-2 of Dao-AILab."""
-    if device.type != "cuda":
-        return Method("flash_attn", None, "it runs on CUDA only")
-    if importlib.util.find_spec("flash_attn") is None:
-        return Method("flash_attn", None, "it is not installed")
-    try:
-        function = importlib.import_module("flash_attn").flash_attn_func
-    except Exception as error:  # a wheel built for another torch fails in many ways
-        return Method("flash_attn", None, f"{type(error).__name__}: {error}"[:200])
+    function, reason = function_of("flash_attn", "flash_attn_func", device)
+    if function is None:
+        return Method("flash_attn", None, reason)
     return Method("flash_attn", lambda q, k, v: (function(q, k, v, causal=setting.causal), None))

@@ -90,10 +90,8 @@ def field(s: Setting, device: torch.device) -> list[Entrant]:
         return attend(q.transpose(1, 2), k, v).transpose(1, 2)
 
     def verdicts(call: Callable[[int], Tensor]) -> list[Verdict]:
-        last = q[-1:, :, -1:], cache.k[-1:, :, -1:], cache.v[-1:, :, -1:]
-        truth, usual = ({"out": tw.attention(*(x.to(kind) for x in last), backend="reference")}
-                        for kind in (torch.float64, dtype))
-        return Expected(truth, usual, last).verdicts({"out": call(0)[-1:, :, -1:]})
+        right = Expected.of(q[-1:, :, -1:], cache.k[-1:, :, -1:], cache.v[-1:, :, -1:])
+        return right.verdicts({"out": call(0)[-1:, :, -1:]})
 
     def entrant(name: str, call: Callable[[int], Tensor]) -> Entrant:
         return Entrant(name, {FORWARD: call}, partial(verdicts, call))

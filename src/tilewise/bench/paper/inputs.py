@@ -11,7 +11,7 @@ from torch import Tensor
 import tilewise as tw
 from tilewise import rng
 from tilewise.bench.gate import Expected, Found
-from tilewise.bench.shapes import heads_first
+from tilewise.bench.shapes import laid_bhsd
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]     # q, k, v, out [B, S, H, D]
 
@@ -63,7 +63,7 @@ class Inputs:
         same = object.__new__(Inputs)
         same.__dict__.update(vars(self) | {"setting": setting or self.setting})
         if relaid:
-            q, k, v, same.dout = (heads_first(x.detach()) for x in (*self.leaves, self.dout))
+            q, k, v, same.dout = (laid_bhsd(x.detach()) for x in (*self.leaves, self.dout))
             same.leaves = leaves(q, k, v)
         return same
 

@@ -58,7 +58,7 @@ def held(method: Method, setting: Setting, device: torch.device) -> Entry:
 
 def drawn(method: Method, setting: Setting, device: torch.device) -> Inputs:
     x = Inputs(setting, device)
-    return x.like(relaid=True) if method.heads_first else x
+    return x.like(relaid=True) if method.wants_bhsd else x
 
 
 def start(device: torch.device) -> int:

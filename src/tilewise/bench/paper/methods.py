@@ -28,24 +28,24 @@ COMPRESSED = 8, 256     # FlashAttention, appendix E.6: a row keeps an eighth of
 class Method(NamedTuple):
     """prepare: makes the function for some inputs. matrices: of scores that forward and backward hold at once.
 
-    own_dropout: its random bits are not ours. sparse: only the butterfly's blocks count. heads_first: it wants each head's rows
-    in one piece of memory.
+    own_dropout: its random bits are not ours. sparse: only the butterfly's blocks count. wants_bhsd: in memory, each head's
+    rows in one piece.
     """
     name: str
     prepare: Callable[[Inputs], Attend]
     matrices: int = 0
     own_dropout: bool = False
     sparse: bool = False
-    heads_first: bool = False
+    wants_bhsd: bool = False
 
 
 def methods(setting: Setting, wanted: Wanted) -> list[Method]:
     """Ours dense and block-sparse, then what a user of PyTorch has. "sdpa" falls back to matrices for dropout on a CPU."""
     falls_back = wanted.device.type != "cuda" and setting.dropout > 0
     return [*ours(setting, wanted), Method("tilewise block-sparse", block_sparse, sparse=True),
-            Method("standard", standard, MATRICES, own_dropout=True, heads_first=True),
-            Method("sdpa", sdpa, MATRICES * falls_back, own_dropout=True, heads_first=True),
-            Method("flex", flex, heads_first=True)]
+            Method("standard", standard, MATRICES, own_dropout=True, wants_bhsd=True),
+            Method("sdpa", sdpa, MATRICES * falls_back, own_dropout=True, wants_bhsd=True),
+            Method("flex", flex, wants_bhsd=True)]
 
 
 def ours(setting: Setting, wanted: Wanted) -> list[Method]:

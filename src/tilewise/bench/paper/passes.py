@@ -33,7 +33,7 @@ def entrants(setting: Setting, wanted: Wanted, seeds: Sequence[int] = (0, 1)) ->
         return [Entrant(method.name, state="refused", reason=words) for method in methods(setting, wanted)]
     sets = [Inputs(setting, wanted.device, seed) for seed in seeds]
     relaid = [x.like(relaid=True) for x in sets]
-    return [entrant(method, relaid if method.heads_first else sets) for method in methods(setting, wanted)]
+    return [entrant(method, relaid if method.wants_bhsd else sets) for method in methods(setting, wanted)]
 
 
 def entrant(method: Method, sets: Sequence[Inputs]) -> Entrant:

@@ -14,7 +14,7 @@ from tilewise import masks
 from tilewise.compat.transformers.bands import Bound, conditions
 from tilewise.masks import LAST_QUERY, NQ, ZERO, B, Band, K, Mask, exact
 from tilewise.trace.capture import mask_graph
-from tilewise.trace.graph import Captured, Expr, load, where
+from tilewise.trace.graph import Captured, load, where
 
 
 def causal(b, h, q_idx, kv_idx):
@@ -99,7 +99,7 @@ class AttentionMask(BlockMask):
         device = torch.device(device)
         if device == self.device:
             return self
-        return AttentionMask(None if self.mask is None else moved(self.mask, device), self.shape, device)
+        return AttentionMask(None if self.mask is None else self.mask.to(device), self.shape, device)
 
     def to_dense(self) -> Tensor:
         """Boolean [B, 1, S_q, S_k], of size N²."""
@@ -113,21 +113,3 @@ class AttentionMask(BlockMask):
         return f"AttentionMask({'everything' if self.mask is None else self.mask}, {list(self.shape)}, {self.device})"
 
     __str__ = __repr__
-
-
-def moved(mask: Mask, device: torch.device) -> Mask:
-    """The mask with its tensors on a device."""
-    tensors: dict[int, Tensor] = {}
-    nodes: dict[int, Expr] = {}
-
-    def visit(node: Expr) -> Expr:
-        if id(node) not in nodes:
-            value = node.value
-            if node.op == "captured":
-                there = tensors.setdefault(id(value.tensor), value.tensor.to(device))
-                value = value._replace(tensor=there)
-            nodes[id(node)] = Expr(node.op, node.kind, *map(visit, node.args), value=value)
-        return nodes[id(node)]
-
-    keys, queries = ([Band(*map(visit, band)) for band in bands] for bands in (mask.keys, mask.queries))
-    return Mask(mask.name, visit(mask.element), tuple(keys), tuple(queries))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tilewise.compat.flash_calls import rotated
+from tilewise.compat.flash_calls import rotated, unpacked
 from tilewise.rotary import Rotary
 
 __all__ = ["RotaryEmbedding", "apply_rotary_emb", "apply_rotary_emb_func", "apply_rotary_emb_kv_", "apply_rotary_emb_qkv_",
@@ -34,13 +34,7 @@ def apply_rotary_emb_qkv_(qkv: Tensor, cos: Tensor, sin: Tensor, cos_k: Tensor |
                           interleaved: bool = False, seqlen_offsets: int | Tensor = 0,
                           num_heads_q: int | None = None) -> Tensor:
     """Turns queries and keys in qkv [B, S, 3, H, D], or [B, S, H + 2 H_kv, D] with num_heads_q = H; cos_k, sin_k: keys' own."""
-    if qkv.dim() == 5:
-        q, k, v = qkv.unbind(2)
-    else:
-        if num_heads_q is None:
-            raise ValueError(f"num_heads_q: expected the number of query heads in qkv {list(qkv.shape)}, got None")
-        heads = (qkv.shape[2] - num_heads_q) // 2
-        q, k, v = qkv.split([num_heads_q, heads, heads], 2)
+    q, k, v = unpacked(qkv, num_heads_q)
     of_keys = Rotary(cos if cos_k is None else cos_k, sin if sin_k is None else sin_k, interleaved)
     turned = rotated(q, Rotary(cos, sin, interleaved), seqlen_offsets), rotated(k, of_keys, seqlen_offsets), v
     return _into(qkv, torch.stack(turned, 2) if qkv.dim() == 5 else torch.cat(turned, 2))
