@@ -6,7 +6,7 @@
 // Entries of the bias, or of its tangent, for one query and the keys of a panel.
 static void read_bias(const Problem& x, const Sequence& s, const void* bias, const long* strides, int h, int i, int first, float* to) {
   const void* from = at(bias, (int)x.bias_kind, s.b * strides[0] + h * strides[1] + i * strides[2] + first * strides[3]);
-  const int n = s.nk - first < PANEL ? s.nk - first : PANEL;
+  const int n = s.keys_of(first / PANEL);
   read((int)x.bias_kind, from, strides[3], n, to);
   for (int j = n; j < PANEL; j++) to[j] = 0;
 }
@@ -27,7 +27,7 @@ static inline void finish(const Problem& x, const Sequence& s, int h, int i, int
   const int first = panel * PANEL;
   float bias[PANEL];
   if (x.bias) read_bias(x, s, x.bias, x.bias_strides, h, i, first, bias);
-  for (int c = 0; c < PANEL; c += LANES) {
+  for (int c = 0, n = width(s.keys_of(panel)); c < n; c += LANES) {
     vec y = load(row + c);
     if (HAS_SCORE) y = score(x, y, s.b, h, i, keys_from(first + c, s.nk), s.nq, s.nk);
     if (x.bias) y += load(bias + c);

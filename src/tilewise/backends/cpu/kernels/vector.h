@@ -30,6 +30,16 @@ static inline ivec shortened(lvec x) { return __builtin_convertvector(x, ivec); 
 
 static inline vec load(const float* p) { vec x; memcpy(&x, p, sizeof x); return x; }
 static inline void store(float* p, vec x) { memcpy(p, &x, sizeof x); }
+// The first n bytes of a vector, fewer than it has, and 0: without a call, for which loops would keep their sums in memory.
+static inline vec load_bytes(const void* p, long n) {
+#if defined(__AVX512BW__)
+  return (vec)_mm512_maskz_loadu_epi8((1ul << n) - 1, p);
+#else
+  vec x = {};
+  memcpy(&x, p, n);
+  return x;
+#endif
+}
 
 static inline ivec iota() { ivec x; for (int i = 0; i < LANES; i++) x[i] = i; return x; }
 static inline vec select(ivec c, vec a, vec b) { return c ? a : b; }
