@@ -41,7 +41,7 @@ static void share_of_rows(const Problem& x, const Sequence& s, const void* from,
 static void take_keys(const Problem& x, const Unit& u, const Block& block, const State& w, int panel, const int* visited,
                       float* scores) {
   const void *keys[PANEL], *later[PANEL];
-  const int n = width(u.s.keys_of(panel));
+  const int n = (u.s.keys_of(panel) + KEYS - 1) / KEYS * KEYS;
   rows_at(x, u.s, x.k, x.k_strides, u.kv_head, panel, n, keys);
   share_of_rows(x, u.s, x.v, x.v_strides, u.kv_head, panel, n, later);
   scores_of<STORED>(w.q, width(x.dim), keys, n, (int)x.dim, scores, PANEL, block.rows, later, x.dim_v * size_of(STORED));

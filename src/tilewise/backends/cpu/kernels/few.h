@@ -5,7 +5,6 @@
 #include "rows.h"
 
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-typedef uint8_t bytes __attribute__((vector_size(LANES)));
 
 // LANES numbers as fp32.
 template <int KIND> static inline vec widened(const void* row, int d) {
