@@ -260,6 +260,17 @@ def test_lengths_around_the_borders_of_listed_blocks(n):
                       options=lambda m: dict(mask=lambda b, h, q, k: (q - k).abs() % 5 != h)))
 
 
+def test_whole_divisions_of_any_numbers():
+    """Quotients and remainders as of Python's integers, up to the largest of 32 bits: masks hide nothing."""
+    ends = [sign * x for x in (1, 2, 3, 7, 46341, 2**30, 2**31 - 3, 2**31 - 2) for sign in (-1, 1)]
+    pairs = [(a, b) for a in (0, *ends) for b in ends]
+    results = [(a, b, a // b, a % b) for a, b in pairs]
+    a, b, quotient, rest = (torch.tensor(x, dtype=torch.int32) for x in zip(*results, strict=True))
+    q, k, v = draw(Case("divisions", 1, 20, len(pairs), 2, 2, head_dim=8), torch.float32).differentiable.values()
+    for mask in (lambda n, h, i, j: a[j] // b[j] == quotient[j], lambda n, h, i, j: a[j] % b[j] == rest[j]):
+        assert torch.equal(tw.attention(q, k, v, mask=mask, backend="cpu"), tw.attention(q, k, v, backend="cpu"))
+
+
 def read_by(of_keys, view):
     """Score functions that read a view of the table."""
     return dict(score_mod=lambda t: bucketed(torch.arange(70) * 3 % 5, of_keys)(view(t)))

@@ -28,6 +28,11 @@ def cache_bytes(level: int) -> int:
     return found if found > 0 else {2: 1 << 20, 3: 16 << 20}[level]
 
 
+def panels_of(problem: Problem) -> int:
+    """Panels of the longest sequence, at least one."""
+    return max(1, -(-problem.seqlen_k // PANEL))
+
+
 def folds(problem: Problem) -> bool:
     """Whether a block holds the queries of all heads of a group, not of one. Lists of panels are of one head's queries."""
     return not problem.graphs.listed
@@ -70,8 +75,8 @@ def forward(problem: Problem) -> dict[str, int]:
     """Fields of `abi.Problem`."""
     few = few_rows(problem)
     many = problem.seqlen_q * problem.group > few
-    return dict(block_rows=rows(problem), panels=PANELS, fold=folds(problem), splits=splits(problem), few_rows=few,
-                aligned=problem.batch_invariant, units_together=units_together(problem, 1) if many else 0)
+    return dict(block_rows=rows(problem), panels=min(PANELS, panels_of(problem)), fold=folds(problem), splits=splits(problem),
+                few_rows=few, aligned=problem.batch_invariant, units_together=units_together(problem, 1) if many else 0)
 
 
 def units_together(problem: Problem, packs: int) -> int:
@@ -84,8 +89,9 @@ def units_together(problem: Problem, packs: int) -> int:
 def tangent(problem: Problem) -> dict[str, int]:
     """Fields of `abi.Problem`, as forward; keys and values are packed with their tangents."""
     tasks = problem.batch * problem.kv_heads * blocks(problem, rows(problem))
-    return dict(block_rows=rows(problem), panels=PANELS, fold=folds(problem), aligned=problem.batch_invariant,
-                splits=1 if problem.batch_invariant else shares(problem, tasks), units_together=units_together(problem, 2))
+    return dict(block_rows=rows(problem), panels=min(PANELS, panels_of(problem)), fold=folds(problem),
+                aligned=problem.batch_invariant, splits=1 if problem.batch_invariant else shares(problem, tasks),
+                units_together=units_together(problem, 2))
 
 
 def backward(problem: Problem, shared: bool, listed: bool, moving: bool = False) -> dict[str, int]:
@@ -94,12 +100,12 @@ def backward(problem: Problem, shared: bool, listed: bool, moving: bool = False)
     units, workers = problem.batch * problem.kv_heads, threads.count()
     of_keys, of_values = (5, 3) if moving else (3, 2)               # copies, dK and dV among them
     keys = 4 * PANEL * (of_keys * problem.head_dim + of_values * problem.head_dim_v)
-    panels = max(1, min(BACKWARD_PANELS, int(0.6 * cache_bytes(2)) // keys))
+    panels = min(panels_of(problem), BACKWARD_PANELS, max(1, int(0.6 * cache_bytes(2)) // keys))
     even = units >= TASKS * workers or (units % workers == 0 and not problem.unequal)
     parts = 1 if even else -(-TASKS * workers // max(1, units))
     if shared:  # entries are added by the same list of jobs for each unit, one unit after another
         parts = workers
-    parts = max(1, min(parts, -(-problem.seqlen_k // (panels * PANEL))))
+    parts = min(parts, -(-panels_of(problem) // panels))
     rows, together = BACKWARD_ROWS if folds(problem) else LISTED_ROWS, 1 if shared else max(1, units)
     copies = together * parts if parts > 1 else workers
     span = max(1, -(-blocks(problem, rows) * min(DQ_COPIES * units, copies) // copies))
@@ -119,11 +125,11 @@ def workspace(problem: Problem) -> tuple[int, int]:
     dims, workers = problem.head_dim + problem.head_dim_v, threads.count()
     statistics = problem.heads * problem.queries
     cut = forward(problem)
-    m, panels = cut["block_rows"], -(-problem.seqlen_k // PANEL)
+    m, panels = cut["block_rows"], panels_of(problem)
     units, few = cut["units_together"], cut["few_rows"] * problem.kv_heads
     of_forward = statistics
     if units:
-        of_forward += units * panels * PANEL * dims + workers * (m * (dims + PANELS * PANEL) + PANEL * dims + panels)
+        of_forward += units * panels * PANEL * dims + workers * (m * (dims + cut["panels"] * PANEL) + PANEL * dims + panels)
     if cut["splits"] > 1:
         of_forward += cut["splits"] * (problem.head_dim_v + 3) * (units * blocks(problem, m) * m + problem.batch * few)
     of_forward += workers * few * dims

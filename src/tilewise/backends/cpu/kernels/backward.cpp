@@ -44,23 +44,24 @@ static void read_block(const Problem& x, const Unit& u, const Block& block, cons
 static void tile_gradients(const Problem& x, const Unit& u, const Block& block, const Scratch& w, int list, const int* visited, int n) {
   const float rescale = 65536.f / (65536 - x.dropout);
   const long length = x.panels * PANEL;
+  const int all = columns_of(u.s, visited, n);
   for (int r = 0; r < block.rows; r++) {
     const int h = block.head_of(r), i = block.query(r);
     const float lse = w.lse[r], delta = w.delta[r];
     Terms terms(x, u.s, h, i, list);
     for (int t = 0; t < n; t++) {
-      const int panel = visited[t] / 2;
+      const int panel = visited[t] / 2, columns = width(u.s.keys_of(panel));
       const bool partial = visited[t] % 2;
       float *p = w.p + (r * x.panels + t) * PANEL, *ds = w.ds + (r * x.panels + t) * PANEL, raw[PANEL], of_score[PANEL];
       const bool finished = !HAS_SCORE && !x.bias && !partial;
       const float unit = PAIRS ? (float)x.scale : 1, left = finished ? unit : 1;   // of factors, what scores still lack
-      for (int c = 0; unit != left && c < PANEL; c += LANES) store(p + c, load(p + c) * unit);
+      for (int c = 0; unit != left && c < columns; c += LANES) store(p + c, load(p + c) * unit);
       if (HAS_SCORE) memcpy(raw, p, sizeof raw);
       finish(x, u.s, h, i, panel, partial, p);
       alignas(64) uint16_t bits[PANEL];
       if (x.dropout) random_bits(x, u.s, h, i, panel, bits);
       if (x.dropout) drop(x, bits, ds);
-      for (int c = 0; c < PANEL; c += LANES) {
+      for (int c = 0; c < columns; c += LANES) {
         const vec probability = exp_of(load(p + c) * left - lse), dp = x.dropout ? load(ds + c) * rescale : load(ds + c);
         vec d = probability * (dp - delta);
         if (partial) d = select(probability == 0.f, vec{}, d);         // 0 also where dp is not finite
@@ -78,12 +79,12 @@ static void tile_gradients(const Problem& x, const Unit& u, const Block& block, 
       if (x.dropout) drop(x, bits, p);
     }
     terms.finish();
-    pair_columns(w.p + r * length, n * PANEL);
-    pair_columns(w.ds + r * length, n * PANEL);
+    pair_columns(w.p + r * length, all);
+    pair_columns(w.ds + r * length, all);
   }
   if (!PAIRS) return;
-  pair_all_rows(w.p, length, block.rows, n * PANEL, w.p_rows, length);
-  pair_all_rows(w.ds, length, block.rows, n * PANEL, w.ds_rows, length);
+  pair_all_rows(w.p, length, block.rows, all, w.p_rows, length);
+  pair_all_rows(w.ds, length, block.rows, all, w.ds_rows, length);
 }
 
 // One block of keys: panels first .. first + n - 1.
@@ -96,30 +97,33 @@ static void key_block(const Problem& x, const Unit& u, const Scratch& scratch, c
     panel.pack(x.k, x.k_strides, nullptr, dim, w.rows, w.keys + t * words(PANEL) * wide, w.keys_across + t * PANEL * words(dim));
     panel.pack(x.v, x.v_strides, nullptr, dim_v, w.rows, nullptr, w.values_across + t * PANEL * words(dim_v));
   }
-  w.dk = sums_of_keys(pass, pass.dk, w.dk, first, n, wide);
-  w.dv = sums_of_keys(pass, pass.dv, w.dv, first, n, wide_v);
+  w.dk = sums_of_keys(u, pass, pass.dk, w.dk, first, n, wide);
+  w.dv = sums_of_keys(u, pass, pass.dv, w.dv, first, n, wide_v);
   for (int index = (int)pass.begin; index < pass.end; index++) {
     const Block block = block_of(x, u, index);
     const int count = visits(x, u.s, block, first, first + n, w.visits);
     if (!count) continue;
     read_block(x, u, block, w);
     for (int t = 0; t < count; t++) {
-      const int own = w.visits[t] / 2 - first;
-      multiply<false, false>(w.q, wide, w.keys_across + own * PANEL * words(dim), PANEL, w.p + t * PANEL, length, block.rows, PANEL, dim);
+      const int own = w.visits[t] / 2 - first, columns = columns_of(u.s, w.visits + t, 1);
+      multiply<false, false>(w.q, wide, w.keys_across + own * PANEL * words(dim), PANEL, w.p + t * PANEL, length, block.rows, columns,
+                             dim);
       multiply<false, false>(w.dout, wide_v, w.values_across + own * PANEL * words(dim_v), PANEL, w.ds + t * PANEL, length, block.rows,
-                             PANEL, dim_v);
+                             columns, dim_v);
     }
     tile_gradients(x, u, block, w, list, w.visits, count);
     for (int t = 0; t < count; t++) {
+      const int keys = u.s.keys_of(w.visits[t] / 2);
       const long own = w.visits[t] / 2 - first;
-      multiply<true, true>(w.p_rows + t * PANEL, length, w.dout_rows, wide_v, w.dv + own * PANEL * wide_v, wide_v, PANEL, wide_v, block.rows);
-      multiply<true, true>(w.ds_rows + t * PANEL, length, w.q_rows, wide, w.dk + own * PANEL * wide, wide, PANEL, wide, block.rows);
+      multiply<true, true>(w.p_rows + t * PANEL, length, w.dout_rows, wide_v, w.dv + own * PANEL * wide_v, wide_v, keys, wide_v, block.rows);
+      multiply<true, true>(w.ds_rows + t * PANEL, length, w.q_rows, wide, w.dk + own * PANEL * wide, wide, keys, wide, block.rows);
     }
     for (int t = 0, run; t < count; t += run) {     // neighbouring panels as one product
       run = neighbours(w.visits + t, count - t);
       const long own = w.visits[t] / 2 - first;
       multiply<false, true>(w.ds + words(t * PANEL), length, w.keys + own * words(PANEL) * wide, wide,
-                            dq + (index - pass.begin) * x.block_rows * wide, wide, block.rows, wide, run * PANEL);
+                            dq + (index - pass.begin) * x.block_rows * wide, wide, block.rows, wide,
+                            u.s.keys_of(w.visits[t] / 2, run));
     }
   }
   if (pass.last) store_key_gradients(x, u, first, n, w.dk, w.dv);

@@ -54,24 +54,25 @@ static void read_block(const Problem& x, const Unit& u, const Block& block, cons
 static void tile_gradients(const Problem& x, const Unit& u, const Block& block, const Scratch& w, int list, const int* visited, int n) {
   const float unit = PAIRS ? (float)x.scale : 1, rescale = 65536.f / (65536 - x.dropout);
   const long length = x.panels * PANEL;
+  const int all = columns_of(u.s, visited, n);
   for (int r = 0; r < block.rows; r++) {
     const int h = block.head_of(r), i = block.query(r);
     const float lse = w.lse[r], lse_tangent = w.lse_tangent[r], delta = w.delta[r], delta_tangent = w.delta_tangent[r];
     const long row = r * length;
     Terms terms(x, u.s, h, i, list);
     for (int t = 0; t < n; t++) {
-      const int panel = visited[t] / 2, first = panel * PANEL;
+      const int panel = visited[t] / 2, first = panel * PANEL, columns = width(u.s.keys_of(panel));
       const bool partial = visited[t] % 2;
       const long at = row + t * PANEL;
       float *p = w.p + at, *moved = w.moved + at, *ds = w.ds + at, *ds_tangent = w.ds_tangent + at;
       float raw[PANEL], of_bias[PANEL] = {}, of_score[PANEL];
-      for (int c = 0; PAIRS && c < PANEL; c += LANES) store(p + c, load(p + c) * unit);
+      for (int c = 0; PAIRS && c < columns; c += LANES) store(p + c, load(p + c) * unit);
       if (HAS_SCORE) memcpy(raw, p, sizeof raw);
       finish(x, u.s, h, i, panel, partial, p);
       if (x.bias_tangent) read_bias(x, u.s, x.bias_tangent, x.bias_tangent_strides, h, i, first, of_bias);
       alignas(64) uint16_t bits[PANEL];
       if (x.dropout) random_bits(x, u.s, h, i, panel, bits), drop(x, bits, ds), drop(x, bits, ds_tangent);
-      for (int c = 0; c < PANEL; c += LANES) {
+      for (int c = 0; c < columns; c += LANES) {
         const ivec k = keys_from(first + c, u.s.nk);
         const vec probability = exp_of(load(p + c) - lse), change = load(moved + c) * unit, dp = load(ds + c) * rescale - delta;
         vec slope = splat(1.f);
@@ -90,14 +91,14 @@ static void tile_gradients(const Problem& x, const Unit& u, const Block& block, 
       if (x.dropout) drop(x, bits, p);
     }
     terms.finish();
-    pair_columns(w.p + row, n * PANEL);
-    pair_columns(w.ds + row, n * PANEL);
-    pair_columns(w.ds_tangent + row, n * PANEL);
+    pair_columns(w.p + row, all);
+    pair_columns(w.ds + row, all);
+    pair_columns(w.ds_tangent + row, all);
   }
   if (!PAIRS) return;
-  pair_all_rows(w.p, length, block.rows, n * PANEL, w.p_rows, length);
-  pair_all_rows(w.ds, length, block.rows, n * PANEL, w.ds_rows, length);
-  pair_all_rows(w.ds_tangent, length, block.rows, n * PANEL, w.ds_tangent_rows, length);
+  pair_all_rows(w.p, length, block.rows, all, w.p_rows, length);
+  pair_all_rows(w.ds, length, block.rows, all, w.ds_rows, length);
+  pair_all_rows(w.ds_tangent, length, block.rows, all, w.ds_tangent_rows, length);
 }
 
 // One block of keys: panels first .. first + n - 1.
@@ -114,8 +115,8 @@ static void key_block(const Problem& x, const Unit& u, const Scratch& scratch, c
       panel.pack(x.k_tangent, x.k_tangent_strides, nullptr, dim, w.rows, w.moving_keys + t * rows_each, w.moving_keys_across + t * each);
     if (x.v_tangent) panel.pack(x.v_tangent, x.v_tangent_strides, nullptr, dim_v, w.rows, nullptr, w.moving_values_across + t * each_v);
   }
-  w.dk = sums_of_keys(pass, pass.dk, w.dk, first, n, wide);
-  w.dv = sums_of_keys(pass, pass.dv, w.dv, first, n, wide_v);
+  w.dk = sums_of_keys(u, pass, pass.dk, w.dk, first, n, wide);
+  w.dv = sums_of_keys(u, pass, pass.dv, w.dv, first, n, wide_v);
   for (int index = (int)pass.begin; index < pass.end; index++) {
     const Block block = block_of(x, u, index);
     const int count = visits(x, u.s, block, first, first + n, w.visits);
@@ -123,26 +124,29 @@ static void key_block(const Problem& x, const Unit& u, const Scratch& scratch, c
     read_block(x, u, block, w);
     for (int t = 0; t < count; t++) {
       const long own = w.visits[t] / 2 - first, to = t * PANEL;
+      const int columns = columns_of(u.s, w.visits + t, 1);
       products(w.q, w.q_tangent, w.keys_across + own * each, x.k_tangent ? w.moving_keys_across + own * each : nullptr, dim, block.rows,
-               w.p + to, w.moved + to, length);
+               columns, w.p + to, w.moved + to, length);
       products(w.dout, nullptr, w.values_across + own * each_v, x.v_tangent ? w.moving_values_across + own * each_v : nullptr, dim_v,
-               block.rows, w.ds + to, w.ds_tangent + to, length);
+               block.rows, columns, w.ds + to, w.ds_tangent + to, length);
     }
     tile_gradients(x, u, block, w, list, w.visits, count);
     for (int t = 0; t < count; t++) {
       const long own = w.visits[t] / 2 - first, from = t * PANEL;
+      const int keys = u.s.keys_of(w.visits[t] / 2);
       float *dk = w.dk + own * PANEL * wide, *dv = w.dv + own * PANEL * wide_v;
-      multiply<true, true>(w.p_rows + from, length, w.dout_rows, wide_v, dv, wide_v, PANEL, wide_v, block.rows);
-      multiply<true, true>(w.ds_tangent_rows + from, length, w.q_rows, wide, dk, wide, PANEL, wide, block.rows);
-      if (x.q_tangent) multiply<true, true>(w.ds_rows + from, length, w.q_tangent_rows, wide, dk, wide, PANEL, wide, block.rows);
+      multiply<true, true>(w.p_rows + from, length, w.dout_rows, wide_v, dv, wide_v, keys, wide_v, block.rows);
+      multiply<true, true>(w.ds_tangent_rows + from, length, w.q_rows, wide, dk, wide, keys, wide, block.rows);
+      if (x.q_tangent) multiply<true, true>(w.ds_rows + from, length, w.q_tangent_rows, wide, dk, wide, keys, wide, block.rows);
     }
     float* to = dq + (index - pass.begin) * x.block_rows * wide;
     for (int t = 0, run; t < count; t += run) {     // neighbouring panels as one product
       run = neighbours(w.visits + t, count - t);
       const long own = w.visits[t] / 2 - first, from = words(t * PANEL);
-      multiply<false, true>(w.ds_tangent + from, length, w.keys + own * rows_each, wide, to, wide, block.rows, wide, run * PANEL);
+      const int keys = u.s.keys_of(w.visits[t] / 2, run);
+      multiply<false, true>(w.ds_tangent + from, length, w.keys + own * rows_each, wide, to, wide, block.rows, wide, keys);
       if (x.k_tangent)
-        multiply<false, true>(w.ds + from, length, w.moving_keys + own * rows_each, wide, to, wide, block.rows, wide, run * PANEL);
+        multiply<false, true>(w.ds + from, length, w.moving_keys + own * rows_each, wide, to, wide, block.rows, wide, keys);
     }
   }
   if (pass.last) store_key_gradients(x, u, first, n, w.dk, w.dv);

@@ -18,19 +18,20 @@ struct Scratch {
         visits(arena.take<int>(panels_of((int)x.nk) + 1)), visited(arena.take<int>(x.kv_heads)) {}
 };
 
-// Where the keys or values of a panel lie; behind the sequence, the last one.
-static void rows_at(const Problem& x, const Sequence& s, const void* from, const long* strides, int h, int panel, const void** rows) {
-  for (int j = 0; j < PANEL; j++) {
+// Where n keys or values of a panel lie; behind the sequence, the last one.
+static void rows_at(const Problem& x, const Sequence& s, const void* from, const long* strides, int h, int panel, int n,
+                    const void** rows) {
+  for (int j = 0; j < n; j++) {
     const int key = panel * PANEL + j < s.nk ? panel * PANEL + j : s.nk - 1;
     rows[j] = at(from, STORED, s.of_key(x, strides, h, key));
   }
 }
 
-// The h-th share of a panel's rows over all heads, in the order in which they lie in memory.
-static void share_of_rows(const Problem& x, const Sequence& s, const void* from, const long* strides, int h, int panel,
+// The h-th share, n rows, of a panel's n * H_kv rows over all heads, in the order in which they lie in memory.
+static void share_of_rows(const Problem& x, const Sequence& s, const void* from, const long* strides, int h, int panel, int n,
                           const void** rows) {
-  int key = panel * PANEL + h * PANEL / (int)x.kv_heads, head = h * PANEL % (int)x.kv_heads;
-  for (int j = 0; j < PANEL; j++) {
+  int key = panel * PANEL + h * n / (int)x.kv_heads, head = h * n % (int)x.kv_heads;
+  for (int j = 0; j < n; j++) {
     rows[j] = at(from, STORED, s.of_key(x, strides, head, key < s.nk ? key : s.nk - 1));
     if (++head == x.kv_heads) head = 0, key++;
   }
@@ -40,9 +41,10 @@ static void share_of_rows(const Problem& x, const Sequence& s, const void* from,
 static void take_keys(const Problem& x, const Unit& u, const Block& block, const State& w, int panel, const int* visited,
                       float* scores) {
   const void *keys[PANEL], *later[PANEL];
-  rows_at(x, u.s, x.k, x.k_strides, u.kv_head, panel, keys);
-  share_of_rows(x, u.s, x.v, x.v_strides, u.kv_head, panel, later);
-  scores_of<STORED>(w.q, width(x.dim), keys, (int)x.dim, scores, PANEL, block.rows, later, x.dim_v * size_of(STORED));
+  const int n = (u.s.keys_of(panel) + KEYS - 1) / KEYS * KEYS;
+  rows_at(x, u.s, x.k, x.k_strides, u.kv_head, panel, n, keys);
+  share_of_rows(x, u.s, x.v, x.v_strides, u.kv_head, panel, n, later);
+  scores_of<STORED>(w.q, width(x.dim), keys, n, (int)x.dim, scores, PANEL, block.rows, later, x.dim_v * size_of(STORED));
   update(x, u, block, w, scores, PANEL, visited, 1, PAIRS ? (float)x.scale : 1);
 }
 
@@ -50,17 +52,18 @@ static void take_keys(const Problem& x, const Unit& u, const Block& block, const
 static void take_values(const Problem& x, const Unit& u, const Block& block, const State& w, int panel, bool partial, float* scores) {
   const void *values[PANEL], *later[PANEL];
   bool hidden[PANEL] = {};
-  if (BANDS && partial) hidden_keys(x, u.s, u.kv_head, panel * PANEL, hidden);
-  rows_at(x, u.s, x.v, x.v_strides, u.kv_head, panel, values);
-  share_of_rows(x, u.s, x.k, x.k_strides, u.kv_head, panel + 1, later);
+  const int there = u.s.keys_of(panel), columns = width(there);
+  if (BANDS && partial) hidden_keys(x, u.s, u.kv_head, panel, hidden);
+  rows_at(x, u.s, x.v, x.v_strides, u.kv_head, panel, there, values);
+  share_of_rows(x, u.s, x.k, x.k_strides, u.kv_head, panel + 1, columns, later);
   int n = 0;                                        // values that are seen
-  for (int j = 0; j < PANEL && panel * PANEL + j < u.s.nk; j++) {
+  for (int j = 0; j < there; j++) {
     if (hidden[j]) continue;
     values[n] = values[j];
     if (n < j) for (int r = 0; r < block.rows; r++) scores[r * PANEL + n] = scores[r * PANEL + j];
     n++;
   }
-  for (int r = 0; r < block.rows; r++) pair_columns(scores + r * PANEL, PANEL);
+  for (int r = 0; r < block.rows; r++) pair_columns(scores + r * PANEL, columns);
   values_of<STORED>(scores, PANEL, values, n, (int)x.dim_v, w.out, width(x.dim_v), block.rows, later, x.dim * size_of(STORED));
 }
 

@@ -67,6 +67,13 @@ static inline int floor_divide(int a, int b) { return floor_of(a, b); }
 static inline long floor_divide(long a, long b) { return floor_of(a, b); }
 static inline float floor_divide(float a, float b) { return floorf(a / b); }
 static inline vec floor_divide(vec a, vec b) { return of_floor(a / b); }
+static inline ivec floor_divide(ivec a, ivec b) {   // in fp64, where no quotient of 32-bit numbers is rounded to a whole one
+  const ivec undefined = b == 0, divisor = select(undefined, splat(1), b);
+  const dvec exact = __builtin_convertvector(a, dvec) / __builtin_convertvector(divisor, dvec);
+  const ivec quotient = __builtin_convertvector(exact, ivec);
+  const ivec below = (ivec)((uvec)quotient * (uvec)divisor != (uvec)a) & ((a < 0) != (b < 0));
+  return select(undefined, ivec{}, quotient + below);
+}
 template <typename T> static inline T floor_divide(T a, T b) { for (int i = 0; i < LANES; i++) a[i] = floor_of(a[i], b[i]); return a; }
 template <typename T> static inline T floor_remainder(T a, T b) { return a - floor_divide(a, b) * b; }
 
@@ -107,14 +114,23 @@ template <> struct Vector<float> { typedef vec type; };
 template <typename T> static inline typename Loaded<T>::type entry(const void* table, long place) {
   return (typename Loaded<T>::type)((const T*)table)[place];
 }
-template <typename T> static inline typename Vector<typename Loaded<T>::type>::type entry(const void* table, lvec place) {
+template <typename T, typename Place> static inline typename Vector<typename Loaded<T>::type>::type entries(const T* x, Place place) {
   typedef typename Loaded<T>::type One;
+  typename Vector<One>::type all;
+  for (int i = 0; i < LANES; i++) all[i] = (One)x[place(i)];
+  return sizeof(One) == 1 ? -all : all;             // true is -1 in a vector
+}
+template <typename T> static inline typename Vector<typename Loaded<T>::type>::type first_entries(const T* x) {
+  return entries(x, [](int i) { return i; });
+}
+static inline ivec first_entries(const bool* x) {   // at once, as masks in memory are read
+  bytes raw;
+  memcpy(&raw, x, sizeof raw);
+  return -__builtin_convertvector(raw, ivec);
+}
+template <typename T> static inline typename Vector<typename Loaded<T>::type>::type entry(const void* table, lvec place) {
   const T* x = (const T*)table;
   const lvec apart = place - place[0] - lengthened(iota());
-  long elsewhere = 0;
-  for (int i = 0; i < LANES; i++) elsewhere |= apart[i];
-  typename Vector<One>::type all;
-  if (elsewhere == 0) for (int i = 0; i < LANES; i++) all[i] = (One)x[place[0] + i];
-  else for (int i = 0; i < LANES; i++) all[i] = (One)x[place[i]];
-  return sizeof(One) == 1 ? -all : all;             // true is -1 in a vector
+  if (any(shortened(apart | apart >> 32))) return entries(x, [&](int i) { return place[i]; });
+  return first_entries(x + place[0]);
 }

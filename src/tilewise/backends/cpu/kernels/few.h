@@ -5,7 +5,6 @@
 #include "rows.h"
 
 typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
-typedef uint8_t bytes __attribute__((vector_size(LANES)));
 
 // LANES numbers as fp32.
 template <int KIND> static inline vec widened(const void* row, int d) {
@@ -37,9 +36,8 @@ template <int KIND> static inline vec widened(const void* row, int d) {
 }
 template <int KIND> static inline vec widened(const void* row, int d, int dim) {  // 0 behind column dim
   if (d + LANES <= dim) return widened<KIND>(row, d);
-  alignas(64) char part[4 * LANES] = {};
-  memcpy(part, (const char*)row + d * size_of(KIND), (dim - d) * size_of(KIND));
-  return widened<KIND>(part, 0);
+  const vec part = load_bytes((const char*)row + d * size_of(KIND), (dim - d) * size_of(KIND));
+  return widened<KIND>(&part, 0);
 }
 
 // With PAIRS: 2 * LANES numbers of a row as words, 0 behind column dim.
@@ -61,10 +59,10 @@ static inline vec sums_of(vec* x) {
 
 constexpr int KEYS = LANES / 4;                     // taken together with four queries
 
-// scores[r, j] = q[r] . keys[j] for R queries and PANEL keys.
-template <int KIND, int R> static void scores_of(const float* q, int wide, const void* const* keys, int dim, float* scores,
+// scores[r, j] = q[r] . keys[j] for R queries and n keys, a multiple of KEYS.
+template <int KIND, int R> static void scores_of(const float* q, int wide, const void* const* keys, int n, int dim, float* scores,
                                                  long length, const void* const* next, long size) {
-  for (int j = 0; j < PANEL; j += KEYS) {
+  for (int j = 0; j < n; j += KEYS) {
     vec sums[KEYS][R] = {};
     for (int i = 0; i < KEYS; i++) ask_for(next[j + i], size);
     for (int d = 0; d < dim; d += TERMS * LANES) {
@@ -125,11 +123,11 @@ template <int KIND, int R> static void values_of(const float* p, long length, co
 }
 
 // The same for any number of queries. next: rows that are read afterwards, of so many bytes.
-template <int KIND> static void scores_of(const float* q, int wide, const void* const* keys, int dim, float* scores, long length,
-                                          int rows, const void* const* next, long size) {
+template <int KIND> static void scores_of(const float* q, int wide, const void* const* keys, int n, int dim, float* scores,
+                                          long length, int rows, const void* const* next, long size) {
   for (; rows >= 4; rows -= 4, q += 4 * wide, scores += 4 * length, size = 0)
-    scores_of<KIND, 4>(q, wide, keys, dim, scores, length, next, size);
-  for (; rows; rows--, q += wide, scores += length, size = 0) scores_of<KIND, 1>(q, wide, keys, dim, scores, length, next, size);
+    scores_of<KIND, 4>(q, wide, keys, n, dim, scores, length, next, size);
+  for (; rows; rows--, q += wide, scores += length, size = 0) scores_of<KIND, 1>(q, wide, keys, n, dim, scores, length, next, size);
 }
 template <int KIND> static void values_of(const float* p, long length, const void* const* values, int n, int dim, float* out, int wide,
                                           int rows, const void* const* next, long size) {

@@ -31,13 +31,14 @@ static void attend(const Problem& x, const Unit& u, const Block& block, const Sc
   for (int done = 0, n; done < count; done += n, visited += n) {
     n = group_of(x, visited, count - done);
     for (int j = 0; j < n; j++)
-      multiply<false, false>(w.state.q, wide, packed.key(visited[j] / 2), PANEL, w.scores + j * PANEL, length, block.rows, PANEL, dim);
+      multiply<false, false>(w.state.q, wide, packed.key(visited[j] / 2), PANEL, w.scores + j * PANEL, length, block.rows,
+                             columns_of(u.s, visited + j, 1), dim);
     update(x, u, block, w.state, w.scores, length, visited, n, PAIRS ? (float)x.scale : 1);
-    for (int r = 0; PAIRS && r < block.rows; r++) pair_columns(w.scores + (long)r * length, n * PANEL);
+    for (int r = 0; PAIRS && r < block.rows; r++) pair_columns(w.scores + (long)r * length, columns_of(u.s, visited, n));
     for (int j = 0, run; j < n; j += run) {         // neighbouring panels as one product
       run = x.aligned ? 1 : neighbours(visited + j, n - j);
       multiply<false, true>(w.scores + words(j * PANEL), length, packed.value(visited[j] / 2), wide_v, w.state.out, wide_v, block.rows, wide_v,
-                            run * PANEL);
+                            u.s.keys_of(visited[j] / 2, run));
     }
   }
 }

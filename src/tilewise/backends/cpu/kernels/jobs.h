@@ -38,16 +38,16 @@ struct Pass {
 };
 
 // dK and dV of n panels from `first` on: where a pass adds them up, cleared by the first one. own: a thread's.
-static float* sums_of_keys(const Pass& pass, float* kept, float* own, int first, int n, int wide) {
+static float* sums_of_keys(const Unit& u, const Pass& pass, float* kept, float* own, int first, int n, int wide) {
   float* sums = kept ? kept + (long)first * PANEL * wide : own;
-  if (pass.first) memset(sums, 0, sizeof(float) * n * PANEL * wide);
+  if (pass.first) memset(sums, 0, sizeof(float) * u.s.keys_of(first, n) * wide);
   return sums;
 }
 
 static void store_key_gradients(const Problem& x, const Unit& u, int first, int n, const float* dk, const float* dv) {
   const float rescale = 65536.f / (65536 - x.dropout);
   const int dim = (int)x.dim, dim_v = (int)x.dim_v, kind = (int)x.q_kind;
-  for (int j = 0; j < n * PANEL && first * PANEL + j < u.s.nk; j++) {
+  for (int j = 0; j < u.s.keys_of(first, n); j++) {
     const int key = first * PANEL + j;
     write(kind, at(x.dk, kind, u.s.of_key(x, x.dk_strides, u.kv_head, key)), dk + (long)j * width(dim), dim, PAIRS ? (float)x.scale : 1);
     write(kind, at(x.dv, kind, u.s.of_key(x, x.dv_strides, u.kv_head, key)), dv + (long)j * width(dim_v), dim_v, rescale);

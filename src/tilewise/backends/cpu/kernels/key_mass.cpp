@@ -27,11 +27,11 @@ static void add_block(const Problem& x, const Unit& u, const Block& block, const
     const int h = block.head_of(r), i = block.query(r);
     float* sums = w.mass + (h - u.kv_head * (x.heads / x.kv_heads)) * length;
     for (int t = 0; t < n; t++) {
-      const int panel = w.visits[t] / 2;
+      const int panel = w.visits[t] / 2, columns = width(u.s.keys_of(panel));
       float *p = w.scores + r * length + t * PANEL, *to = sums + (panel - first) * PANEL;
-      for (int c = 0; PAIRS && c < PANEL; c += LANES) store(p + c, load(p + c) * (float)x.scale);
+      for (int c = 0; PAIRS && c < columns; c += LANES) store(p + c, load(p + c) * (float)x.scale);
       finish(x, u.s, h, i, panel, w.visits[t] % 2, p);
-      for (int c = 0; c < PANEL; c += LANES) store(to + c, load(to + c) + exp_of(load(p + c) - w.lse[r]));
+      for (int c = 0; c < columns; c += LANES) store(to + c, load(to + c) + exp_of(load(p + c) - w.lse[r]));
     }
   }
 }
@@ -53,7 +53,7 @@ static void key_block(const Problem& x, const Unit& u, const Scratch& w, int fir
     read_lse(x, u, block, w.lse);
     for (int t = 0; t < count; t++)
       multiply<false, false>(w.q, wide, w.keys + (long)(w.visits[t] / 2 - first) * PANEL * words(dim), PANEL, w.scores + t * PANEL,
-                             length, block.rows, PANEL, dim);
+                             length, block.rows, columns_of(u.s, w.visits + t, 1), dim);
     add_block(x, u, block, w, first, count);
   }
   const long slot = x.cached ? u.s.b : u.s.k_slot, start = x.cached ? 0 : u.s.k_start, left = u.s.nk - (long)first * PANEL;

@@ -7,22 +7,25 @@
 struct Panel {
   const Problem& x;
   const Unit& u;
-  int first;
+  int first, keys;                                  // how many keys there are
   bool hidden[PANEL];
 
-  Panel(const Problem& x, const Unit& u, int panel) : x(x), u(u), first(panel * PANEL) {
-    if (BANDS) hidden_keys(x, u.s, u.kv_head, first, hidden);
+  Panel(const Problem& x, const Unit& u, int panel) : x(x), u(u), first(panel * PANEL), keys(u.s.keys_of(panel)) {
+    if (BANDS) hidden_keys(x, u.s, u.kv_head, panel, hidden);
   }
-  // Rows of words [PANEL, width of dim].
+  // Rows of words [keys, width of dim].
   void rows(const void* from, const long* strides, const void* scales, int dim, float* to) const {
-    read_keys(x, u.s, from, scales, strides, u.kv_head, first, PANEL, dim, width(dim), BANDS ? hidden - first : nullptr, to);
+    read_keys(x, u.s, from, scales, strides, u.kv_head, first, keys, dim, width(dim), BANDS ? hidden : nullptr, to);
   }
-  // The same as words along the rows, and across [words of dim, PANEL]; null: not wanted. own: room for rows.
+  // The same as words along the rows, and across [words of dim, PANEL], 0 behind the keys up to whole vectors; null: not wanted.
+  // own: room for rows.
   void pack(const void* from, const long* strides, const void* scales, int dim, float* own, float* along, float* across) const {
     if (!PAIRS && along) own = along;
     rows(from, strides, scales, dim, own);
-    if (PAIRS && along) pair_all_rows(own, width(dim), PANEL, width(dim), along, width(dim));
-    if (across) transposed(own, words(dim), width(dim), across);
+    if (PAIRS && along) pair_all_rows(own, width(dim), keys, width(dim), along, width(dim));
+    if (!across) return;
+    if (keys < width(keys)) memset(own + keys * width(dim), 0, sizeof(float) * (width(keys) - keys) * width(dim));
+    transposed(own, width(keys), words(dim), width(dim), across);
   }
 };
 

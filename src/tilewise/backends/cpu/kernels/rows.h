@@ -107,13 +107,15 @@ struct Sequence {
     return pages[j / x.page_size] * strides[0] + h * strides[1] + j % x.page_size * strides[2];
   }
   long of_statistics(const Problem& x, int h, int i) const { return (q_slot * x.heads + h) * x.lse_rows + q_start + i; }
+  // How many keys n panels have: only a sequence's last one may have fewer than PANEL.
+  int keys_of(int panel, int n = 1) const { return nk - panel * PANEL < n * PANEL ? nk - panel * PANEL : n * PANEL; }
 };
 
 // The queries of a block: neighbouring ones, for each of them neighbouring heads of one group.
 struct Block {
   int first, head, heads, rows;
-  int query(int row) const { return first + row / heads; }
-  int head_of(int row) const { return head + row % heads; }
+  int query(int row) const { return heads == 1 ? first + row : first + row / heads; }     // divisions take their time
+  int head_of(int row) const { return heads == 1 ? head : head + row % heads; }
 };
 
 constexpr int AHEAD = 8;                            // rows
@@ -131,7 +133,7 @@ static inline void read_words(int kind, const void* from, int dim, int width, fl
   }
   read(kind, from, 1, dim, to);
   if (factor != 1) for (int d = 0; d < dim; d++) to[d] *= factor;
-  memset(to + dim, 0, sizeof(float) * (width - dim));
+  if (dim < width) memset(to + dim, 0, sizeof(float) * (width - dim));
 }
 
 // Keys or values first .. first + n - 1 of a head as rows of words [n, width], 0 behind column dim; hidden ones are 0, since
@@ -141,17 +143,17 @@ static void read_keys(const Problem& x, const Sequence& s, const void* from, con
   const int kind = (int)x.k_kind;
   for (int j = 0; j < n; j++, to += width) {
     if (first + j + AHEAD < s.nk) ask_for(at(from, kind, s.of_key(x, strides, h, first + j + AHEAD)), dim * size_of(kind));
-    if (first + j < s.nk && !(hidden && hidden[first + j]))
+    if (!(hidden && hidden[j]))
       read_words(kind, at(from, kind, s.of_key(x, strides, h, first + j)), dim, width, scales ? ((const float*)scales)[h] : 1, to);
     else
       memset(to, 0, sizeof(float) * width);
   }
 }
 
-// A panel [dim, PANEL] from rows [PANEL, width]; width is a multiple of LANES.
-static void transposed(const float* from, int dim, int width, float* to) {
+// A panel [dim, PANEL] from n rows [n, width]; n and width are multiples of LANES.
+static void transposed(const float* from, int n, int dim, int width, float* to) {
   for (int d = 0; d < dim; d += LANES)
-    for (int j = 0; j < PANEL; j += LANES) {
+    for (int j = 0; j < n; j += LANES) {
       vec x[LANES];
       for (int i = 0; i < LANES; i++) x[i] = load(from + (j + i) * (long)width + d);
       transpose(x);

@@ -6,7 +6,7 @@
 // Entries of the bias, or of its tangent, for one query and the keys of a panel.
 static void read_bias(const Problem& x, const Sequence& s, const void* bias, const long* strides, int h, int i, int first, float* to) {
   const void* from = at(bias, (int)x.bias_kind, s.b * strides[0] + h * strides[1] + i * strides[2] + first * strides[3]);
-  const int n = s.nk - first < PANEL ? s.nk - first : PANEL;
+  const int n = s.keys_of(first / PANEL);
   read((int)x.bias_kind, from, strides[3], n, to);
   for (int j = n; j < PANEL; j++) to[j] = 0;
 }
@@ -27,13 +27,17 @@ static inline void finish(const Problem& x, const Sequence& s, int h, int i, int
   const int first = panel * PANEL;
   float bias[PANEL];
   if (x.bias) read_bias(x, s, x.bias, x.bias_strides, h, i, first, bias);
-  for (int c = 0; c < PANEL; c += LANES) {
+  const auto finished = [&](int c) {
     vec y = load(row + c);
     if (HAS_SCORE) y = score(x, y, s.b, h, i, keys_from(first + c, s.nk), s.nq, s.nk);
     if (x.bias) y += load(bias + c);
-    if (partial) y = select(visible(x, s, h, i, first + c), y, splat(-INFINITY));
-    store(row + c, y);
-  }
+    return y;
+  };
+  if (partial)
+    for (int c = 0, n = width(s.keys_of(panel)); c < n; c += LANES)
+      store(row + c, select(visible(x, s, h, i, first + c), finished(c), splat(-INFINITY)));
+  else
+    for (int c = 0; c < PANEL; c += LANES) store(row + c, finished(c));
 }
 
 // Philox4x32-10 (`tilewise/rng.py`, which defines it): the 16 random bits of each key of a panel.

@@ -23,10 +23,8 @@ struct State {
 static void begin(const Problem& x, const Unit& u, const Block& block, const State& w, float factor) {
   const int dim = (int)x.dim, wide = width(dim);
   for (int r = 0; r < block.rows; r++) {
-    float* row = w.q + (long)r * wide;
-    read((int)x.q_kind, at(x.q, (int)x.q_kind, u.s.of_query(x.q_strides, block.head_of(r), block.query(r))), 1, dim, row);
-    for (int d = 0; d < wide; d++) row[d] = d < dim ? row[d] * factor : 0;
-    pair_columns(row, wide);
+    const void* row = at(x.q, (int)x.q_kind, u.s.of_query(x.q_strides, block.head_of(r), block.query(r)));
+    read_words((int)x.q_kind, row, dim, wide, factor, w.q + (long)r * wide);
     w.m[r] = -INFINITY, w.l[r] = 0, w.e[r] = 0;
   }
   memset(w.out, 0, sizeof(float) * block.rows * width(x.dim_v));
@@ -39,34 +37,30 @@ static inline float rescaled(float e, float l, float shift) { return shift == -I
 // probabilities (algorithm 1, lines 8 to 10).
 static void update(const Problem& x, const Unit& u, const Block& block, const State& w, float* scores, long length,
                    const int* visited, int n, float factor) {
-  const int wide = width(x.dim_v);
+  const int wide = width(x.dim_v), columns = columns_of(u.s, visited, n);
   const bool entropy = x.entropy;
   for (int r = 0; r < block.rows; r++) {
     const int h = block.head_of(r), i = block.query(r);
     float *row = scores + r * length, *out = w.out + (long)r * wide;
-    vec top[PANEL / LANES];
-    for (int c = 0; c < PANEL / LANES; c++) top[c] = splat(-INFINITY);
-    if (factor != 1) for (int c = 0; c < n * PANEL; c += LANES) store(row + c, load(row + c) * factor);
-    for (int j = 0; j < n; j++) {
-      finish(x, u.s, h, i, visited[j] / 2, visited[j] % 2, row + j * PANEL);
-      for (int c = 0; c < PANEL / LANES; c++) top[c] = maximum_or_second(load(row + j * PANEL + c * LANES), top[c]);
-    }
-    for (int c = 1; c < PANEL / LANES; c++) top[0] = maximum_or_second(top[0], top[c]);
-    const float most = largest(top[0]), m = most > w.m[r] ? most : w.m[r], pivot = m == -INFINITY ? 0 : m;
+    vec top = splat(-INFINITY);
+    if (factor != 1) for (int c = 0; c < columns; c += LANES) store(row + c, load(row + c) * factor);
+    for (int j = 0; j < n; j++) finish(x, u.s, h, i, visited[j] / 2, visited[j] % 2, row + j * PANEL);
+    for (int c = 0; c < columns; c += LANES) top = maximum_or_second(load(row + c), top);
+    const float most = largest(top), m = most > w.m[r] ? most : w.m[r], pivot = m == -INFINITY ? 0 : m;
     vec total = {}, weighted = {};
-    for (int c = 0; c < n * PANEL; c += LANES) {
+    for (int c = 0; c < columns; c += LANES) {
       const vec log = load(row + c) - pivot, p = exp_of(log);
       total += p;
       if (entropy) weighted += p * maximum_or_second(splat(-200.f), log);  // 0 for -inf
       store(row + c, p);
     }
-    if (m != w.m[r]) {
+    if (m != w.m[r] && w.m[r] != -INFINITY) {       // otherwise there is nothing to rescale
       const float alpha = exp_of(splat(w.m[r] - pivot))[0];
       if (entropy) w.e[r] = rescaled(w.e[r], w.l[r], w.m[r] - pivot);
       w.l[r] *= alpha;
       for (int c = 0; c < wide; c += LANES) store(out + c, load(out + c) * alpha);
-      w.m[r] = m;
     }
+    w.m[r] = m;
     w.l[r] += sum(total);
     if (entropy) w.e[r] += sum(weighted);
     if (x.dropout)

@@ -37,14 +37,14 @@ static void tile_tangents(const Problem& x, const Unit& u, const Block& block, c
     const int h = block.head_of(r), i = block.query(r);
     vec total = {};
     for (int t = 0; t < n; t++) {
-      const int panel = visited[t] / 2, first = panel * PANEL;
+      const int panel = visited[t] / 2, first = panel * PANEL, columns = width(u.s.keys_of(panel));
       const bool partial = visited[t] % 2;
       float *p = w.p + r * length + t * PANEL, *weighted = w.weighted + r * length + t * PANEL, raw[PANEL], of_bias[PANEL] = {};
-      for (int c = 0; PAIRS && c < PANEL; c += LANES) store(p + c, load(p + c) * unit);
+      for (int c = 0; PAIRS && c < columns; c += LANES) store(p + c, load(p + c) * unit);
       if (HAS_SCORE) memcpy(raw, p, sizeof raw);
       finish(x, u.s, h, i, panel, partial, p);
       if (x.bias_tangent) read_bias(x, u.s, x.bias_tangent, x.bias_tangent_strides, h, i, first, of_bias);
-      for (int c = 0; c < PANEL; c += LANES) {
+      for (int c = 0; c < columns; c += LANES) {
         const vec probability = exp_of(load(p + c) - w.lse[r]);
         vec change = load(weighted + c) * unit;
         if (HAS_SCORE) change *= score_gradient(x, load(raw + c), u.s.b, h, i, keys_from(first + c, u.s.nk), u.s.nq, u.s.nk);
@@ -61,8 +61,8 @@ static void tile_tangents(const Problem& x, const Unit& u, const Block& block, c
       drop(x, bits, weighted);
     }
     lse_tangent[r] += sum(total);
-    pair_columns(w.p + r * length, n * PANEL);
-    pair_columns(w.weighted + r * length, n * PANEL);
+    pair_columns(w.p + r * length, columns_of(u.s, visited, n));
+    pair_columns(w.weighted + r * length, columns_of(u.s, visited, n));
   }
 }
 
@@ -79,14 +79,15 @@ static void attend(const Problem& x, const Unit& u, const Block& block, const Sc
     n = group_of(x, visited, count - done);
     for (int j = 0; j < n; j++)
       products(w.q, w.q_tangent, packed.key(visited[j] / 2), x.k_tangent ? moving.key(visited[j] / 2) : nullptr, dim, block.rows,
-               w.p + j * PANEL, w.weighted + j * PANEL, length);
+               columns_of(u.s, visited + j, 1), w.p + j * PANEL, w.weighted + j * PANEL, length);
     tile_tangents(x, u, block, w, visited, n, sums.lse);
     for (int j = 0, run; j < n; j += run) {
       run = x.aligned ? 1 : neighbours(visited + j, n - j);
       const long from = words(j * PANEL), first = visited[j] / 2;
-      multiply<false, true>(w.weighted + from, length, packed.value(first), wide_v, sums.out, wide_v, block.rows, wide_v, run * PANEL);
+      const int keys = u.s.keys_of((int)first, run);
+      multiply<false, true>(w.weighted + from, length, packed.value(first), wide_v, sums.out, wide_v, block.rows, wide_v, keys);
       if (x.v_tangent)
-        multiply<false, true>(w.p + from, length, moving.value(first), wide_v, sums.out, wide_v, block.rows, wide_v, run * PANEL);
+        multiply<false, true>(w.p + from, length, moving.value(first), wide_v, sums.out, wide_v, block.rows, wide_v, keys);
     }
   }
 }

@@ -31,12 +31,12 @@ struct Terms {
 
   // raw has scale * q.k, p the probabilities.
   void of_tables(int panel, bool partial, const float* raw, const float* ds, const float* p) {
-    const int first = panel * PANEL;
+    const int first = panel * PANEL, columns = width(s.keys_of(panel));
     for (int n = 0; n < LOOKUPS; n++) {
       void* to = ((void* const*)x.sums)[n];
       if (!to) continue;
       float terms[PANEL];
-      for (int c = 0; c < PANEL; c += LANES) {
+      for (int c = 0; c < columns; c += LANES) {
         const ivec k = keys_from(first + c, s.nk);
         const vec t = load(ds + c) * factor(n, x, load(raw + c), s.b, h, i, k, s.nq, s.nk);
         store(terms + c, partial ? select(load(p + c) == 0.f, vec{}, t) : t);
@@ -51,22 +51,22 @@ struct Terms {
 
   void add(int pattern, void* to, const long* strides, long kind, int first, const float* terms, float& sum_of_row) {
     float* sums = (float*)to;
+    const int n = s.keys_of(first / PANEL), columns = width(n);
     if (pattern == BY_ENTRY) {
-      const int n = s.nk - first < PANEL ? s.nk - first : PANEL;
       const long element = s.b * strides[0] + h * strides[1] + i * strides[2] + first;
       if (kind != FP32) write((int)kind, at(to, (int)kind, element), terms, n, 1);
       else for (int c = 0; c < n; c++) sums[element + c] += terms[c];
     } else if (pattern == BY_KEY) {
       float* own = sums + row * padded + first;
-      for (int c = 0; c < PANEL; c += LANES) store(own + c, load(own + c) + load(terms + c));
+      for (int c = 0; c < columns; c += LANES) store(own + c, load(own + c) + load(terms + c));
     } else if (pattern == BY_QUERY) {
       vec total = {};
-      for (int c = 0; c < PANEL; c += LANES) total += load(terms + c);
+      for (int c = 0; c < columns; c += LANES) total += load(terms + c);
       sum_of_row += sum(total);
     } else {
       const long length = x.nq + padded - 1;
       float* own = sums + (list * x.batch * x.heads + row) * length + i + padded - 1 - first;
-      for (int c = 0; c < PANEL; c += LANES) {
+      for (int c = 0; c < columns; c += LANES) {
         float* from = own - c - (LANES - 1);
         store(from, load(from) + backwards(load(terms + c)));
       }

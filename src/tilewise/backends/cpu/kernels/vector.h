@@ -19,7 +19,9 @@ constexpr int LANES = 4, ROWS = 6, COLUMNS = 4;
 typedef float vec __attribute__((vector_size(4 * LANES)));
 typedef int ivec __attribute__((vector_size(4 * LANES)));
 typedef unsigned uvec __attribute__((vector_size(4 * LANES)));
+typedef uint8_t bytes __attribute__((vector_size(LANES)));
 typedef long lvec __attribute__((vector_size(8 * LANES)));
+typedef double dvec __attribute__((vector_size(8 * LANES)));
 
 static inline vec splat(float x) { return x - vec{}; }
 static inline ivec splat(int x) { return x - ivec{}; }
@@ -30,10 +32,28 @@ static inline ivec shortened(lvec x) { return __builtin_convertvector(x, ivec); 
 
 static inline vec load(const float* p) { vec x; memcpy(&x, p, sizeof x); return x; }
 static inline void store(float* p, vec x) { memcpy(p, &x, sizeof x); }
+// The first n bytes of a vector, fewer than it has, and 0: without a call, for which loops would keep their sums in memory.
+static inline vec load_bytes(const void* p, long n) {
+#if defined(__AVX512BW__)
+  return (vec)_mm512_maskz_loadu_epi8((1ul << n) - 1, p);
+#else
+  vec x = {};
+  memcpy(&x, p, n);
+  return x;
+#endif
+}
 
 static inline ivec iota() { ivec x; for (int i = 0; i < LANES; i++) x[i] = i; return x; }
 static inline vec select(ivec c, vec a, vec b) { return c ? a : b; }
 static inline ivec select(ivec c, ivec a, ivec b) { return c ? a : b; }
+static inline bool any(ivec x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x);
+#else
+  for (int n = LANES / 2; n; n /= 2) for (int i = 0; i < n; i++) x[i] |= x[i + n];
+  return x[0];
+#endif
+}
 static inline lvec select(ivec c, lvec a, lvec b) { return lengthened(c) ? a : b; }
 
 static inline float sum(vec x) {

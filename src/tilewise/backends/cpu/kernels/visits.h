@@ -51,6 +51,11 @@ static int visits(const Problem& x, const Sequence& s, const Block& block, int f
   return count;
 }
 
+// Columns that scores of n visited panels have, in whole vectors of words.
+static inline int columns_of(const Sequence& s, const int* visited, int n) {
+  return (n - 1) * PANEL + width(s.keys_of(visited[n - 1] / 2));
+}
+
 // How many of n visited panels, from the first on, are neighbours: they are one product with values.
 static inline int neighbours(const int* visited, int n) {
   int run = 1;
@@ -77,13 +82,13 @@ static bool hidden_query(const Problem& x, const Sequence& s, int h, int i) {
   keys(x, s.b, h, i, s.nq, s.nk, band);
   return nothing_seen(band, s.nk);
 }
-static void hidden_keys(const Problem& x, const Sequence& s, int kv_head, int first, bool* hidden) {
+static void hidden_keys(const Problem& x, const Sequence& s, int kv_head, int panel, bool* hidden) {
   long band[4 * BANDS + 1];
   const int group = (int)(x.heads / x.kv_heads);
-  for (int j = 0; j < PANEL; j++) {
+  for (int j = 0; j < s.keys_of(panel); j++) {
     hidden[j] = BANDS > 0;
-    for (int h = kv_head * group; h < (MASK_OF_HEADS ? (kv_head + 1) * group : kv_head * group + 1) && hidden[j] && first + j < s.nk; h++) {
-      queries(x, s.b, h, first + j, s.nq, s.nk, band);
+    for (int h = kv_head * group; h < (MASK_OF_HEADS ? (kv_head + 1) * group : kv_head * group + 1) && hidden[j]; h++) {
+      queries(x, s.b, h, panel * PANEL + j, s.nq, s.nk, band);
       hidden[j] = nothing_seen(band, s.nq);
     }
   }
