@@ -1,9 +1,8 @@
 """A plugin of pytest: kernels of the `cpu` backend are compiled with sanitizers, and may be damaged before.
 
-    LD_PRELOAD=$(c++ -print-file-name=libasan.so) python -m pytest -p support.sanitized --sanitize address tests/test_cpu.py
-
-`address` finds undefined behaviour too. With `thread`, kernels run on threads that begin and end with each of their parallel
-regions: OpenMP's wait for each other unseen by the sanitizer.
+`tests/test_cpu_sanitized.py` runs it, and preloads what sanitizers need. `address` finds undefined behaviour too; pieces of
+scratch memory have fences (kernels/work.h). Under `thread`, kernels run on threads that begin and end with each parallel
+region: how those of OpenMP wait for each other is not seen by a sanitizer.
 """
 import ctypes
 import os
