@@ -6,8 +6,10 @@ region: how those of OpenMP wait for each other is not seen by a sanitizer.
 """
 import ctypes
 import os
+import shutil
 import subprocess
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -47,12 +49,18 @@ def pytest_configure(config):
         torch.set_num_threads(1)                    # torch's own, which wait for each other likewise
         torch.set_num_threads = lambda count: None
     if plant:
-        name, text, other = plant
-        files = dict(compiler.sources())
-        if files[name].count(text) != 1:
-            raise pytest.UsageError(f"{name} does not have {text!r} once")
-        files[name] = files[name].replace(text, other)
-        compiler.sources = lambda: files
+        compiler.KERNELS = damaged(compiler.KERNELS, *plant)
+
+
+def damaged(kernels: Path, name: str, text: str, other: str) -> Path:
+    """A copy, in one file of which a text is replaced."""
+    copy = Path(tempfile.mkdtemp(prefix="tilewise-")) / "kernels"
+    shutil.copytree(kernels, copy)
+    before = (copy / name).read_text()
+    if before.count(text) != 1:
+        raise pytest.UsageError(f"{name} does not have {text!r} once")
+    (copy / name).write_text(before.replace(text, other))
+    return copy
 
 
 def team_of_threads() -> str:
