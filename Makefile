@@ -8,7 +8,7 @@ TORCH  := $(shell nvidia-smi -L >/dev/null 2>&1 && echo "torch>=2.9" || echo "to
 PYTEST := $(BIN)/python -m pytest
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test soak check docs bench gates wheel clean
+.PHONY: help demo test soak sanitize check docs bench gates wheel clean
 
 help:            ## this list
 	@grep -E '^[a-z]+: .*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,8 +25,11 @@ test: $(READY)   ## all tests: on this machine's devices, then the Triton kernel
 	  tests/test_tangent_kernels.py tests/test_flash1.py tests/test_traffic_kernels.py \
 	  tests/test_compat_flash_attn_kernels.py
 
-soak: $(READY)   ## slow tests: the CPU kernels under the address and undefined behaviour sanitizers
+soak: $(READY)   ## slow tests, those of `sanitize` among them
 	$(PYTEST) -m slow
+
+sanitize: $(READY) ## the CPU kernels under the sanitizers of memory, undefined behaviour and data races
+	$(PYTEST) -n 2 --dist worksteal -m slow tests/test_cpu_sanitized.py
 
 check: $(READY)  ## style, types, architecture
 	$(BIN)/ruff check .

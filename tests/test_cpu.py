@@ -127,7 +127,7 @@ def test_a_process_whose_threads_the_environment_limits():
 
 # ---- few queries, which read keys where they lie ---------------------------------------------------------------------------
 
-LENGTHS = 300, 1, 70
+LENGTHS = 70, 1, 300
 
 
 def assert_cache_right(dtype, stored, *, queries=1, heads=4, kv_heads=2, dim=40, dim_v=None, paged=False, splits=None,
@@ -137,10 +137,10 @@ def assert_cache_right(dtype, stored, *, queries=1, heads=4, kv_heads=2, dim=40,
     scales = {name: torch.tensor([0.5, 2.0, 0.25])[:kv_heads] for name in ("k_scale", "v_scale") if stored == FP8}
     shape = dict(kv_heads=kv_heads, head_dim=dim, head_dim_v=dim_v, dtype=stored, **scales)
     if paged:
-        cache = tw.PagedKVCache(70, 16, max_sequences=3, **shape)
+        cache = tw.PagedKVCache(38, 10, max_sequences=3, **shape)          # it ends with the last key, as the other one does
         where = dict(sequences=[cache.new() for _ in LENGTHS])
     else:
-        cache, where = tw.KVCache(3, 310, **shape), {}
+        cache, where = tw.KVCache(3, 300, **shape), {}
     cache.k.fill_(torch.nan)
     cache.v.fill_(torch.nan)
     q, k, v = (torch.randn(n, h, d, generator=generator).to(dtype) for n, h, d in (
@@ -192,7 +192,7 @@ def test_every_stored_number_is_read_exactly(dtype, numbers, queries, flushing):
     torch.testing.assert_close(found, values.expand(-1, queries, -1, -1), rtol=0, atol=0, equal_nan=True)
 
 
-WHOLE, FIRST, LAST = map(torch.tensor, (LENGTHS, [70, 0, 1], [200, 1, 66]))
+WHOLE, FIRST, LAST = map(torch.tensor, (LENGTHS, [1, 0, 70], [66, 1, 200]))
 
 
 @pytest.mark.parametrize("left, first, last", [(3, 0 * FIRST, LAST), (30, FIRST, WHOLE), (0, FIRST, 0 * LAST)],
@@ -252,6 +252,21 @@ def test_lengths_around_the_borders_of_blocks(n, heads):
 
 def test_gradients_that_sum_over_many_rows_keep_their_precision():
     assert_right(Case("many rows", 1, 512, 512, heads=32, kv_heads=1, head_dim=64, options=lambda m: CAUSAL))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda x: str(x).removeprefix("torch."))
+@pytest.mark.parametrize("dim", [17, 64, 129])
+def test_one_key_has_all_weight_whatever_q_and_k(dim, dtype):
+    """Also where other keys are there, whose probabilities round to 0."""
+    for queries, keys in ((1, 1), (40, 1), (20, 70)):
+        q, k, v = draw(Case("one key", seqlen_q=queries, seqlen_k=keys, head_dim=dim), dtype).differentiable.values()
+        k = k * 0
+        k[:, 0] = 400
+        q = q.abs() + 1
+        out = tw.attention(q.requires_grad_(), k.requires_grad_(), v, backend="cpu")
+        assert torch.equal(out, v[:, :1].repeat_interleave(q.shape[2] // v.shape[2], 2).expand_as(out))
+        dq, dk = torch.autograd.grad(out, (q, k), torch.randn_like(out))
+        assert dq.count_nonzero() == dk.count_nonzero() == 0
 
 
 @pytest.mark.parametrize("n", [1, 17, 63, 64, 65, 127, 128, 129])

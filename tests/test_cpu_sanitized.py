@@ -1,131 +1,77 @@
-"""Kernels of the `cpu` backend, those of derivatives among them, under the sanitizers of addresses and of undefined behaviour.
-
-    python tests/test_cpu_sanitized.py cases 0 6      every 6th contract case from the first, in a process that `run` prepares
+"""Tests of the `cpu` backend again, with kernels that are compiled with the sanitizers of memory and undefined behaviour, or of
+data races (`support/sanitized.py`); and whether these find what is planted.
 """
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import torch
-from support.tangents import assert_right
-from test_tangent_kernels import NAMES as DERIVED
 
-import tilewise as tw
 from tilewise.backends import cpu
-from tilewise.backends.cpu import compiler, launch
-from tilewise.bench import tolerance
-from tilewise.bench.cases import CASES, Case, bucketed, draw
+from tilewise.backends.cpu import compiler
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(sys.platform != "linux", reason="preloads a library")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(
+    sys.platform != "linux" or not cpu.compiler.compiler(), reason="preloads a library into what a C++ compiler has built")]
 
-# Without optimisation: that compiles in a fifth of the time, and no access is left out because nothing needs it.
-SANITIZERS = ("-O0", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined")
-SHARES = 6
-HALVES = "head dim 40", "causal more keys", "values narrower", "everything", "packed everything"
-LONG = Case("several jobs for each key head", seqlen_q=70, seqlen_k=600, heads=4, kv_heads=2, options=lambda m: dict(
-    bias=m.normal(70, 600), table=m.normal(70, 5), score_mod=bucketed(m.integers(0, 4, 600), True)))
-
-
-def run(*arguments, cache):
-    """This file in a process in which kernels are sanitized."""
-    said = subprocess.run([*compiler.compiler(), "-print-file-name=libasan.so"], capture_output=True, text=True)
-    if not os.path.isabs(said.stdout):
-        pytest.skip(f"{compiler.compiler()} brings no libasan.so")
-    settings = dict(LD_PRELOAD=said.stdout.strip(), ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1",
-                    XDG_CACHE_HOME=str(cache))
-    return subprocess.run([sys.executable, __file__, *map(str, arguments)], env=os.environ | settings, capture_output=True,
-                          text=True)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    """Of sanitized kernels."""
-    if not cpu.compiler.compiler():
-        pytest.skip("needs a C++ compiler")
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.mark.parametrize("share", range(SHARES))
-def test_contract_cases(share, cache):
-    done = run("cases", share, SHARES, cache=cache)
-    assert done.returncode == 0, done.stdout[-200:] + done.stderr[:6000]
+TESTS = Path(__file__).parent
+LIBRARIES = {"address": "libasan.so", "thread": "libtsan.so"}
+SUITES = (
+    ("address", "test_cpu.py"),
+    ("address", "test_cpu_tangents.py", "test_tangent_kernels.py", "-k", "cpu"),
+    ("address", "test_cpu_portable.py", "test_nonfinite.py", "test_statistics.py", "-k", "cpu"),
+    ("address", "test_cache_attention.py", "test_calls.py", "-k", "cpu or calls"),
+    ("address", "contract/test_contract.py", "-k", "cpu"),
+    ("thread", "test_cpu.py", "test_cpu_tangents.py", "-k", "threads or passes or share or few or invariant"),
+    ("thread", "test_cache_attention.py", "test_statistics.py", "-k", "cpu and (splits or one_call or packed)"),
+)
+ALONE = "test_cpu.py", "-k", "repeatable and 3-few and heads"
+PLANTS = {
+    "a number behind the last row": (
+        "address", "rows.h", "read(kind, from, 1, dim, to);",
+        "read(kind, from, 1, dim, to), (void)((volatile float*)from)[dim];", "AddressSanitizer: heap-buffer-overflow"),
+    "a piece of scratch memory too small": (
+        "address", "backward.cpp", "lse = arena.take<float>(m),", "lse = arena.take<float>(m - 1),",
+        "AddressSanitizer: use-after-poison"),
+    "scratch memory that is read first": (
+        "address", "jobs.h", "if (pass.begin < pass.end) memset", "if (pass.begin > pass.end) memset", "not finite in"),
+    "addresses between numbers": (
+        "address", "pack.h", "((const float*)from)[", "((const float*)((const char*)from + 1))[",
+        "runtime error: load of misaligned address"),
+    "jobs that share their dQ": (
+        "thread", "jobs.h", "memory.dq + job * memory.dq_size", "memory.dq + job / x.parts * memory.dq_size",
+        "ThreadSanitizer: data race"),
+}
 
 
-def test_caches(cache):
-    done = run("caches", cache=cache)
-    assert done.returncode == 0, done.stdout[-200:] + done.stderr[:6000]
+@pytest.fixture
+def run(request):
+    """Runs tests under a sanitizer in another process; what is compiled is kept for the next time."""
+    def library(name):
+        return subprocess.run([*compiler.compiler(), f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+
+    def run(sanitizer, *tests, plant=()):
+        preloaded = [library(LIBRARIES[sanitizer]), library("libstdc++.so")]     # the latter for what torch throws
+        if not os.path.isabs(preloaded[0]):
+            pytest.skip(f"{compiler.compiler()} brings no {LIBRARIES[sanitizer]}")
+        settings = dict(LD_PRELOAD=" ".join(preloaded), PYTHONPATH=os.pathsep.join([str(TESTS), *sys.path]),
+                        XDG_CACHE_HOME=str(request.config.cache.mkdir("sanitized")), OMP_NUM_THREADS="1",
+                        ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1", TSAN_OPTIONS="halt_on_error=1")
+        command = [sys.executable, "-m", "pytest", "-p", "support.sanitized", "-p", "no:cacheprovider", "--capture=sys",
+                   "--sanitize", sanitizer, *(["--plant", *plant] if plant else []), *tests]
+        return subprocess.run(command, cwd=TESTS, env=os.environ | settings, capture_output=True, text=True)
+    return run
 
 
-@pytest.mark.parametrize("planted, found", [
-    ("keys beyond the last", "AddressSanitizer: heap-buffer-overflow"),
-    ("addresses between numbers", "runtime error: load of misaligned address")])
-def test_what_is_planted_is_found(planted, found, cache):
-    done = run(planted, cache=cache)
+@pytest.mark.parametrize("suite", SUITES, ids=" ".join)
+def test_nothing_is_found(suite, run):
+    done = run(*suite)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[:6000]
+
+
+@pytest.mark.parametrize("name", PLANTS)
+def test_what_is_planted_is_found(name, run):
+    sanitizer, *plant, found = PLANTS[name]
+    done = run(sanitizer, *ALONE, plant=plant)
     assert done.returncode != 0
-    assert found in done.stderr
-
-
-# ---- in the process ----------------------------------------------------------------------------------------------------
-
-def check(case, dtype):
-    print(case, dtype, flush=True)
-    wrong = [verdict for verdict in tolerance.check(draw(case, dtype), "cpu") if not verdict.ok]
-    assert not wrong, wrong
-    if case is LONG or case.name in DERIVED:
-        assert_right(case, dtype, "cpu")
-
-
-def cases(share, shares):
-    table = [(case, torch.float32) for case in (LONG, *CASES)]
-    table += [(case, dtype) for case in CASES if case.name in HALVES for dtype in (torch.bfloat16, torch.float16)]
-    for case, dtype in table[share::shares]:
-        check(case, dtype)
-
-
-def caches():
-    """Sequences in the pages of a cache that has no page to spare, and in slots that end with the last key."""
-    lengths = torch.tensor([32, 1, 130], dtype=torch.int32)
-    for dtype, stored in ((torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float16, torch.float16),
-                          (torch.float32, torch.float8_e4m3fn)):
-        pages = tw.PagedKVCache(2 + 1 + 9, 16, 2, 40, max_sequences=3, dtype=stored)
-        slots = tw.KVCache(3, 130, 2, 40, dtype=stored)
-        which = [pages.new() for _ in lengths]
-        k, v = torch.randn(2, int(lengths.sum()), 2, 40).to(dtype)
-        ends = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]).int()
-        pages.append(k, v, cu_seqlens=ends, sequences=which)
-        slots.append(k, v, cu_seqlens=ends)
-        for queries, splits in ((1, 1), (2, 3), (20, 3)):
-            print(stored, queries, splits, flush=True)
-            q = torch.randn(3, queries, 4, 40).to(dtype)
-            expected = tw.attention_with_kv_cache(q, slots, backend="reference", causal=True)
-            for cache, index in ((pages, which), (slots, None)):
-                found = tw.attention_with_kv_cache(q, cache, cache_batch_idx=index, num_splits=splits, causal=True,
-                                                   backend="cpu")
-                torch.testing.assert_close(found, expected, rtol=0, atol=max(1e-5, 4 * torch.finfo(dtype).eps))
-
-
-def plant(field, more):
-    """Kernels are told something wrong."""
-    described = launch.described
-
-    def lying(*arguments):
-        told, alive = described(*arguments)
-        setattr(told, field, getattr(told, field) + more)
-        return told, alive
-
-    launch.described = lying
-    q, k, v = torch.randn(3, 1, 70, 2, 32)
-    tw.attention(q.clone(), k.clone(), v.clone(), backend="cpu")
-
-
-if __name__ == "__main__":
-    del os.environ["LD_PRELOAD"]  # the compiler needs none of it
-    compiler.FLAGS = (*(flag for flag in compiler.FLAGS if flag != "-O3"), *SANITIZERS)
-    torch.set_num_threads(3)
-    if sys.argv[1] == "cases":
-        cases(int(sys.argv[2]), int(sys.argv[3]))
-    elif sys.argv[1] == "caches":
-        caches()
-    else:
-        plant(*{"keys beyond the last": ("nk", 100), "addresses between numbers": ("q", 1)}[sys.argv[1]])
+    assert found in done.stdout + done.stderr

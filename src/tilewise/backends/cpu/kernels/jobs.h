@@ -5,27 +5,38 @@
 // afterwards. Where all these dQ together would be large, queries come in several passes, between which dK and dV are kept in
 // fp32. Sums over many jobs, as gradients of tables are, are kept for each of a fixed number of lists of jobs.
 #pragma once
+#include "multiply.h"
 #include "pack.h"
 #include "threads.h"
 
 // rowsum(dO * out) - dlse of a block's rows, dlse null: 0 (FlashAttention-2, algorithm 2, line 4; lse has a gradient of its own).
-// a, b: room for a row.
+// Terms are added as products add those of dP: where one key has all weight, dP - delta is exactly 0. a, b: room for LANES rows.
 static void write_delta(const Problem& x, const Unit& u, const Block& block, const void* out, const long* out_strides,
                         const void* dlse, void* delta, float* a, float* b) {
-  const int dim = (int)x.dim_v, kind = (int)x.q_kind;
+  const int dim = (int)x.dim_v, kind = (int)x.q_kind, wide = width(dim);
   const auto of_out = [&](int r) { return at(out, kind, u.s.of_query(out_strides, block.head_of(r), block.query(r))); };
   const auto of_dout = [&](int r) { return at(x.dout, kind, u.s.of_query(x.dout_strides, block.head_of(r), block.query(r))); };
-  for (int r = 0; r < block.rows; r++) {
-    if (const int later = r + AHEAD; later < block.rows) {
-      ask_for(of_out(later), dim * size_of(kind));
-      ask_for(of_dout(later), dim * size_of(kind));
+  for (int first = 0; first < block.rows; first += LANES) {
+    const int n = block.rows - first < LANES ? block.rows - first : LANES;
+    for (int r = 0; r < n; r++) {
+      if (const int later = first + r + AHEAD; later < block.rows) {
+        ask_for(of_out(later), dim * size_of(kind));
+        ask_for(of_dout(later), dim * size_of(kind));
+      }
+      read_words(kind, of_out(first + r), dim, wide, 1, a + r * wide);
+      read_words(kind, of_dout(first + r), dim, wide, 1, b + r * wide);
     }
-    read(kind, of_out(r), 1, dim, a);
-    read(kind, of_dout(r), 1, dim, b);
-    float total = 0;
-    for (int d = 0; d < dim; d++) total += a[d] * b[d];
-    const long place = u.s.of_statistics(x, block.head_of(r), block.query(r));
-    ((float*)delta)[place] = dlse ? total - ((const float*)dlse)[place] : total;
+    vec total = {};                                 // a row in each lane
+    for (int d = 0; d < words(dim); d += LANES) {
+      vec of_a[LANES], of_b[LANES];
+      for (int i = 0; i < LANES; i++) of_a[i] = load(a + i * wide + d), of_b[i] = load(b + i * wide + d);
+      transpose(of_a), transpose(of_b);
+      for (int i = 0; i < LANES; i++) total = multiplied(of_b[i], of_a[i], total);
+    }
+    for (int r = 0; r < n; r++) {
+      const long place = u.s.of_statistics(x, block.head_of(first + r), block.query(first + r));
+      ((float*)delta)[place] = dlse ? total[r] - ((const float*)dlse)[place] : total[r];
+    }
   }
 }
 

@@ -2,12 +2,28 @@
 #pragma once
 #include "rows.h"
 
+// Under the sanitizer of addresses pieces of an arena are full of NaN at first, and what lies between them may not be touched.
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+constexpr long FENCE = 64;
+static inline void fence(char* piece, long size, char* end) {
+  ASAN_UNPOISON_MEMORY_REGION(piece, size);
+  memset(piece, 0xff, size);
+  ASAN_POISON_MEMORY_REGION(piece + size, end - piece - size);
+}
+#else
+constexpr long FENCE = 0;
+static inline void fence(char*, long, char*) {}
+#endif
+
 struct Arena {  // memory that the caller allocated, handed out from its start in whole cache lines
   char* next;
+  bool counts = !next;                              // only, from 0, how much is needed
   template <typename T> T* take(long n) {
-    T* p = (T*)next;
-    next += (n * (long)sizeof(T) + 63) / 64 * 64;
-    return p;
+    char* piece = next;
+    next += (n * (long)sizeof(T) + 63) / 64 * 64 + FENCE;
+    if (!counts) fence(piece, n * (long)sizeof(T), next);
+    return (T*)piece;
   }
 };
 
