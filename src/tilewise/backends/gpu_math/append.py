@@ -8,7 +8,8 @@ from torch import Tensor
 
 from tilewise.backends.gpu_math.append_kernel import append as append_kernel
 from tilewise.backends.gpu_math.arguments import blocks, padded, strides
-from tilewise.backends.gpu_math.entry import entry, flatten, start
+from tilewise.backends.gpu_math.entry import entry, flatten
+from tilewise.backends.gpu_math.launches import start
 from tilewise.kv_cache import FP8, Stored
 from tilewise.rotary import Rotary
 from tilewise.trace.graph import GROUPS, lower
