@@ -206,15 +206,16 @@ def splits_of(problem: Problem, config: Config) -> int:
 class Backward:
     """The launches of a backward pass of operands and results that lie in memory like these.
 
-    mode: of `bias_mode`; dbias: of that mode.
+    gradients: dq, dk, dv and, computed in `mode` (`bias_mode`), dbias.
     """
 
-    def __init__(self, problem: Problem, x: Operands, out: Tensor, dout: Tensor, hold: Hold = Held, mode: str | None = None,
-                 dbias: Tensor | None = None):
+    def __init__(self, problem: Problem, x: Operands, out: Tensor, dout: Tensor,
+                 gradients: tuple[Tensor, Tensor, Tensor, Tensor | None], hold: Hold = Held, mode: str | None = None):
+        dq, dk, dv, dbias = gradients
         self.problem, self.moves = problem, moves(problem)
         self.numbers = numbers(problem, x) | dict(
             do_strides=strides(dout), dbias_strides=(0, 0, 0) if dbias is None else strides(dbias))
-        per_query, (dq, dk, dv, _) = per_query_block(problem), like(problem)
+        per_query = per_query_block(problem)
         walks = [{}, {}, {}] if self.moves else self.walks(x)
         of_delta = dict(out_strides=strides(out), do_strides=strides(dout), heads=problem.heads, nq=problem.seqlen_q,
                         lse_rows=problem.rows_q[1]) | walks[0]
@@ -247,7 +248,10 @@ class Backward:
 
 def prepared_backward(problem: Problem, x: Operands, out: Tensor, dout: Tensor) -> Callable[..., Any] | None:
     """The backward of operands and results that lie in memory like these, where it adds nothing up beside dq, dk and dv."""
-    return None if problem.graphs.learned or problem.seqlen_q == 0 else Backward(problem, x, out, dout)
+    if problem.graphs.learned or problem.seqlen_q == 0:
+        return None
+    dq, dk, dv, _ = like(problem)
+    return Backward(problem, x, out, dout, (dq, dk, dv, None))
 
 
 def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tensor, dlse: Tensor | None,
@@ -262,9 +266,9 @@ def backward(problem: Problem, x: Operands, out: Tensor, lse: Tensor, dout: Tens
     x = x._replace(captured=tables, ints=ints)
     delta, mode = torch.empty_like(lse), bias_mode(problem, needs)
     dbias = allocate_dbias(problem, x, mode)
-    launches = Backward(problem, x, out, dout, at_once(run), mode, dbias)
-    given = launches(x, out=out, lse=lse, dout=dout, dlse=None if dlse is None else dlse.contiguous(), delta=delta, dq=dq, dk=dk,
-                     dv=dv, dbias=dbias)
+    dlse = None if dlse is None else dlse.contiguous()
+    launches = Backward(problem, x, out, dout, (dq, dk, dv, dbias), at_once(run), mode)
+    given = launches(x, out=out, lse=lse, dout=dout, dlse=dlse, delta=delta, dq=dq, dk=dk, dv=dv, dbias=dbias)
     common = launches.numbers | given
     if mode == "summed" and x.bias is not None:
         summed(problem, x, common, "direct", x.bias.shape[:2], dbias, None, run)

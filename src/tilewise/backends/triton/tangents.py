@@ -1,7 +1,6 @@
 """Forward mode and the derivative of the backward pass: what is allocated, what each kernel is told, on which grid."""
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
