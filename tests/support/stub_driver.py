@@ -40,6 +40,9 @@ class Compiled(CompiledKernel):
 
         self._run = run
 
+    def __del__(self):
+        """Nothing was loaded."""
+
 
 class Driver:
     """One GPU; `stream` is the current one."""

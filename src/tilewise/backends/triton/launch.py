@@ -66,21 +66,24 @@ class Held:
     """A launch whose tensors come later, which is made again: all but the tensors is settled when it is first made.
 
     Where sequences are packed, or tiles come in lists, `work` and `visits` come with the tensors, and say anew which they are.
+    A cache's table of pages comes with the length of its rows, which grow with the cache.
     """
-    __slots__ = ("config", "kernel", "launch", "problem", "programs", "values")
+    __slots__ = ("config", "kernel", "launches", "problem", "programs", "values")
 
     def __init__(self, kernel: Any, problem: Problem, programs: Programs, values: Mapping[str, Any]):
         self.kernel, self.problem, self.programs, self.values = kernel, problem, programs, values
         self.config = choose(config_name(kernel, values), problem, architecture(problem.device))
-        self.launch: Callable[[dict[str, Any]], None] | None = None
+        self.launches: dict[int, Callable[[dict[str, Any]], None]] = {}     # by pages_row
 
     def __call__(self, tensors: dict[str, Any]) -> None:
-        if self.launch is None:
-            self.launch = self.settle({**self.values, **tensors})
+        pages_row = tensors.get("pages_row", 0)
+        launch = self.launches.get(pages_row)
+        if launch is None:
+            launch = self.launches[pages_row] = self.settle({**self.values, **tensors})
         for name in ("visits", "work"):
             if name in tensors:
                 tensors |= tensors[name](self.config)
-        self.launch(tensors)
+        launch(tensors)
 
     def settle(self, values: Mapping[str, Any]) -> Callable[[dict[str, Any]], None]:
         grid, problem = self.programs(self.config), self.problem
@@ -122,8 +125,7 @@ class Forward:
         per_block = per_query_block(problem, self.fold)
         values = numbers(problem, x) | dict(
             out_strides=strides(out), HAS_SINKS=problem.has_sinks, ROW=row, FOLD=self.fold, SHARED=problem.shared,
-            CACHED=problem.cached, page_size=problem.page_size or 1, pages_row=0 if x.pages is None else x.pages.stride(0),
-            splits=self.splits, out_split=0, lse_split=0, SPLIT=False, ASCENDING=int(problem.batch_invariant))
+            CACHED=problem.cached, page_size=problem.page_size or 1, splits=self.splits, out_split=0, lse_split=0, SPLIT=False, ASCENDING=int(problem.batch_invariant))
         if not self.moves:
             values |= self.walk(x)
         if self.splits == 1:
@@ -148,7 +150,8 @@ class Forward:
         problem = self.problem
         lse = problem.new_lse() if lse is None else lse
         given = tensors(x) | dict(OUT=out, LSE=lse, MAX_SCORE=found.max_score, ENTROPY=found.entropy, SINKS=x.sinks,
-                                  PAGES=x.pages, K_SCALE=x.k_scale, V_SCALE=x.v_scale)
+                                  PAGES=x.pages, pages_row=0 if x.pages is None else x.pages.stride(0), K_SCALE=x.k_scale,
+                                  V_SCALE=x.v_scale)
         if self.moves:
             given |= self.walk(x)
         if self.merge is None:
