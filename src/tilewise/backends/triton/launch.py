@@ -125,7 +125,8 @@ class Forward:
         per_block = per_query_block(problem, self.fold)
         values = numbers(problem, x) | dict(
             out_strides=strides(out), HAS_SINKS=problem.has_sinks, ROW=row, FOLD=self.fold, SHARED=problem.shared,
-            CACHED=problem.cached, page_size=problem.page_size or 1, splits=self.splits, out_split=0, lse_split=0, SPLIT=False, ASCENDING=int(problem.batch_invariant))
+            CACHED=problem.cached, page_size=problem.page_size or 1,
+            splits=self.splits, out_split=0, lse_split=0, SPLIT=False, ASCENDING=int(problem.batch_invariant))
         if not self.moves:
             values |= self.walk(x)
         if self.splits == 1:
