@@ -52,3 +52,12 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def forgetful():
+    """No call is known from before, nor afterwards, as where tile sizes are others meanwhile."""
+    from tilewise import calls
+    calls.forget()
+    yield
+    calls.forget()

@@ -464,7 +464,7 @@ INVARIANT = {
 
 @on_triton
 @pytest.mark.parametrize("name", INVARIANT)
-def test_batch_invariant(name, monkeypatch):
+def test_batch_invariant(name, monkeypatch, forgetful):
     """A row's bits are the same alone, among others, decoded one by one, in chunks or at once, in pages or not."""
     from tilewise.backends.gpu_math import splits
     from tilewise.backends.triton import configs

@@ -20,13 +20,6 @@ NEEDS_CPU = pytest.mark.skipif(load("cpu").supports(tw.problem.make(*[torch.zero
 pytestmark = pytest.mark.usefixtures("forgetful", "one_thread")
 
 
-@pytest.fixture
-def forgetful():
-    calls.forget()
-    yield
-    calls.forget()
-
-
 def inputs(rows=9, dim=8, heads=2, **options):
     return [torch.randn(1, rows, heads, dim, **options) for _ in range(3)]
 

@@ -52,6 +52,16 @@ def test_bitwise_repeatable(name, backend, poisoned, small_tiles):
         assert torch.equal(first[key].nan_to_num(), second[key].nan_to_num()), key
 
 
+@pytest.mark.parametrize("backend", [b for b in AVAILABLE if b != "reference"])
+@pytest.mark.parametrize("name", ["causal bhsd", "grouped heads", "dropout", "bias of keys"])
+def test_a_call_like_one_before(name, backend, poisoned, forgetful):
+    """Other tensors that lie like the first ones: what was settled for those serves them."""
+    case = next(c for c in CASES if c.name == name)
+    for seed in range(2):
+        wrong = [verdict for verdict in tolerance.check(draw(case, torch.float32, DEVICE, seed), backend) if not verdict.ok]
+        assert not wrong, "\n".join(map(str, wrong))
+
+
 @pytest.mark.parametrize("backend", AVAILABLE)
 @pytest.mark.parametrize("name", ["packed", "packed used dropout bias", "packed no sequences in use"])
 def test_rows_of_no_sequence(name, backend, poisoned, small_tiles):
@@ -76,7 +86,7 @@ def test_triton_refuses_fp64():
 @pytest.mark.parametrize("name", ["everything", "causal more queries", "documents", "prefix or window", "values narrower",
                                   "function of heads", "blocks per head", "table of distances", "packed everything",
                                   "packed function of heads"])
-def test_every_tile_shape(name, tile, monkeypatch, poisoned):
+def test_every_tile_shape(name, tile, monkeypatch, poisoned, forgetful):
     from tilewise.backends.triton import configs
     monkeypatch.setattr(configs, "INTERPRETER", configs.Config(*tile, 4, 1))
     assert_right(named(name), torch.float32, "triton")

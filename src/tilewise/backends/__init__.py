@@ -20,8 +20,9 @@ if what it tells its kernels can be settled once for operands and results that l
     prepared_backward(problem, operands, out, dout) -> run   run(operands, out=.., lse=.., dout=.., dlse=.., delta=.., dq=..);
                                                              None where gradients of bias or captured tensors are sums
 
-`run` writes results and looks only at where tensors begin, whatever views of that memory they are. `delta` [.., heads, ..] like
-lse is rowsum(dout * out) - dlse, from which dsinks follows (`state.sink_gradient`).
+`run` writes results and looks only at where tensors begin, whatever views of that memory they are, and at the shape of a table
+of pages, which grows. `delta` [.., heads, ..] like lse is rowsum(dout * out) - dlse, from which dsinks follows
+(`state.sink_gradient`).
 
 and, if it has forward mode and second derivatives in kernels of its own (formulas: `docs/derivatives.md`),
 

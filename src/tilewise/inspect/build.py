@@ -11,7 +11,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 
-from tilewise.backends.gpu_math.entry import OPTIONS
+from tilewise.backends.gpu_math.launches import OPTIONS
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),

@@ -30,15 +30,23 @@ class Tiles(Protocol):
 
 def arguments(problem: Problem, x: Operands) -> dict[str, Any]:
     """What all attention kernels are told about a problem."""
+    return tensors(x) | numbers(problem, x)
+
+
+def tensors(x: Operands) -> dict[str, Any]:
+    """Of that the tensors."""
+    k, v = (x.k, x.v) if x.k_scale is None else (x.k.view(torch.uint8), x.v.view(torch.uint8))
+    return dict(Q=x.q, K=k, V=v, BIAS=x.bias, RNG=x.rng, Q_ROWS=x.q_rows, K_ROWS=x.k_rows, captured=x.captured)
+
+
+def numbers(problem: Problem, x: Operands) -> dict[str, Any]:
+    """And what follows from how they lie in memory."""
     natural = problem.dtype == torch.float32
     raw = not natural and problem.graphs.score is None and x.bias is None and 1e-30 < problem.scale < 1e30
-    k, v = (t.view(torch.uint8) if x.k_scale is not None else t for t in (x.k, x.v))
     return dict(
-        Q=x.q, K=k, V=v, BIAS=x.bias, RNG=x.rng, Q_ROWS=x.q_rows, K_ROWS=x.k_rows, lse_rows=problem.rows_q[1],
-        q_strides=strides(x.q), k_strides=strides(x.k),
-        v_strides=strides(x.v), bias_strides=bias_strides(x.bias), scale=problem.scale, heads=problem.heads,
-        group=problem.group, nq=problem.seqlen_q, nk=problem.seqlen_k, dropout=problem.dropout,
-        captured=tuple(x.captured), ints=tuple(x.ints), floats=tuple(x.floats),
+        lse_rows=problem.rows_q[1], q_strides=strides(x.q), k_strides=strides(x.k), v_strides=strides(x.v),
+        bias_strides=bias_strides(x.bias), scale=problem.scale, heads=problem.heads, group=problem.group, nq=problem.seqlen_q,
+        nk=problem.seqlen_k, dropout=problem.dropout, ints=tuple(x.ints), floats=tuple(x.floats),
         BIAS_COLS=bias_cols(x.bias), DROPOUT=problem.dropout > 0, RAW=raw, NATURAL=natural)
 
 
@@ -68,9 +76,11 @@ def visits(problem: Problem, x: Operands, transposed: bool = False, ascending: b
     graphs = problem.graphs
     bands = graphs.queries if transposed else graphs.keys
 
+    if graphs.mask is None or not graphs.listed:
+        without = dict(VISIT=len(bands) // 4, LIST=None)
+        return lambda config: without
+
     def of(config: Tiles) -> dict[str, Any]:
-        if graphs.mask is None or not graphs.listed:
-            return dict(VISIT=len(bands) // 4, LIST=None)
         listed = tile_list(Question(
             problem.program, graphs.mask, tuple(x.ints), tuple(x.floats), problem.batch, problem.heads,
             (problem.seqlen_q, problem.seqlen_k), (config.BLOCK_M, config.BLOCK_N), transposed, ascending, problem.device),

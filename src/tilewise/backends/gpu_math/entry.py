@@ -8,14 +8,11 @@ length, a batch size or a captured number changed.
 """
 from __future__ import annotations
 
-import contextlib
 import functools
 import linecache
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
-
-import torch
 
 from tilewise.trace.emit_triton import function
 from tilewise.trace.graph import GROUPS, leaves, parse
@@ -34,7 +31,6 @@ SCALARS = {"scale": "fp32", "heads": "i32", "group": "i32", "nq": "i32", "nk": "
            "out_split": "i64", "lse_split": "i64", "kv_heads": "i32", "room": "i32", "slots": "i32", "blocks": "i32",
            "positions": "i32", "together": "i32", "items": "i32", "mass_rows": "i32"}
 MAX_ALIGN = 16
-OPTIONS = {"enable_fp_fusion": True}    # of the compiler: a * b + c rounds once; no longer its default from Triton 3.10 on
 
 
 class Parameter(NamedTuple):
@@ -77,10 +73,9 @@ def flatten(kernel: Any, program: str, values: Mapping[str, Any]) -> dict[str, A
     return flat
 
 
-def start(point: Any, grid: tuple[int, ...], flat: Mapping[str, Any], device: torch.device, **options: int) -> None:
-    """Launches an entry point. Triton does so on the current device, whatever device the tensors are on."""
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        point[grid](**flat, **options, **OPTIONS)
+def slots_of(kernel: Any, program: str, name: str) -> tuple[str, ...]:
+    """The flat arguments that a parameter of a kernel is made of; none where it has no such parameter."""
+    return tuple(flat for parameter in parameters(kernel, program) if parameter.name == name for flat, _ in parameter.flat)
 
 
 @functools.lru_cache(maxsize=512)

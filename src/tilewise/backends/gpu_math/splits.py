@@ -67,10 +67,12 @@ class Parts(NamedTuple):
     lse: Tensor
 
 
-def new_parts(splits: int, out: Tensor, lse: Tensor) -> Parts:
-    """Memory for them; lse is -inf where nothing will be written."""
-    return Parts(torch.empty((splits, *out.shape), dtype=torch.float32, device=out.device),
-                 torch.full((splits, *lse.shape), -torch.inf, device=lse.device))
+def new_parts(problem: Problem, splits: int, device: torch.device) -> Parts:
+    """Memory for them; lse is -inf where nothing will be written: in rows of no sequence."""
+    slots, rows = problem.rows_q
+    lse = torch.empty((splits, slots, problem.heads, rows), dtype=torch.float32, device=device)
+    return Parts(torch.empty((*lse.shape, problem.head_dim_v), dtype=torch.float32, device=device),
+                 lse if problem.packed_q is None else lse.fill_(-torch.inf))
 
 
 def hide_unused(problem: Problem, x: Operands, lse: Tensor) -> None:

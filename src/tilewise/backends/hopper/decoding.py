@@ -73,7 +73,7 @@ def forward(problem: Problem, x: Operands, start: Start = start) -> tuple[Tensor
     if shares == 1:
         start(decode_kernel, problem, programs, values, WARPS)
         return out, lse
-    parts = new_parts(shares, out, lse)
+    parts = new_parts(problem, shares, problem.device)
     of_parts = dict(out_split=parts.out.stride(0), lse_split=parts.lse.stride(0))
     start(decode_kernel, problem, programs, values | of_parts | dict(
         OUT=parts.out, LSE=parts.lse, out_strides=strides(parts.out[0]), SINKS=None, HAS_SINKS=False), WARPS)

@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from tilewise.backends import Gradients, Needs
 from tilewise.backends.gpu_math.arguments import arguments, blocks, in_all, padded, strides, visits, work
 from tilewise.backends.gpu_math.entry import entry, flatten
-from tilewise.backends.gpu_math.entry import start as begin
+from tilewise.backends.gpu_math.launches import start as begin
 from tilewise.backends.gpu_math.splits import multiprocessors
 from tilewise.backends.hopper import configs
 from tilewise.backends.hopper.backward_kernel import backward as backward_kernel

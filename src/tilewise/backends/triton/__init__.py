@@ -84,6 +84,16 @@ def forward(problem, operands):
     return launch.forward(problem, operands)
 
 
+def prepared(problem, operands, out):
+    from tilewise.backends.triton import launch
+    return launch.prepared(problem, operands, out)
+
+
+def prepared_backward(problem, operands, out, dout):
+    from tilewise.backends.triton import launch
+    return launch.prepared_backward(problem, operands, out, dout)
+
+
 def forward_with_statistics(problem, operands):
     from tilewise.backends.triton import launch
     return launch.forward_with_statistics(problem, operands)

@@ -185,8 +185,8 @@ def of_append(arch: str, head_dim: int) -> Iterator[Case]:
         rotary = None if latent or dtype == torch.float32 else Rotary.of(head_dim // 2, 16, interleaved=True)
         v = None if latent else k
         turned = q if rotary else None
-        values = append.arguments(found, rows, k, v, turned, turned, rows, rotary) | dict(blocks=1)
-        flat = flatten(append_kernel.append, append.NOTHING, values)
+        given = append.tensors(found, rows, k, v, turned, turned, rows, rotary)
+        flat = flatten(append_kernel.append, append.NOTHING, given | append.numbers(given, rotary) | dict(blocks=1))
         yield _compiled(f"append d{head_dim} {width}", "forward", append_kernel.append, append.NOTHING, None, flat, arch,
                         Config(append.BLOCK, 0, append.WARPS, 1), False)
 

@@ -1,7 +1,6 @@
 """Forward mode and the derivative of the backward pass: what is allocated, what each kernel is told, on which grid."""
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +11,7 @@ from tilewise.backends.gpu_math.arguments import arguments, blocks, strides, vis
 from tilewise.backends.gpu_math.preprocess import preprocess
 from tilewise.backends.triton import backward_tangent_kernels as bwd
 from tilewise.backends.triton.configs import of_directions
-from tilewise.backends.triton.launch import Run, allocate_dbias, bias_mode, per_key_block, per_query_block, run
+from tilewise.backends.triton.launch import Run, allocate_dbias, bias_mode, like, per_key_block, per_query_block, run
 from tilewise.backends.triton.tangent_kernel import tangent as tangent_kernel
 from tilewise.problem import Operands, Problem
 from tilewise.state import sink_gradient_tangent
@@ -86,12 +85,6 @@ def alike(problem: Problem, x: Operands, u: Tangents) -> tuple[Operands, Tangent
     of_u = [None if t is None else torch.zeros_like(t) if tangent is None else arranged(tangent, t)
             for t, tangent in zip((q, k, v, bias, x.sinks), u, strict=True)]
     return x._replace(q=q, k=k, v=v, bias=bias), Tangents(*of_u)
-
-
-def like(problem: Problem) -> tuple[Tensor, ...]:
-    """How dq, dk, dv and out lie in memory; without memory."""
-    of = replace(problem, device=torch.device("meta"))
-    return of.new_q(of.head_dim), of.new_k(of.head_dim), of.new_k(of.head_dim_v), of.new_q(of.head_dim_v)
 
 
 def arranged(x: Tensor, order: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ import triton
 from torch import Tensor
 
 from tilewise.backends.gpu_math.arguments import padded
-from tilewise.backends.gpu_math.entry import entry, flatten, start
+from tilewise.backends.gpu_math.entry import entry, flatten
+from tilewise.backends.gpu_math.launches import start
 from tilewise.baselines.flash1 import kernels
 from tilewise.baselines.flash1.algorithms import State
 from tilewise.baselines.flash1.blocks import Blocks, block_form
