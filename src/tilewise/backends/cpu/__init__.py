@@ -15,12 +15,13 @@ from torch import Tensor
 
 from tilewise.backends import Gradients, Needs, Tangents
 from tilewise.backends.cpu import compiler, gradients, launch, sizes, tangents, threads
-from tilewise.backends.cpu.append import write
+from tilewise.backends.cpu.append import prepared_append, write
 from tilewise.problem import Operands, Problem
 from tilewise.statistics import Statistics
 
-__all__ = ["backward", "backward_tangent", "forward", "forward_with_statistics", "precision", "prepared", "prepared_backward",
-           "repeatable", "splits", "supports", "supports_tangents", "tangent", "tile_sizes", "volunteers", "workspace", "write"]
+__all__ = ["backward", "backward_tangent", "forward", "forward_with_statistics", "precision", "prepared", "prepared_append",
+           "prepared_backward", "repeatable", "splits", "supports", "supports_tangents", "tangent", "tile_sizes", "volunteers",
+           "workspace", "write"]
 
 
 def supports(problem: Problem) -> str | None:

@@ -1,16 +1,23 @@
-"""New keys and values into a cache in memory: a few copies where there are a few sequences."""
+"""New keys and values into a cache in memory: a few copies where there are a few sequences; of steps like one before, native."""
 from __future__ import annotations
 
+import ctypes
 import itertools
 from collections.abc import Iterator
+from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from tilewise import kv_cache
-from tilewise.kv_cache import Stored
+from tilewise.backends.cpu import abi, compiler
+from tilewise.kv_cache import KVCache, Stored
+from tilewise.paged_cache import PagedKVCache
 from tilewise.rotary import Rotary
 
 MOST_COPIES = 16                        # with more, all at once by index takes less time
+MOST_BYTES = 1 << 20                    # of new tokens that one thread copies; of more, PyTorch's threads
+Cache = KVCache | PagedKVCache
 
 
 def write(stored: Stored, new: Tensor, k_new: Tensor, v_new: Tensor | None, q: Tensor | None, q_rows: Tensor | None,
@@ -43,3 +50,114 @@ def places(stored: Stored, new: Tensor) -> Iterator[tuple[int, int, int, int, in
             piece = min(count - done, size - row)
             yield (pages[column], row, source, begin + done, piece) if 0 <= pages[column] < slots else None
             done += piece
+
+
+class Places(NamedTuple):
+    """Where the tokens of one step go."""
+    told: abi.Append
+    address: int                        # of `told`
+    scratch: Tensor
+    rows: Tensor                        # int32 [B, 3]: slot, first row, number of keys once they are written
+    order: Tensor | None                # int64 [B]: sequences, those with the most keys first; None: there is one
+    longest: int                        # keys, once they are written
+    shortest: int
+
+
+class Append:
+    """New tokens into a cache: for all caches, tokens and numbers of sequences that lie in memory as these do.
+
+    `look` reads lengths, padding, slots and pages, and writes nothing; `write` writes.
+    """
+    __slots__ = ("capacity", "count", "foreign", "free", "look_natively", "order", "page_size", "paged", "rows", "scratch",
+                 "template", "write_natively")
+
+    def __init__(self, cache: Cache, batch: int, k_new: Tensor | None, v_new: Tensor | None):
+        library = compiler.library("append", EMPTY, ())
+        self.look_natively, self.write_natively = library.append_look, library.append_write
+        for call in (self.look_natively, self.write_natively):
+            call.argtypes = [ctypes.c_void_p]
+        self.look_natively.restype = ctypes.c_long
+        paged, itemsize = isinstance(cache, PagedKVCache), cache.k.itemsize
+        self.paged, self.page_size = paged, cache.k.shape[1]
+        self.foreign = isinstance(cache, PagedKVCache) and cache.book is None
+        self.count = 0 if k_new is None else k_new.shape[1]
+        told = abi.Append(batch=batch, count=self.count, sequences=len(cache.lengths), slots_there=cache.k.shape[0],
+                          rows_each=self.page_size, kv_heads=cache.kv_heads, bytes=cache.head_dim * itemsize,
+                          bytes_v=cache.head_dim_v * itemsize, writes=k_new is not None, foreign=self.foreign)
+        if isinstance(cache, PagedKVCache):
+            told.table, told.columns, told.table_stride = 1, cache.block_table.shape[1], cache.block_table.stride(0)
+            self.capacity = told.columns * self.page_size
+        else:
+            told.slots_wide, self.capacity = cache.slots is not None and cache.slots.dtype == torch.int64, self.page_size
+        for name, x in (("k", cache.k), ("v", cache.v), ("k_new", k_new), ("v_new", v_new)):
+            if x is not None:
+                setattr(told, f"{name}_strides", (ctypes.c_long * 3)(*[stride * itemsize for stride in x.stride()[:3]]))
+        self.template, self.scratch = bytes(told), library.append_memory(ctypes.byref(told))
+        self.rows = torch.empty((), dtype=torch.int32, device="cpu").expand(batch, 3)      # patterns of what look allocates
+        self.order = None if batch < 2 else torch.empty((), dtype=torch.int64, device="cpu").expand(batch)
+        self.free: list[tuple[abi.Append, int, Tensor]] = []
+
+    def look(self, cache: Cache, index: int, held: int, extended: bool, k_new: Tensor | None,
+             v_new: Tensor | None) -> Places | None:
+        """None: something is not right, as `kv_cache` tells.
+
+        index, held: addresses of int64 [B], the sequences' numbers and the lengths that a book holds, or 0.
+        """
+        try:
+            told, address, scratch = self.free.pop()
+        except IndexError:
+            told, scratch = abi.Append.from_buffer_copy(self.template), torch.empty(self.scratch, dtype=torch.uint8, device="cpu")
+            address, told.scratch = ctypes.addressof(told), scratch.data_ptr()
+        rows = torch.empty_like(self.rows)
+        order = None if self.order is None else torch.empty_like(self.order)
+        told.k, told.v, told.lengths, told.rows = cache.k.data_ptr(), cache.v.data_ptr(), cache.lengths.data_ptr(), rows.data_ptr()
+        told.index, told.held, told.extended = index, held, extended
+        if order is not None:
+            told.order = order.data_ptr()
+        if k_new is not None:
+            told.k_new, told.v_new = k_new.data_ptr(), None if v_new is None else v_new.data_ptr()
+        if isinstance(cache, PagedKVCache):
+            told.table, told.room = cache.block_table.data_ptr(), None if cache.room is None else cache.room.data_ptr()
+        else:
+            told.slots = None if cache.slots is None else cache.slots.data_ptr()
+            told.padding = None if cache.left_padding is None else cache.left_padding.data_ptr()
+        if not self.look_natively(address):
+            self.free.append((told, address, scratch))
+            return None
+        return Places(told, address, scratch, rows, order, told.longest, told.shortest)
+
+    def pages(self, places: Places) -> Tensor | None:
+        """Memory for the sequences' pages, which `write` fills."""
+        if not self.paged:
+            return None
+        columns = max(1, -(-places.longest // self.page_size))
+        return torch.empty((places.told.batch, columns), dtype=torch.int32, device="cpu")
+
+    def write(self, cache: Cache, places: Places, pages: Tensor | None) -> None:
+        """Writes the tokens, advances the lengths."""
+        if pages is not None:
+            places.told.pages, places.told.pages_row = pages.data_ptr(), pages.shape[1]
+        self.write_natively(places.address)
+        if self.count:
+            torch.autograd.graph.increment_version((cache.k, cache.v, cache.lengths))
+        self.free.append(places[:3])
+
+    def leave(self, places: Places) -> None:
+        """Writes nothing after all."""
+        self.free.append(places[:3])
+
+
+EMPTY = "||||||"                        # program of a kernel that has no functions
+
+
+def prepared_append(cache: Cache, index: Tensor | None, batch: int, k_new: Tensor | None, v_new: Tensor | None) -> Append | None:
+    """None: these have to be turned to another dtype, are many, or are told in a way that is seldom."""
+    told = (cache.lengths, index, *((cache.block_table, cache.room) if isinstance(cache, PagedKVCache) else
+                                    (cache.slots, cache.left_padding)))
+    if cache.k_scale is not None or any(x is not None and x.stride(-1) != 1 and x.shape[-1] > 1 for x in told):
+        return None
+    if k_new is not None and (k_new.dtype != cache.dtype or k_new.nbytes + (0 if v_new is None else v_new.nbytes) > MOST_BYTES):
+        return None
+    if not batch or (index is not None and index.dtype != torch.int64):
+        return None
+    return Append(cache, batch, k_new, v_new)

@@ -63,13 +63,13 @@ def library(kernel: str, program: str, dtypes: tuple[torch.dtype, ...], compiled
     """
     generated = {"problem.h": abi.header(compiled),
                  "functions.h": '#pragma once\n#include "elementary.h"\n' + emit_cpp.source(program, dtypes)}
-    name = hashlib.sha256(repr((kernel, generated, sources(), identity(), FLAGS)).encode()).hexdigest()[:32]
+    name = hashlib.sha256(repr((kernel, generated, sources(kernel), identity(), FLAGS)).encode()).hexdigest()[:32]
     path = cache_directory() / f"{name}.so"
     if not whole(path):
         path = writable_directory() / path.name
         with locked(path.with_suffix(".lock")):
             if not whole(path):
-                build(kernel, sources() | generated, path)
+                build(kernel, sources(kernel) | generated, path)
     found = ctypes.CDLL(str(path))
     getattr(found, f"{kernel}_memory").restype = ctypes.c_long
     return found
@@ -87,8 +87,10 @@ def writable_directory() -> Path:
 
 
 @functools.cache
-def sources() -> dict[str, str]:
-    return {path.name: path.read_text() for path in sorted(KERNELS.iterdir()) if path.suffix in (".h", ".cpp")}
+def sources(kernel: str) -> dict[str, str]:
+    """Its own file and all headers."""
+    return {path.name: path.read_text() for path in sorted(KERNELS.iterdir())
+            if path.suffix == ".h" or path.name == f"{kernel}.cpp"}
 
 
 @functools.cache
