@@ -201,6 +201,10 @@ class Found:
         given = [x for x in held if isinstance(x, Tensor)]
         if any(x.is_inference() for x in (*given, *captured)):
             return                      # no one is told when these are written to
+        try:
+            hash(key)
+        except TypeError:               # such as a list of names
+            return
 
         keys = self.keys = [key]
 

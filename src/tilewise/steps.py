@@ -22,16 +22,15 @@ from tilewise.paged_cache import PagedKVCache
 from tilewise.problem import DENSE, Operands, fp32_products
 
 STEPS = 64                              # a cache's longest sequence is told in multiples of so many keys
-Cache = KVCache | PagedKVCache
 
 
-class Asked(NamedTuple):
+class Step(NamedTuple):
     """A step as it was asked for, where it is one that may be remembered.
 
     which: the sequences, numbers of a paged cache, a tensor of another; None: all in order.
     """
     q: Tensor
-    cache: Cache
+    cache: KVCache | PagedKVCache
     k_new: Tensor | None
     v_new: Tensor | None
     which: Sequence[int] | Tensor | None
@@ -39,31 +38,33 @@ class Asked(NamedTuple):
     options: Options
     backend: str
 
-    def place(self) -> tuple:
-        """The first key."""
+    def places(self) -> tuple:
+        """The first key: how memory lies that is read and written."""
         cache, k_new, v_new, which = self.cache, self.k_new, self.v_new, self.which
         if isinstance(cache, PagedKVCache):
-            lists = cache.book is None, layout(cache.block_table), None if cache.room is None else layout(cache.room)
+            lists: tuple = cache.book is None, cache.block_table, cache.room
         else:
-            lists = (None if cache.slots is None else layout(cache.slots),
-                     None if cache.left_padding is None else layout(cache.left_padding))
-        return (layout(cache.k), layout(cache.v), cache.v_in_k, layout(cache.lengths), *lists,
-                None if k_new is None else layout(k_new), None if v_new is None else layout(v_new),
-                None if which is None else layout(which) if isinstance(which, Tensor) else len(which),
-                cache.k.is_inference(), cache.lengths.is_inference(), torch.is_inference_mode_enabled())
+            lists = "slots", cache.slots, cache.left_padding
+        kind, first, second = lists
+        return (kind, None if first is None else layout(first), None if second is None else layout(second), layout(cache.k),
+                layout(cache.v), cache.v_in_k, layout(cache.lengths), None if k_new is None else layout(k_new),
+                None if v_new is None else layout(v_new),
+                None if which is None else layout(which) if isinstance(which, Tensor) else len(which), cache.k.is_inference(),
+                cache.v.is_inference(), cache.lengths.is_inference(), torch.is_inference_mode_enabled())
 
     def kernel(self, append: Any, longest: int, held: tuple) -> tuple:
         """The second key."""
         o = self.options
-        return (append, longest, layout(self.q), None if o.sinks is None else layout(o.sinks), o.causal, type(o.causal), o.scale,
-                type(o.scale), o.dropout_p, type(o.dropout_p), o.batch_invariant, o.return_stats, o.num_splits,
+        return (append, longest, layout(self.q), None if o.sinks is None else layout(o.sinks), o.causal, type(o.causal),
+                o.scale, type(o.scale), o.dropout_p, type(o.dropout_p), o.batch_invariant, o.return_stats, o.num_splits,
                 type(o.num_splits), self.backend, torch.is_grad_enabled(), fp32_products(),
                 torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(), *map(id, held))
 
 
-def asked(q: Any, cache: Any, k_new: Any, v_new: Any, which: Any, extended: bool, options: Options, backend: str) -> Asked | None:
-    """The step, or None if it is none that is remembered: what autograd, autocast or a mode follows, draws numbers, has columns
-    for keys, or is of another class."""
+def asked(q: Any, cache: Any, k_new: Any, v_new: Any, which: Any, extended: bool, options: Options,
+          backend: str) -> Step | None:
+    """The step; None if it is none that is remembered: what autograd, autocast or a mode follows, what draws numbers, has a
+    column or a statistic for each key, or is stored in fp8."""
     paged = type(cache) is PagedKVCache
     if not (paged or type(cache) is KVCache) or cache.k_scale is not None or (extended and not paged):
         return None
@@ -78,81 +79,85 @@ def asked(q: Any, cache: Any, k_new: Any, v_new: Any, which: Any, extended: bool
             return None
     elif type(which) not in ((list, tuple) if paged else (Tensor,)):
         return None
-    tensors = (q, k_new, v_new, cache.k, cache.v, cache.lengths, options.sinks)
+    tensors = q, k_new, v_new, cache.k, cache.v, cache.lengths, options.sinks
     if q is None or not calls.plain(*tensors):
         return None
     if torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
                 return None
-    return Asked(q, cache, k_new, v_new, which, extended, options, backend)
+    return Step(q, cache, k_new, v_new, which, extended, options, backend)
 
 
-def again(step: Asked, with_lse: bool) -> tuple[Tensor, Tensor | None] | None:
+def again(step: Step, with_lse: bool) -> tuple[Tensor, Tensor | None] | None:
     """out and lse; None: there was no step like this, or a value is not right, and nothing has been written."""
     q, cache, k_new, v_new, which, extended, options, _ = step
-    append = calls.remembered(step.place())
+    append = calls.remembered(step.places())
     if append is None:
         return None
-    index = held_by_book = 0
-    book = cache.book if isinstance(cache, PagedKVCache) else None
-    if isinstance(which, Tensor):
-        index = which.data_ptr()
-    elif which is not None:
-        numbers = ctypes.c_long * len(which)
-        try:
-            listed = numbers(*which)
-            lengths = None if book is None else numbers(*[book.lengths[number] for number in which])
-        except (TypeError, KeyError):   # no numbers of sequences
-            return None
-        index, held_by_book = ctypes.addressof(listed), 0 if lengths is None else ctypes.addressof(lengths)
-    places = append.look(cache, index, held_by_book, extended, k_new, v_new)
-    if places is None:
+    index, of_book = numbers(cache, which)
+    looked = append.look(cache, index, of_book, extended, k_new, v_new)
+    if looked is None:
         return None
     mask, mods, sinks = options.mask, options.score_mod, options.sinks
     held = () if mask is None and mods is None else calls.named(mask, mods, DENSE)
     found = captured = None
-    if held is not None and places.shortest >= q.shape[1]:
-        found = calls.remembered(step.kernel(append, bound(places.longest, append.capacity), held))
+    if held is not None and looked.shortest >= q.shape[1]:
+        found = calls.remembered(step.kernel(append, bound(looked.longest, append.capacity), held))
         captured = None if found is None else found.unchanged(held) if found.held else ()
     if found is None or captured is None:
-        append.leave(places)
+        append.leave(looked)
         return None
-    pages, out = append.pages(places), torch.empty_like(found.out)
-    lse = torch.empty_like(found.lse) if with_lse else None
-    if book is not None and k_new is not None and not extended:
-        counts = [append.count] * len(which)
-        cache.extend(which, counts)
-        try:
-            append.write(cache, places, pages)
-        except BaseException:
-            cache.take_back(which, counts)
-            raise
-    else:
-        append.write(cache, places, pages)
-    x = Operands(q, cache.k, cache.v, None, None if sinks is None else sinks.contiguous(), None, None, places.rows, pages, None,
-                 None, None, captured, found.ints, found.floats)
-    if lse is None:
-        found.launch(x, order=places.order, out=out)
-    else:
-        found.launch(x, order=places.order, out=out, lse=lse)
-    return out, lse
+    pages, results = append.pages(looked), {"out": torch.empty_like(found.out)}
+    if with_lse:
+        results["lse"] = torch.empty_like(found.lse)
+    write(step, append, looked, pages)
+    found.launch(Operands(q, cache.k, cache.v, None, None if sinks is None else sinks.contiguous(), None, None, looked.rows,
+                          pages, None, None, None, captured, found.ints, found.floats), order=looked.order, **results)
+    return results["out"], results.get("lse")
 
 
-def remember(step: Asked, found: Found) -> None:
+def write(step: Step, append: Any, looked: Any, pages: Tensor | None) -> None:
+    """Writes the tokens; a cache with a book makes room for them first, as `PagedKVCache.append` does."""
+    cache, which = step.cache, step.which
+    if not isinstance(cache, PagedKVCache) or cache.book is None or step.k_new is None or step.extended:
+        append.write(cache, looked, pages)
+        return
+    assert isinstance(which, (list, tuple))
+    counts = [append.count] * len(which)
+    cache.extend(which, counts)
+    try:
+        append.write(cache, looked, pages)
+    except BaseException:
+        cache.take_back(which, counts)
+        raise
+
+
+def remember(step: Step, found: Found) -> None:
     """Remembers a step that has gone the general way."""
     prepare = getattr(backends.load(found.backend), "prepared_append", None)
     held = calls.named(step.options.mask, step.options.score_mod, DENSE)
     if prepare is None or held is None or found.launch is None or found.problem.dropout or step.options.as_long_as_keys():
         return
-    place, index = step.place(), step.which if isinstance(step.which, Tensor) else None
-    append = calls.remembered(place)
+    key, index = step.places(), step.which if isinstance(step.which, Tensor) else None
+    append = calls.remembered(key)
     if append is None:
         append = prepare(step.cache, index, found.problem.batch, step.k_new, step.v_new)
         if append is None:
             return
-        calls.remember(place, append)
+        calls.remember(key, append)
     found.keep_also(step.kernel(append, found.problem.seqlen_k, held))
+
+
+def numbers(cache: Any, which: Sequence[int] | Tensor | None) -> tuple[Any, Any]:
+    """int64 [B] each, as arrays for C: the sequences, and how many keys the cache's book has for them; None: there are none."""
+    if which is None or isinstance(which, Tensor):
+        return which, None
+    array = ctypes.c_long * len(which)
+    try:
+        return array(*which), None if cache.book is None else array(*[cache.book.lengths[number] for number in which])
+    except (TypeError, KeyError):       # no numbers of sequences: one that no cache has, for `look` to refuse
+        return array(*[-1] * len(which)), None
 
 
 def bound(longest: int, capacity: int) -> int:

@@ -1,4 +1,4 @@
-"""New keys and values into a cache in memory: a few copies where there are a few sequences; of steps like one before, native."""
+"""New keys and values into a cache in memory: a few copies where there are a few sequences; native in steps like one before."""
 from __future__ import annotations
 
 import ctypes
@@ -17,7 +17,9 @@ from tilewise.rotary import Rotary
 
 MOST_COPIES = 16                        # with more, all at once by index takes less time
 MOST_BYTES = 1 << 20                    # of new tokens that one thread copies; of more, PyTorch's threads
+EMPTY = "||||||"                        # program of a kernel that has no functions
 Cache = KVCache | PagedKVCache
+Numbers = Tensor | ctypes.Array | None
 
 
 def write(stored: Stored, new: Tensor, k_new: Tensor, v_new: Tensor | None, q: Tensor | None, q_rows: Tensor | None,
@@ -52,11 +54,16 @@ def places(stored: Stored, new: Tensor) -> Iterator[tuple[int, int, int, int, in
             done += piece
 
 
-class Places(NamedTuple):
-    """Where the tokens of one step go."""
+class Frame(NamedTuple):
+    """What one append needs for itself."""
     told: abi.Append
     address: int                        # of `told`
     scratch: Tensor
+
+
+class Looked(NamedTuple):
+    """Where the tokens of one step go."""
+    frame: Frame
     rows: Tensor                        # int32 [B, 3]: slot, first row, number of keys once they are written
     order: Tensor | None                # int64 [B]: sequences, those with the most keys first; None: there is one
     longest: int                        # keys, once they are written
@@ -64,12 +71,12 @@ class Places(NamedTuple):
 
 
 class Append:
-    """New tokens into a cache: for all caches, tokens and numbers of sequences that lie in memory as these do.
+    """New tokens into a cache: any cache, tokens and numbers of sequences that lie in memory as these do.
 
-    `look` reads lengths, padding, slots and pages, and writes nothing; `write` writes.
+    `look` reads lengths, padding, slots and pages, and writes nothing. Then either `write` writes or `leave` ends it.
     """
-    __slots__ = ("capacity", "count", "foreign", "free", "look_natively", "order", "page_size", "paged", "rows", "scratch",
-                 "template", "write_natively")
+    __slots__ = ("capacity", "count", "frames", "look_natively", "order", "page_size", "rows", "scratch", "template",
+                 "write_natively")
 
     def __init__(self, cache: Cache, batch: int, k_new: Tensor | None, v_new: Tensor | None):
         library = compiler.library("append", EMPTY, ())
@@ -77,80 +84,85 @@ class Append:
         for call in (self.look_natively, self.write_natively):
             call.argtypes = [ctypes.c_void_p]
         self.look_natively.restype = ctypes.c_long
-        paged, itemsize = isinstance(cache, PagedKVCache), cache.k.itemsize
-        self.paged, self.page_size = paged, cache.k.shape[1]
-        self.foreign = isinstance(cache, PagedKVCache) and cache.book is None
         self.count = 0 if k_new is None else k_new.shape[1]
+        itemsize, rows_each = cache.k.itemsize, cache.k.shape[1]
         told = abi.Append(batch=batch, count=self.count, sequences=len(cache.lengths), slots_there=cache.k.shape[0],
-                          rows_each=self.page_size, kv_heads=cache.kv_heads, bytes=cache.head_dim * itemsize,
-                          bytes_v=cache.head_dim_v * itemsize, writes=k_new is not None, foreign=self.foreign)
+                          rows_each=rows_each, kv_heads=cache.kv_heads, bytes=cache.head_dim * itemsize,
+                          bytes_v=cache.head_dim_v * itemsize, writes=k_new is not None)
+        self.page_size, self.capacity = None, rows_each
         if isinstance(cache, PagedKVCache):
-            told.table, told.columns, told.table_stride = 1, cache.block_table.shape[1], cache.block_table.stride(0)
-            self.capacity = told.columns * self.page_size
-        else:
-            told.slots_wide, self.capacity = cache.slots is not None and cache.slots.dtype == torch.int64, self.page_size
+            told.columns, told.table_stride = cache.block_table.shape[1], cache.block_table.stride(0)
+            told.table, told.foreign = cache.block_table.data_ptr(), cache.book is None
+            self.page_size, self.capacity = rows_each, told.columns * rows_each
+        elif cache.slots is not None:
+            told.slots_wide = cache.slots.dtype == torch.int64
         for name, x in (("k", cache.k), ("v", cache.v), ("k_new", k_new), ("v_new", v_new)):
             if x is not None:
                 setattr(told, f"{name}_strides", (ctypes.c_long * 3)(*[stride * itemsize for stride in x.stride()[:3]]))
         self.template, self.scratch = bytes(told), library.append_memory(ctypes.byref(told))
-        self.rows = torch.empty((), dtype=torch.int32, device="cpu").expand(batch, 3)      # patterns of what look allocates
-        self.order = None if batch < 2 else torch.empty((), dtype=torch.int64, device="cpu").expand(batch)
-        self.free: list[tuple[abi.Append, int, Tensor]] = []
+        self.rows = torch.empty((), dtype=torch.int32, device="cpu").expand(batch, 3)      # patterns of what `look` allocates
+        self.order = None if batch == 1 else torch.empty((), dtype=torch.int64, device="cpu").expand(batch)
+        self.frames: list[Frame] = []
 
-    def look(self, cache: Cache, index: int, held: int, extended: bool, k_new: Tensor | None,
-             v_new: Tensor | None) -> Places | None:
-        """None: something is not right, as `kv_cache` tells.
+    def look(self, cache: Cache, index: Numbers, of_book: Numbers, extended: bool, k_new: Tensor | None,
+             v_new: Tensor | None) -> Looked | None:
+        """Where tokens go; None: something is not right, as `kv_cache` and `paged_cache` tell.
 
-        index, held: addresses of int64 [B], the sequences' numbers and the lengths that a book holds, or 0.
+        index, of_book: int64 [B], the sequences and the lengths that the cache's book holds, or None.
         """
         try:
-            told, address, scratch = self.free.pop()
+            frame = self.frames.pop()
         except IndexError:
-            told, scratch = abi.Append.from_buffer_copy(self.template), torch.empty(self.scratch, dtype=torch.uint8, device="cpu")
-            address, told.scratch = ctypes.addressof(told), scratch.data_ptr()
-        rows = torch.empty_like(self.rows)
+            frame = self.new_frame()
+        told, rows = frame.told, torch.empty_like(self.rows)
         order = None if self.order is None else torch.empty_like(self.order)
-        told.k, told.v, told.lengths, told.rows = cache.k.data_ptr(), cache.v.data_ptr(), cache.lengths.data_ptr(), rows.data_ptr()
-        told.index, told.held, told.extended = index, held, extended
-        if order is not None:
-            told.order = order.data_ptr()
+        told.k, told.v, told.lengths = cache.k.data_ptr(), cache.v.data_ptr(), cache.lengths.data_ptr()
+        told.rows, told.order = rows.data_ptr(), None if order is None else order.data_ptr()
+        told.index, told.held, told.extended = address(index), address(of_book), extended
         if k_new is not None:
-            told.k_new, told.v_new = k_new.data_ptr(), None if v_new is None else v_new.data_ptr()
+            told.k_new, told.v_new = k_new.data_ptr(), address(v_new)
         if isinstance(cache, PagedKVCache):
-            told.table, told.room = cache.block_table.data_ptr(), None if cache.room is None else cache.room.data_ptr()
+            told.table, told.room = cache.block_table.data_ptr(), address(cache.room)
         else:
-            told.slots = None if cache.slots is None else cache.slots.data_ptr()
-            told.padding = None if cache.left_padding is None else cache.left_padding.data_ptr()
-        if not self.look_natively(address):
-            self.free.append((told, address, scratch))
+            told.slots, told.padding = address(cache.slots), address(cache.left_padding)
+        if not self.look_natively(frame.address):
+            self.frames.append(frame)
             return None
-        return Places(told, address, scratch, rows, order, told.longest, told.shortest)
+        return Looked(frame, rows, order, told.longest, told.shortest)
 
-    def pages(self, places: Places) -> Tensor | None:
+    def pages(self, looked: Looked) -> Tensor | None:
         """Memory for the sequences' pages, which `write` fills."""
-        if not self.paged:
+        if self.page_size is None:
             return None
-        columns = max(1, -(-places.longest // self.page_size))
-        return torch.empty((places.told.batch, columns), dtype=torch.int32, device="cpu")
+        return torch.empty((len(looked.rows), max(1, -(-looked.longest // self.page_size))), dtype=torch.int32, device="cpu")
 
-    def write(self, cache: Cache, places: Places, pages: Tensor | None) -> None:
-        """Writes the tokens, advances the lengths."""
+    def write(self, cache: Cache, looked: Looked, pages: Tensor | None) -> None:
+        """Writes the tokens and advances the lengths."""
+        told = looked.frame.told
         if pages is not None:
-            places.told.pages, places.told.pages_row = pages.data_ptr(), pages.shape[1]
-        self.write_natively(places.address)
+            told.pages, told.pages_row = pages.data_ptr(), pages.shape[1]
+        self.write_natively(looked.frame.address)
         if self.count:
             torch.autograd.graph.increment_version((cache.k, cache.v, cache.lengths))
-        self.free.append(places[:3])
+        self.frames.append(looked.frame)
 
-    def leave(self, places: Places) -> None:
-        """Writes nothing after all."""
-        self.free.append(places[:3])
+    def leave(self, looked: Looked) -> None:
+        self.frames.append(looked.frame)
+
+    def new_frame(self) -> Frame:
+        told, scratch = abi.Append.from_buffer_copy(self.template), torch.empty(self.scratch, dtype=torch.uint8, device="cpu")
+        told.scratch = scratch.data_ptr()
+        return Frame(told, ctypes.addressof(told), scratch)
 
 
-EMPTY = "||||||"                        # program of a kernel that has no functions
+def address(x: Tensor | ctypes.Array | None) -> int | None:
+    if x is None:
+        return None
+    return x.data_ptr() if isinstance(x, Tensor) else ctypes.addressof(x)
 
 
-def prepared_append(cache: Cache, index: Tensor | None, batch: int, k_new: Tensor | None, v_new: Tensor | None) -> Append | None:
+def prepared_append(cache: Cache, index: Tensor | None, batch: int, k_new: Tensor | None,
+                    v_new: Tensor | None) -> Append | None:
     """None: these have to be turned to another dtype, are many, or are told in a way that is seldom."""
     told = (cache.lengths, index, *((cache.block_table, cache.room) if isinstance(cache, PagedKVCache) else
                                     (cache.slots, cache.left_padding)))
