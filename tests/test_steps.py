@@ -143,6 +143,48 @@ def test_growing_by_steps(kind, served, general):
     assert served == [False] + 33 * [True] + [False] + 5 * [True]       # 30 keys were there: the 35th step makes 65
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind, count, rotary_dim, interleaved", [("left padding", 1, DIM, False), ("pages", 3, 6, False),
+                                                                  ("slots", 2, DIM, True), ("foreign pages", 1, 2, True)])
+def test_turning_to_positions(kind, count, rotary_dim, interleaved, dtype, served, general):
+    """A step turns as PyTorch does, to the bit."""
+    cache, which = filled(kind)
+    cache.k, cache.v = cache.k.to(dtype), cache.v.to(dtype)
+    twin, rotary = copy.deepcopy(cache), tw.Rotary.of(rotary_dim, 50, interleaved=interleaved)
+    for turn in range(4):
+        given = [x.to(dtype) for x in tokens(turn, count)]
+        given[0] = given[0].transpose(1, 2).contiguous().transpose(1, 2) if turn > 1 else given[0]
+        ours = attend(cache, which, *given, rotary=rotary)
+        theirs = general(lambda given=given: attend(twin, which, *given, rotary=rotary))
+        assert all(map(torch.equal, ours, theirs))
+    assert everything(cache) == everything(twin)
+    assert served == [False, True, count == 1, True]        # of one query, heads and rows lie alike
+    rotary.cos.mul_(2)
+    ours = attend(cache, which, *given, rotary=rotary)
+    assert all(map(torch.equal, ours, general(lambda: attend(twin, which, *given, rotary=rotary))))
+    short, before = tw.Rotary.of(rotary_dim, 30 + 6 * count - 1, interleaved=interleaved), everything(cache)
+    for _ in range(2):
+        with pytest.raises(ValueError, match="rotary: expected tables for"):
+            attend(cache, which, *given, rotary=short)
+    assert everything(cache) == before
+
+
+def test_tables_end(served):
+    cache, which = filled("contiguous")
+    rotary = tw.Rotary.of(DIM, 32)
+    for turn in range(2):
+        attend(cache, which, *tokens(turn), rotary=rotary)
+    before = everything(cache)
+    with pytest.raises(ValueError, match="rotary: expected tables for 33 positions, got 32"):
+        attend(cache, which, *tokens(), rotary=rotary)
+    cache.lengths[:] = torch.tensor([5, 0, 4])
+    wide = tokens()[0].repeat(1, 2, 1, 1)
+    with pytest.raises(ValueError, match=r"q: expected at most as many queries .* \(1\), got 2"):
+        attend(cache, which, wide, *tokens()[1:], rotary=rotary)
+    assert everything(cache)[:2] == before[:2]
+    assert served == [False, True, False, False]
+
+
 def test_a_step_is_attention_to_all_keys(served):
     keys, values = (torch.randn(BATCH, 9, KV_HEADS, DIM, dtype=torch.float64) for _ in range(2))
     cache, which = paged()

@@ -177,15 +177,15 @@ def attention_with_kv_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Ten
     options = Options(causal, mask, score_mod, bias, sinks, scale, dropout_p, rng, None, batch_invariant, return_stats, "bshd",
                       num_splits)
     step = None
-    if rotary is None and cu_seqlens_q is None and max_seqlen_q is None:
-        step = steps.asked(q, cache, k_new, v_new, cache_batch_idx, extended, options, backend)
+    if cu_seqlens_q is None and max_seqlen_q is None:
+        step = steps.asked(q, cache, k_new, v_new, cache_batch_idx, rotary, extended, options, backend)
     done = None if step is None else steps.again(step, return_lse)
     if done is not None:
         return done if return_lse else done[0]
     found, operands = _appended(q, cache, k_new, v_new, options, backend, rotary, extended, cache_batch_idx, cu_seqlens_q,
                                 max_seqlen_q, check)
     if step is not None:
-        steps.remember(step, found)
+        steps.remember(step, found, operands.q)
     return _results(*found.compute(operands, return_lse), return_lse)
 
 

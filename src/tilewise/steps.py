@@ -20,6 +20,7 @@ from tilewise.calls import Found, Options, layout
 from tilewise.kv_cache import INTEGERS, KVCache
 from tilewise.paged_cache import PagedKVCache
 from tilewise.problem import DENSE, Operands, fp32_products
+from tilewise.rotary import Rotary
 
 STEPS = 64                              # a cache's longest sequence is told in multiples of so many keys
 
@@ -34,21 +35,23 @@ class Step(NamedTuple):
     k_new: Tensor | None
     v_new: Tensor | None
     which: Sequence[int] | Tensor | None
+    rotary: Rotary | None
     extended: bool
     options: Options
     backend: str
 
     def places(self) -> tuple:
         """The first key: how memory lies that is read and written."""
-        cache, k_new, v_new, which = self.cache, self.k_new, self.v_new, self.which
+        cache, k_new, v_new, which, rotary = self.cache, self.k_new, self.v_new, self.which, self.rotary
         if isinstance(cache, PagedKVCache):
             lists: tuple = cache.book is None, cache.block_table, cache.room
         else:
             lists = "slots", cache.slots, cache.left_padding
         kind, first, second = lists
+        turning = None if rotary is None else (layout(rotary.cos), layout(rotary.sin), rotary.interleaved, layout(self.q))
         return (kind, None if first is None else layout(first), None if second is None else layout(second), layout(cache.k),
                 layout(cache.v), cache.v_in_k, layout(cache.lengths), None if k_new is None else layout(k_new),
-                None if v_new is None else layout(v_new),
+                None if v_new is None else layout(v_new), turning,
                 None if which is None else layout(which) if isinstance(which, Tensor) else len(which), cache.k.is_inference(),
                 cache.v.is_inference(), cache.lengths.is_inference(), torch.is_inference_mode_enabled())
 
@@ -61,7 +64,7 @@ class Step(NamedTuple):
                 torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(), *map(id, held))
 
 
-def asked(q: Any, cache: Any, k_new: Any, v_new: Any, which: Any, extended: bool, options: Options,
+def asked(q: Any, cache: Any, k_new: Any, v_new: Any, which: Any, rotary: Any, extended: bool, options: Options,
           backend: str) -> Step | None:
     """The step; None if it is none that is remembered: what autograd, autocast or a mode follows, what draws numbers, has a
     column or a statistic for each key, or is stored in fp8."""
@@ -79,24 +82,27 @@ def asked(q: Any, cache: Any, k_new: Any, v_new: Any, which: Any, extended: bool
             return None
     elif type(which) not in ((list, tuple) if paged else (Tensor,)):
         return None
-    tensors = q, k_new, v_new, cache.k, cache.v, cache.lengths, options.sinks
+    if rotary is not None and (type(rotary) is not Rotary or k_new is None):
+        return None
+    cos, sin = (None, None) if rotary is None else (rotary.cos, rotary.sin)
+    tensors = q, k_new, v_new, cache.k, cache.v, cache.lengths, options.sinks, cos, sin
     if q is None or not calls.plain(*tensors):
         return None
     if torch.is_grad_enabled():
         for x in tensors:
             if x is not None and x.requires_grad:
                 return None
-    return Step(q, cache, k_new, v_new, which, extended, options, backend)
+    return Step(q, cache, k_new, v_new, which, rotary, extended, options, backend)
 
 
 def again(step: Step, with_lse: bool) -> tuple[Tensor, Tensor | None] | None:
     """out and lse; None: there was no step like this, or a value is not right, and nothing has been written."""
-    q, cache, k_new, v_new, which, extended, options, _ = step
+    q, cache, k_new, v_new, which, rotary, extended, options, _ = step
     append = calls.remembered(step.places())
     if append is None:
         return None
     index, of_book = numbers(cache, which)
-    looked = append.look(cache, index, of_book, extended, k_new, v_new)
+    looked = append.look(cache, index, of_book, extended, k_new, v_new, rotary)
     if looked is None:
         return None
     mask, mods, sinks = options.mask, options.score_mod, options.sinks
@@ -111,38 +117,44 @@ def again(step: Step, with_lse: bool) -> tuple[Tensor, Tensor | None] | None:
     pages, results = append.pages(looked), {"out": torch.empty_like(found.out)}
     if with_lse:
         results["lse"] = torch.empty_like(found.lse)
-    write(step, append, looked, pages)
-    found.launch(Operands(q, cache.k, cache.v, None, None if sinks is None else sinks.contiguous(), None, None, looked.rows,
-                          pages, None, None, None, captured, found.ints, found.floats), order=looked.order, **results)
+    turned = None if rotary is None else torch.empty_like(q)
+    write(step, append, looked, pages, turned)
+    x = Operands(q if turned is None else turned, cache.k, cache.v, None, None if sinks is None else sinks.contiguous(), None,
+                 None, looked.rows, pages, None, None, None, captured, found.ints, found.floats)
+    found.launch(x, order=looked.order, **results)
     return results["out"], results.get("lse")
 
 
-def write(step: Step, append: Any, looked: Any, pages: Tensor | None) -> None:
+def write(step: Step, append: Any, looked: Any, pages: Tensor | None, turned: Tensor | None) -> None:
     """Writes the tokens; a cache with a book makes room for them first, as `PagedKVCache.append` does."""
     cache, which = step.cache, step.which
     if not isinstance(cache, PagedKVCache) or cache.book is None or step.k_new is None or step.extended:
-        append.write(cache, looked, pages)
+        append.write(cache, looked, pages, step.q, turned)
         return
     assert isinstance(which, (list, tuple))
     counts = [append.count] * len(which)
     cache.extend(which, counts)
     try:
-        append.write(cache, looked, pages)
+        append.write(cache, looked, pages, step.q, turned)
     except BaseException:
         cache.take_back(which, counts)
         raise
 
 
-def remember(step: Step, found: Found) -> None:
-    """Remembers a step that has gone the general way."""
+def remember(step: Step, found: Found, turned: Tensor) -> None:
+    """Remembers a step that has gone the general way. turned: q as it was attended with."""
     prepare = getattr(backends.load(found.backend), "prepared_append", None)
     held = calls.named(step.options.mask, step.options.score_mod, DENSE)
     if prepare is None or held is None or found.launch is None or found.problem.dropout or step.options.as_long_as_keys():
         return
-    key, index = step.places(), step.which if isinstance(step.which, Tensor) else None
+    key, index, own = step.places(), step.which if isinstance(step.which, Tensor) else None, None
+    if step.rotary is not None:
+        own = torch.empty_like(step.q)
+        if steps_of(own) != steps_of(turned):
+            return
     append = calls.remembered(key)
     if append is None:
-        append = prepare(step.cache, index, found.problem.batch, step.k_new, step.v_new)
+        append = prepare(step.cache, index, step.k_new, step.v_new, step.q, own, step.rotary)
         if append is None:
             return
         calls.remember(key, append)
@@ -158,6 +170,11 @@ def numbers(cache: Any, which: Sequence[int] | Tensor | None) -> tuple[Any, Any]
         return array(*which), None if cache.book is None else array(*[cache.book.lengths[number] for number in which])
     except (TypeError, KeyError):       # no numbers of sequences: one that no cache has, for `look` to refuse
         return array(*[-1] * len(which)), None
+
+
+def steps_of(x: Tensor) -> list[int]:
+    """Strides that are of consequence."""
+    return [stride for size, stride in zip(x.shape, x.stride(), strict=True) if size > 1]
 
 
 def bound(longest: int, capacity: int) -> int:

@@ -31,12 +31,13 @@ class Problem(ctypes.Structure):
 
 class Append(ctypes.Structure):
     """New tokens and the cache they go into (append.cpp). Null: index: all in order; slots: as sequences; padding, room: none;
-    held: no book of lengths; table: no pages; order: not wanted. Strides in bytes: slot or page, row, head."""
+    held: no book of lengths; table: no pages; order: not wanted; cos, sin: nothing turns. Strides in bytes: slot, row, head."""
     POINTERS = ("k", "v", "k_new", "v_new", "lengths", "index", "held", "slots", "padding", "room", "table", "rows", "order",
-                "pages", "scratch")
+                "pages", "scratch", "cos", "sin", "q", "turned")
     NUMBERS = ("batch", "count", "sequences", "slots_there", "slots_wide", "rows_each", "columns", "table_stride", "pages_row",
-               "kv_heads", "bytes", "bytes_v", "writes", "extended", "foreign", "longest", "shortest")
-    STRIDES = ("k_strides", "v_strides", "k_new_strides", "v_new_strides")
+               "kv_heads", "bytes", "bytes_v", "writes", "extended", "foreign", "longest", "shortest", "kind", "heads",
+               "queries", "positions", "pairs", "interleaved", "cos_stride", "sin_stride")
+    STRIDES = ("k_strides", "v_strides", "k_new_strides", "v_new_strides", "q_strides", "turned_strides")
     _fields_ = [*((name, ctypes.c_void_p) for name in POINTERS), *((name, ctypes.c_long) for name in NUMBERS),
                 *((name, ctypes.c_long * 3) for name in STRIDES)]
 

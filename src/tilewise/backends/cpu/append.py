@@ -78,7 +78,8 @@ class Append:
     __slots__ = ("capacity", "count", "frames", "look_natively", "order", "page_size", "rows", "scratch", "template",
                  "write_natively")
 
-    def __init__(self, cache: Cache, batch: int, k_new: Tensor | None, v_new: Tensor | None):
+    def __init__(self, cache: Cache, batch: int, k_new: Tensor | None, v_new: Tensor | None, q: Tensor, turned: Tensor | None,
+                 rotary: Rotary | None):
         library = compiler.library("append", EMPTY, ())
         self.look_natively, self.write_natively = library.append_look, library.append_write
         for call in (self.look_natively, self.write_natively):
@@ -89,6 +90,10 @@ class Append:
         told = abi.Append(batch=batch, count=self.count, sequences=len(cache.lengths), slots_there=cache.k.shape[0],
                           rows_each=rows_each, kv_heads=cache.kv_heads, bytes=cache.head_dim * itemsize,
                           bytes_v=cache.head_dim_v * itemsize, writes=k_new is not None)
+        if rotary is not None:
+            told.kind, told.queries, told.heads = abi.KINDS[cache.dtype], *q.shape[1:3]
+            told.positions, told.pairs, told.interleaved = *rotary.cos.shape, rotary.interleaved
+            told.cos, told.cos_stride, told.sin_stride = rotary.cos.data_ptr(), rotary.cos.stride(0), rotary.sin.stride(0)
         self.page_size, self.capacity = None, rows_each
         if isinstance(cache, PagedKVCache):
             told.columns, told.table_stride = cache.block_table.shape[1], cache.block_table.stride(0)
@@ -96,7 +101,7 @@ class Append:
             self.page_size, self.capacity = rows_each, told.columns * rows_each
         elif cache.slots is not None:
             told.slots_wide = cache.slots.dtype == torch.int64
-        for name, x in (("k", cache.k), ("v", cache.v), ("k_new", k_new), ("v_new", v_new)):
+        for name, x in (("k", cache.k), ("v", cache.v), ("k_new", k_new), ("v_new", v_new), ("q", q), ("turned", turned)):
             if x is not None:
                 setattr(told, f"{name}_strides", (ctypes.c_long * 3)(*[stride * itemsize for stride in x.stride()[:3]]))
         self.template, self.scratch = bytes(told), library.append_memory(ctypes.byref(told))
@@ -105,7 +110,7 @@ class Append:
         self.frames: list[Frame] = []
 
     def look(self, cache: Cache, index: Numbers, of_book: Numbers, extended: bool, k_new: Tensor | None,
-             v_new: Tensor | None) -> Looked | None:
+             v_new: Tensor | None, rotary: Rotary | None) -> Looked | None:
         """Where tokens go; None: something is not right, as `kv_cache` and `paged_cache` tell.
 
         index, of_book: int64 [B], the sequences and the lengths that the cache's book holds, or None.
@@ -125,6 +130,8 @@ class Append:
             told.table, told.room = cache.block_table.data_ptr(), address(cache.room)
         else:
             told.slots, told.padding = address(cache.slots), address(cache.left_padding)
+        if rotary is not None:
+            told.cos, told.sin = rotary.cos.data_ptr(), rotary.sin.data_ptr()
         if not self.look_natively(frame.address):
             self.frames.append(frame)
             return None
@@ -136,11 +143,13 @@ class Append:
             return None
         return torch.empty((len(looked.rows), max(1, -(-looked.longest // self.page_size))), dtype=torch.int32, device="cpu")
 
-    def write(self, cache: Cache, looked: Looked, pages: Tensor | None) -> None:
-        """Writes the tokens and advances the lengths."""
+    def write(self, cache: Cache, looked: Looked, pages: Tensor | None, q: Tensor, turned: Tensor | None) -> None:
+        """Writes the tokens and advances the lengths. turned: where q at its positions goes, with a rotary."""
         told = looked.frame.told
         if pages is not None:
             told.pages, told.pages_row = pages.data_ptr(), pages.shape[1]
+        if turned is not None:
+            told.q, told.turned = q.data_ptr(), turned.data_ptr()
         self.write_natively(looked.frame.address)
         if self.count:
             torch.autograd.graph.increment_version((cache.k, cache.v, cache.lengths))
@@ -161,15 +170,16 @@ def address(x: Tensor | ctypes.Array | None) -> int | None:
     return x.data_ptr() if isinstance(x, Tensor) else ctypes.addressof(x)
 
 
-def prepared_append(cache: Cache, index: Tensor | None, batch: int, k_new: Tensor | None,
-                    v_new: Tensor | None) -> Append | None:
+def prepared_append(cache: Cache, index: Tensor | None, k_new: Tensor | None, v_new: Tensor | None, q: Tensor,
+                    turned: Tensor | None, rotary: Rotary | None) -> Append | None:
     """None: these have to be turned to another dtype, are many, or are told in a way that is seldom."""
     told = (cache.lengths, index, *((cache.block_table, cache.room) if isinstance(cache, PagedKVCache) else
-                                    (cache.slots, cache.left_padding)))
+                                    (cache.slots, cache.left_padding)), *(() if rotary is None else (rotary.cos, rotary.sin)))
     if cache.k_scale is not None or any(x is not None and x.stride(-1) != 1 and x.shape[-1] > 1 for x in told):
         return None
-    if k_new is not None and (k_new.dtype != cache.dtype or k_new.nbytes + (0 if v_new is None else v_new.nbytes) > MOST_BYTES):
+    if k_new is not None and (k_new.dtype != cache.dtype or sum(x.nbytes for x in (k_new, v_new, turned) if x is not None)
+                              > MOST_BYTES):
         return None
-    if not batch or (index is not None and index.dtype != torch.int64):
+    if not len(q) or (index is not None and index.dtype != torch.int64) or (rotary and rotary.cos.dtype != torch.float32):
         return None
-    return Append(cache, batch, k_new, v_new)
+    return Append(cache, len(q), k_new, v_new, q, turned, rotary)

@@ -1,9 +1,10 @@
-// The new tokens of a step into a cache, by copies: `append_look` finds where they go and whether all is right, and writes to no
+// The new tokens of a step into a cache, copied or turned: `append_look` finds where they go and whether all is right, and writes to no
 // cache; `append_write` writes. Of tokens [B, count, H_kv, bytes]; a sequence is a row of `lengths`, of `table` if it has pages.
 #include <algorithm>
 #include <climits>
 #include <cstring>
 #include "problem.h"
+#include "rows.h"
 
 static inline long sequence_of(const Append& x, long b) { return x.index ? ((const long*)x.index)[b] : b; }
 
@@ -70,7 +71,7 @@ extern "C" long append_look(Append* p) {
     if (i < 0 || i >= x.sequences) return 0;
     const long n = ((const int*)x.lengths)[i], slot = x.table ? 0 : slot_of(x, i), room = room_of(x, i);
     const long first = x.table || !x.padding ? 0 : ((const int*)x.padding)[i];
-    if (n < 0 || first < 0 || n + x.count > room) return 0;
+    if (n < 0 || first < 0 || n + x.count > room || (x.cos && n + x.count > x.positions)) return 0;
     if (!x.table && (slot < 0 || slot >= x.slots_there)) return 0;
     if (x.writes) {
       char& mark = x.table ? marks.sequence[i] : marks.slot[slot];
@@ -92,18 +93,52 @@ extern "C" long append_look(Append* p) {
   return 1;
 }
 
+struct Element16 { uint16_t bits; };
+template <int KIND> struct Element : Element16 {
+  operator float() const { return KIND == FP16 ? from_fp16(bits) : from_bf16(bits); }
+  void operator=(float x) { bits = KIND == FP16 ? to_fp16(x) : to_bf16(x); }
+};
+
+// One row at its position, as `rotary.py` says, to the bit: compiled without contraction (compiler.py).
+template <typename T> static void turn(const Append& x, void* to_row, const void* from_row, long position) {
+  T* to = (T*)to_row;
+  const T* from = (const T*)from_row;
+  const float *cos = (const float*)x.cos + position * x.cos_stride, *sin = (const float*)x.sin + position * x.sin_stride;
+  for (long i = 0; i < x.pairs; i++) {
+    const long first = x.interleaved ? 2 * i : i, second = x.interleaved ? 2 * i + 1 : i + x.pairs;
+    const float a = from[first], b = from[second];
+    to[first] = a * cos[i] - b * sin[i];
+    to[second] = a * sin[i] + b * cos[i];
+  }
+  memcpy(to + 2 * x.pairs, from + 2 * x.pairs, x.bytes - 2 * x.pairs * sizeof(T));
+}
+
+// Heads of one token or query.
+static void turn_heads(const Append& x, long heads, char* to, const long* to_strides, const char* from, const long* from_strides,
+                       long position) {
+  for (long h = 0; h < heads; h++, to += to_strides[2], from += from_strides[2]) {
+    if (x.kind == FP32) turn<float>(x, to, from, position);
+    else if (x.kind == FP16) turn<Element<FP16>>(x, to, from, position);
+    else turn<Element<BF16>>(x, to, from, position);
+  }
+}
+
+static inline char* row_at(const void* memory, const long* strides, long slot, long row) {
+  return (char*)memory + slot * strides[0] + row * strides[1];
+}
+
 // One token: its heads, at once where they lie one after another.
 static inline void copy(const Append& x, void* to, const long* to_strides, long slot, long row, const void* from,
                         const long* from_strides, long b, long token, long bytes) {
-  char* target = (char*)to + slot * to_strides[0] + row * to_strides[1];
-  const char* source = (const char*)from + b * from_strides[0] + token * from_strides[1];
+  char *target = row_at(to, to_strides, slot, row), *source = row_at(from, from_strides, b, token);
   const bool together = to_strides[2] == bytes && from_strides[2] == bytes;
   const long size = together ? bytes * x.kv_heads : bytes;
   for (long h = 0; h < (together ? 1 : x.kv_heads); h++)
     memmove(target + h * to_strides[2], source + h * from_strides[2], size);
 }
 
-// What a look has found right. `pages` [B][pages_row] are those of the sequences in order.
+// What a look has found right, for no more queries than the shortest sequence then has keys. `pages` [B][pages_row] are those of
+// the sequences in order, `turned` is q at its positions.
 extern "C" void append_write(const Append* p) {
   const Append& x = *p;
   const int* rows = (const int*)x.rows;
@@ -115,9 +150,14 @@ extern "C" void append_write(const Append* p) {
         slot = pages_of(x, i)[row / x.rows_each], row %= x.rows_each;
         if (slot < 0 || slot >= x.slots_there) continue;
       }
-      copy(x, x.k, x.k_strides, slot, row, x.k_new, x.k_new_strides, b, token, x.bytes);
+      if (x.cos) turn_heads(x, x.kv_heads, row_at(x.k, x.k_strides, slot, row), x.k_strides,
+                            row_at(x.k_new, x.k_new_strides, b, token), x.k_new_strides, before + token);
+      else copy(x, x.k, x.k_strides, slot, row, x.k_new, x.k_new_strides, b, token, x.bytes);
       if (x.v_new) copy(x, x.v, x.v_strides, slot, row, x.v_new, x.v_new_strides, b, token, x.bytes_v);
     }
+    for (long query = 0; query < x.queries; query++)
+      turn_heads(x, x.heads, row_at(x.turned, x.turned_strides, b, query), x.turned_strides,
+                 row_at(x.q, x.q_strides, b, query), x.q_strides, rows[2] - x.queries + query);
     if (x.count) ((int*)x.lengths)[i] = rows[2];
     if (x.table) memcpy((int*)x.pages + b * x.pages_row, pages_of(x, i), x.pages_row * sizeof(int));
   }
