@@ -57,6 +57,11 @@ def test_caches(cache):
     assert done.returncode == 0, done.stdout[-200:] + done.stderr[:6000]
 
 
+def test_decoding(cache):
+    done = run("decoding", cache=cache)
+    assert done.returncode == 0, done.stdout[-200:] + done.stderr[:6000]
+
+
 @pytest.mark.parametrize("planted, found", [
     ("keys beyond the last", "AddressSanitizer: heap-buffer-overflow"),
     ("addresses between numbers", "runtime error: load of misaligned address")])
@@ -105,6 +110,30 @@ def caches():
                 torch.testing.assert_close(found, expected, rtol=0, atol=max(1e-5, 4 * torch.finfo(dtype).eps))
 
 
+def decoding():
+    """Steps until memory ends, all but the first of them remembered, in caches of every kind."""
+    table = torch.arange(12, dtype=torch.int32).flip(0).view(3, 4)
+    padding = torch.tensor([5, 0, 1], dtype=torch.int32)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        k, v = torch.randn(2, 12, 8, 2, 40).to(dtype).unbind(0)
+        pages = tw.PagedKVCache(12, 8, 2, 40, max_sequences=3, max_pages_per_sequence=4, dtype=dtype)
+        for cache, which in ((tw.KVCache(3, 32, 2, 40, dtype=dtype, left_padding=padding), None),
+                             (tw.KVCache.wrap(*(x.view(3, 32, 2, 40) for x in (k, v)), padding * 0,
+                                              slots=torch.tensor([2, 0, 1])), None),
+                             (pages, [pages.new() for _ in range(3)]),
+                             (tw.PagedKVCache.wrap(k.clone(), v.clone(), table, padding * 0), None)):
+            print(dtype, cache, flush=True)
+            name = "sequences" if isinstance(cache, tw.PagedKVCache) else "cache_batch_idx"
+            cache.append(*torch.randn(2, 3, 20, 2, 40).to(dtype), **{name: which})
+            rotary = tw.Rotary.of(30, 32)
+            for _ in range(12 if getattr(cache, "left_padding", None) is None else 7):
+                q, k_new, v_new = (torch.randn(3, 1, heads, 40).to(dtype) for heads in (4, 2, 2))
+                out = tw.attention_with_kv_cache(q, cache, k_new, v_new, cache_batch_idx=which, rotary=rotary)
+                q = rotary.rotate(q.transpose(1, 2), cache.lengths[:3, None, None] - 1).transpose(1, 2)
+                again = tw.attention_with_kv_cache(q, cache, cache_batch_idx=which, backend="reference")
+                torch.testing.assert_close(out, again, rtol=0, atol=max(1e-5, 4 * torch.finfo(dtype).eps))
+
+
 def plant(field, more):
     """Kernels are told something wrong."""
     described = launch.described
@@ -127,5 +156,7 @@ if __name__ == "__main__":
         cases(int(sys.argv[2]), int(sys.argv[3]))
     elif sys.argv[1] == "caches":
         caches()
+    elif sys.argv[1] == "decoding":
+        decoding()
     else:
         plant(*{"keys beyond the last": ("nk", 100), "addresses between numbers": ("q", 1)}[sys.argv[1]])

@@ -23,6 +23,14 @@ if what it tells its kernels can be settled once for operands and results that l
 `run` writes results and looks only at where tensors begin, whatever views of that memory they are. `delta` [.., heads, ..] like
 lse is rowsum(dout * out) - dlse, from which dsinks follows (`state.sink_gradient`).
 
+A backend that has `prepared` may have, for decoding steps that are alike (`tilewise/steps.py`),
+
+    prepared_append(cache, index, k_new, v_new, q, turned, rotary) -> Append | None
+
+with look(cache, index, of_book, extended, k_new, v_new, rotary) -> None where a value is not right, otherwise the sequences' rows,
+their order, the longest and the shortest; pages(looked); then write(cache, looked, pages, q, turned), which gives what
+`kv_cache.write` and the cache's `append` give, or leave(looked). `run` then takes that order too. None: it is for the general way.
+
 and, if it has forward mode and second derivatives in kernels of its own (formulas: `docs/derivatives.md`),
 
     supports_tangents(problem) -> None | str     None, or why it has not for this problem
