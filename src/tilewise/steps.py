@@ -48,7 +48,7 @@ class Step(NamedTuple):
         else:
             lists = "slots", cache.slots, cache.left_padding
         kind, first, second = lists
-        turning = None if rotary is None else (layout(rotary.cos), layout(rotary.sin), rotary.interleaved, layout(self.q))
+        turning = None if rotary is None else (layout(rotary.cos), layout(rotary.sin), bool(rotary.interleaved), layout(self.q))
         return (kind, None if first is None else layout(first), None if second is None else layout(second), layout(cache.k),
                 layout(cache.v), cache.v_in_k, layout(cache.lengths), None if k_new is None else layout(k_new),
                 None if v_new is None else layout(v_new), turning,
@@ -92,7 +92,7 @@ def asked(q: Any, cache: Any, k_new: Any, v_new: Any, which: Any, rotary: Any, e
         for x in tensors:
             if x is not None and x.requires_grad:
                 return None
-    return Step(q, cache, k_new, v_new, which, rotary, extended, options, backend)
+    return Step(q, cache, k_new, v_new, which, rotary, bool(extended), options, backend)
 
 
 def again(step: Step, with_lse: bool) -> tuple[Tensor, Tensor | None] | None:

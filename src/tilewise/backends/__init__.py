@@ -27,9 +27,9 @@ A backend that has `prepared` may have, for decoding steps that are alike (`tile
 
     prepared_append(cache, index, k_new, v_new, q, turned, rotary) -> Append | None
 
-with look(cache, index, of_book, extended, k_new, v_new, rotary) -> None where a value is not right, otherwise the sequences' rows,
-their order, the longest and the shortest; pages(looked); then write(cache, looked, pages, q, turned), which gives what
-`kv_cache.write` and the cache's `append` give, or leave(looked). `run` then takes that order too. None: it is for the general way.
+with look(cache, index, of_book, extended, k_new, v_new, rotary) -> rows, order, longest and shortest of the sequences, or None
+where a value is not right; pages(looked); and write(cache, looked, pages, q, turned), which does what `kv_cache.write` and the
+cache's `append` do, or leave(looked). `run` is then given that order too. None: such steps go the general way.
 
 and, if it has forward mode and second derivatives in kernels of its own (formulas: `docs/derivatives.md`),
 

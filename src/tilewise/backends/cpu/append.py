@@ -92,7 +92,7 @@ class Append:
                           bytes_v=cache.head_dim_v * itemsize, writes=k_new is not None)
         if rotary is not None:
             told.kind, told.queries, told.heads = abi.KINDS[cache.dtype], *q.shape[1:3]
-            told.positions, told.pairs, told.interleaved = *rotary.cos.shape, rotary.interleaved
+            told.positions, told.pairs, told.interleaved = *rotary.cos.shape, bool(rotary.interleaved)
             told.cos, told.cos_stride, told.sin_stride = rotary.cos.data_ptr(), rotary.cos.stride(0), rotary.sin.stride(0)
         self.page_size, self.capacity = None, rows_each
         if isinstance(cache, PagedKVCache):
