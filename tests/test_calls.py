@@ -45,8 +45,8 @@ WANTED = Wanted(torch.device("cpu"), quick=True)
 # `python -m tilewise.bench.overhead` shows at which stage, `tilewise bench instructions` how much.
 MOST_CALLS = {"forward": (25, 33), "causal": (25, 33), "window": (36, 41), "mask function": (31, 40),
               "boolean mask": (34, 43), "forward, recorded": (46, 55), "forward and backward": (90, 138),
-              "packed": (110, 106), "decoding step": (31, 63), "decoding step, GQA": (31, 63),
-              "paged step": (44, 93)}
+              "packed": (110, 106), "decoding step": (38, 65), "decoding step, GQA": (38, 65),
+              "paged step": (51, 103)}
 
 
 @NEEDS_CPU
