@@ -27,6 +27,7 @@ LAYERS = [
     ["plan", "derivatives"],
     ["ops"],
     ["calls"],
+    ["steps"],
     ["api"],
     ["__init__"],
     ["models", "inspect", "devices", "doctor", "compat", "pages", "terminal"],

@@ -115,7 +115,7 @@ def test_what_a_library_depends_on_names_it(change, cache, built, monkeypatch):
 
 def test_an_edit_under_a_running_process_is_not_stored_under_the_name_of_what_it_read(built):
     """The name and the library come from the same text."""
-    compiler.sources()
+    compiler.sources("tiny")
     (compiler.KERNELS / "tiny.cpp").write_text(TINY % 43)
     compiler.library.cache_clear()
     assert compiler.library("tiny", "||||||", ()).tiny_memory() == 42

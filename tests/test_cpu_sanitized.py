@@ -21,6 +21,7 @@ SUITES = (
     ("address", "test_cpu_tangents.py", "test_tangent_kernels.py", "-k", "cpu"),
     ("address", "test_cpu_portable.py", "test_nonfinite.py", "test_statistics.py", "-k", "cpu"),
     ("address", "test_cache_attention.py", "test_calls.py", "-k", "cpu or calls"),
+    ("address", "test_steps.py"),
     ("address", "contract/test_contract.py", "-k", "cpu"),
     ("thread", "test_cpu.py", "test_cpu_tangents.py", "-k", "threads or passes or share or few or invariant"),
     ("thread", "test_cache_attention.py", "test_statistics.py", "-k", "cpu and (splits or one_call or packed)"),

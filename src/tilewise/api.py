@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._C._dynamo import eval_frame as frames
 
-from tilewise import backends, calls, ops
+from tilewise import backends, calls, ops, steps
 from tilewise.calls import Found, Options
 from tilewise.kv_cache import KVCache, Stored, check_tensor
 from tilewise.masks import Mask
@@ -23,8 +23,6 @@ from tilewise.sequences import packed_rows
 from tilewise.state import AttentionState, merge_states
 from tilewise.statistics import Statistics
 from tilewise.trace.graph import leaves
-
-STEPS = 64                              # a cache's longest sequence is told in multiples of so many keys
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Mask | Callable | Tensor | None = None,
@@ -178,8 +176,16 @@ def attention_with_kv_cache(q: Tensor, cache: KVCache | PagedKVCache, k_new: Ten
     """
     options = Options(causal, mask, score_mod, bias, sinks, scale, dropout_p, rng, None, batch_invariant, return_stats, "bshd",
                       num_splits)
+    step = None
+    if cu_seqlens_q is None and max_seqlen_q is None:
+        step = steps.asked(q, cache, k_new, v_new, cache_batch_idx, rotary, extended, options, backend)
+    done = None if step is None else steps.again(step, return_lse)
+    if done is not None:
+        return done if return_lse else done[0]
     found, operands = _appended(q, cache, k_new, v_new, options, backend, rotary, extended, cache_batch_idx, cu_seqlens_q,
                                 max_seqlen_q, check)
+    if step is not None:
+        steps.remember(step, found, operands.q)
     return _results(*found.compute(operands, return_lse), return_lse)
 
 
@@ -315,7 +321,7 @@ def _in_cache(q: Any, cache: Any, stored: Stored, k_new: Tensor | None, options:
     elif not extended:
         longest = min(longest + (new if isinstance(new, int) else longest_q), capacity)
     if cache.device.type == "cpu" and not options.as_long_as_keys():    # any bound will do: one problem for many steps
-        longest = max(longest, min(-(-longest // STEPS) * STEPS, capacity))
+        longest = steps.bound(longest, capacity)
     if q.dtype != cache.dtype and stored.k_scale is None:
         raise TypeError(f"q: expected the cache's dtype {cache.dtype}, got {q.dtype}")
     return Layout(q_rows, stored.rows, stored.pages, stored.k_scale, stored.v_scale, longest_q, longest, cached=True,

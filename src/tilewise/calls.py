@@ -192,12 +192,14 @@ class Found:
 
     launch: the backend's forward of operands that lie like these, if it has one; otherwise `ops` computes them.
     """
-    __slots__ = ("backend", "backwards", "call", "captured", "floats", "held", "ints", "launch", "lse", "out", "problem")
+    __slots__ = ("backend", "backwards", "call", "captured", "floats", "held", "ints", "keys", "launch", "lse", "out",
+                 "problem")
 
     def __init__(self, problem: Problem, x: Operands, backend: str, settled: bool = True):
         self.problem, self.backend, self.ints, self.floats = problem, choose(problem, backend), x.ints, x.floats
         module = backends.load(self.backend)
         self.call = Call(module, problem, (x.ints, x.floats))
+        self.keys: list[tuple] = []     # all that it is kept under
         self.held: tuple[tuple[Callable[[], Any], tuple | None], ...] = ()
         self.captured: tuple[tuple[Callable[[], Tensor | None], tuple | None], ...] = ()
         self.backwards: dict[tuple, Callable[..., None] | None] = {}    # by all strides
@@ -217,9 +219,11 @@ class Found:
         given = [x for x in held if isinstance(x, Tensor)]
         if any(x.is_inference() for x in (*given, *captured)):
             return                      # no one is told when these are written to
+        keys = self.keys = [key]
 
         def forget(_: Any) -> None:
-            _known.pop(key, None)
+            for key in keys:
+                _known.pop(key, None)
 
         def weakly(x: Tensor) -> tuple[Callable[[], Tensor | None], tuple | None]:
             """A tensor that someone else keeps; one made of the mask given shares its memory, and goes and changes with it."""
@@ -230,10 +234,14 @@ class Found:
 
         self.held = tuple((weakref.ref(x, forget), state(x)) for x in held)
         self.captured = tuple(weakly(x) for x in captured)
-        with _lock:
-            while len(_known) >= KEPT:
-                _known.pop(next(iter(_known)), None)
-            _known[key] = self
+        remember(key, self)
+
+    def keep_also(self, key: tuple) -> None:
+        """Remembers this under one more key, as it was when it was kept: for as long, and not if it was not."""
+        if self.keys:
+            if key not in self.keys:
+                self.keys.append(key)
+            remember(key, self)
 
     def unchanged(self, held: tuple) -> list[Tensor] | None:
         """The captured tensors, if the objects that the call names are those of then, and all are as they were."""
@@ -404,8 +412,22 @@ def given_order(x: Tensor, order: str, packed: bool) -> Tensor:
 
 
 layouts: Callable[[Tensor, Tensor, Tensor], Hashable] = in_python
-_known: dict[tuple, Found] = {}
+_known: dict[tuple, Any] = {}
 _lock = threading.Lock()
+
+
+def remember(key: tuple, found: Any) -> None:
+    with _lock:
+        while len(_known) >= KEPT:
+            _known.pop(next(iter(_known)), None)
+        _known[key] = found
+
+
+def remembered(key: tuple) -> Any:
+    try:
+        return _known.get(key)
+    except TypeError:                   # something that is no option at all, as `problem.make` will say
+        return None
 
 
 def forget() -> None:

@@ -267,8 +267,9 @@ class PagedKVCache(Storage):
             self._check_table(index, tokens.rows[:, 2])
         try:
             return self._write(self._stored(numbers, index), index, tokens, q, rotary, writer)
-        except BaseException:
-            self._take_back(numbers, tokens, extended)
+        except BaseException:           # a lack of memory, for instance
+            if self.book is not None and not extended and numbers is not None and tokens.counts is not None:
+                self.take_back(numbers, tokens.counts)
             raise
 
     def _managed(self, call: str, *sequences: int) -> PageBook:
@@ -327,11 +328,10 @@ class PagedKVCache(Storage):
             assert tokens.counts is not None
             self.extend(numbers, tokens.counts)
 
-    def _take_back(self, numbers: list[int] | None, tokens: NewTokens, extended: bool) -> None:
-        """Undoes the room made for an append that failed, a lack of memory for instance."""
-        if self.book is not None and not extended and numbers is not None and tokens.counts is not None:
-            for number, count in zip(numbers, tokens.counts, strict=True):
-                self.truncate(number, self.book.lengths[number] - count)
+    def take_back(self, sequences: Sequence[int], counts: Sequence[int]) -> None:
+        """Undoes an `extend` whose tokens were not written."""
+        for number, count in zip(sequences, counts, strict=True):
+            self.truncate(number, self.length(number) - count)
 
     def _check_table(self, index: Tensor, counts: Tensor) -> None:
         """Raises ValueError unless the pages in use exist, once per sequence, and those to be written to are nobody else's."""

@@ -24,6 +24,14 @@ if what it tells its kernels can be settled once for operands and results that l
 of pages, which grows. `delta` [.., heads, ..] like lse is rowsum(dout * out) - dlse, from which dsinks follows
 (`state.sink_gradient`).
 
+A backend that has `prepared` may have, for decoding steps that are alike (`tilewise/steps.py`),
+
+    prepared_append(cache, index, k_new, v_new, q, turned, rotary) -> Append | None
+
+with look(cache, index, of_book, extended, k_new, v_new, rotary) -> rows, order, longest and shortest of the sequences, or None
+where a value is not right; pages(looked); and write(cache, looked, pages, q, turned), which does what `kv_cache.write` and the
+cache's `append` do, or leave(looked). `run` is then given that order too. None: such steps go the general way.
+
 and, if it has forward mode and second derivatives in kernels of its own (formulas: `docs/derivatives.md`),
 
     supports_tangents(problem) -> None | str     None, or why it has not for this problem

@@ -26,7 +26,7 @@ from tilewise.bench.tolerance import Verdict
 from tilewise.problem import DENSE
 
 B, S, H, D = 1, 16, 2, 16
-CAPACITY = 64                           # of the cache
+CAPACITY, PAGE = 64, 16                 # of the cache; keys of a page
 LENGTHS = 6, 10                         # of packed sequences
 TOGETHER = 5                            # calls that are timed as one
 BAR = 1.5                               # times PyTorch's time, at most
@@ -69,7 +69,9 @@ def cases() -> list[Case]:
         recorded("forward, recorded", q, k, v, there, backward=False),
         recorded("forward and backward", q, k, v, there, backward=True),
         packed(q[0], k[0], v[0]),
-        decode(),
+        decode("decoding step"),
+        decode("decoding step, GQA", heads=4 * H),
+        decode("paged step", paged=True),
     ]
 
 
@@ -105,26 +107,36 @@ def packed(q: Tensor, k: Tensor, v: Tensor) -> Case:
                 dict(mode="forward", lengths=list(LENGTHS)))
 
 
-def decode() -> Case:
+def decode(name: str, heads: int = H, paged: bool = False) -> Case:
     """One step: a new key and value, then attention to all. Both take the step back before; PyTorch's cache is a tensor."""
-    cache = tw.KVCache(B, CAPACITY, H, D, dtype=torch.float32)
-    cache.append(*(torch.randn(B, S - 1, H, D) for _ in range(2)))
+    q, (k, v) = torch.randn(B, 1, heads, D), (torch.randn(B, 1, H, D) for _ in range(2))
+    held = [torch.randn(B, S - 1, H, D) for _ in range(2)]
+    cache: Any
+    if paged:
+        cache, which = tw.PagedKVCache(CAPACITY // PAGE, PAGE, H, D, max_sequences=1, dtype=torch.float32), [0]
+        cache.append(*held, sequences=[cache.new()])
+    else:
+        cache, which = tw.KVCache(B, CAPACITY, H, D, dtype=torch.float32), None
+        cache.append(*held)
     before = cache.lengths.clone()
-    q, k, v = (torch.randn(B, 1, H, D) for _ in range(3))
-    keys, values = (x.transpose(1, 2).contiguous() for x in (cache.k, cache.v))
+    keys, values = (torch.cat([x, x.new_zeros(B, CAPACITY - S + 1, H, D)], 1).transpose(1, 2).contiguous() for x in held)
     q_there, k_there, v_there = (x.transpose(1, 2) for x in (q, k, v))
 
     def ours() -> Tensor:
-        cache.lengths.copy_(before)
-        return tw.attention_with_kv_cache(q, cache, k, v)
+        if which is None:
+            cache.lengths.copy_(before)
+        else:
+            cache.truncate(0, S - 1)
+        return tw.attention_with_kv_cache(q, cache, k, v, cache_batch_idx=which)
 
     def theirs(dtype: torch.dtype = torch.float32) -> Tensor:
         keys[:, :, S - 1:S], values[:, :, S - 1:S] = k_there, v_there
         if dtype == torch.float32:
-            return sdpa(q_there, keys[:, :, :S], values[:, :, :S])
-        return sdpa(*(x.to(dtype) for x in (q_there, keys[:, :, :S], values[:, :, :S])))
+            return sdpa(q_there, keys[:, :, :S], values[:, :, :S], enable_gqa=heads > H)
+        return sdpa(*(x.to(dtype) for x in (q_there, keys[:, :, :S], values[:, :, :S])), enable_gqa=heads > H)
 
-    return Case("decoding step", ours, theirs, lambda: theirs(torch.float64), dict(mode="forward", cache=CAPACITY), turned=True)
+    setting = dict(mode="forward", cache=CAPACITY, heads=heads) | (dict(page_size=PAGE) if paged else {})
+    return Case(name, ours, theirs, lambda: theirs(torch.float64), setting, turned=True)
 
 
 def right(case: Case) -> dict[str, list[float]]:

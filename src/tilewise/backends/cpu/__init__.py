@@ -15,14 +15,14 @@ from torch import Tensor
 
 from tilewise.backends import Gradients, Needs, Tangents
 from tilewise.backends.cpu import compiler, gradients, launch, sizes, tangents, threads
-from tilewise.backends.cpu.append import write
+from tilewise.backends.cpu.append import prepared_append, write
 from tilewise.backends.cpu.layouts import reader as layout_reader
 from tilewise.problem import Operands, Problem
 from tilewise.statistics import Statistics
 
 __all__ = ["backward", "backward_tangent", "forward", "forward_with_statistics", "layout_reader", "precision", "prepared",
-           "prepared_backward", "repeatable", "splits", "supports", "supports_tangents", "tangent", "tile_sizes", "volunteers",
-           "workspace", "write"]
+           "prepared_append", "prepared_backward", "repeatable", "splits", "supports", "supports_tangents", "tangent", "tile_sizes",
+           "volunteers", "workspace", "write"]
 
 
 def supports(problem: Problem) -> str | None:

@@ -1,4 +1,4 @@
-"""What a kernel is told: the C struct `Problem`, declared once for Python and for C++."""
+"""What a kernel is told: the C structs `Problem` and `Append`, declared once for Python and for C++."""
 from __future__ import annotations
 
 import ctypes
@@ -29,6 +29,19 @@ class Problem(ctypes.Structure):
                 ("scale", ctypes.c_double), *((name, ctypes.c_long * 4) for name in STRIDES)]
 
 
+class Append(ctypes.Structure):
+    """New tokens and the cache they go into (append.cpp). Null: index: all in order; slots: as sequences; padding, room: none;
+    held: no book of lengths; table: no pages; order: not wanted; cos, sin: nothing turns. Strides in bytes: slot, row, head."""
+    POINTERS = ("k", "v", "k_new", "v_new", "lengths", "index", "held", "slots", "padding", "room", "table", "rows", "order",
+                "pages", "scratch", "cos", "sin", "q", "turned")
+    NUMBERS = ("batch", "count", "sequences", "slots_there", "slots_wide", "rows_each", "columns", "table_stride", "pages_row",
+               "kv_heads", "bytes", "bytes_v", "writes", "extended", "foreign", "longest", "shortest", "kind", "heads",
+               "queries", "positions", "pairs", "interleaved", "cos_stride", "sin_stride")
+    STRIDES = ("k_strides", "v_strides", "k_new_strides", "v_new_strides", "q_strides", "turned_strides")
+    _fields_ = [*((name, ctypes.c_void_p) for name in POINTERS), *((name, ctypes.c_long) for name in NUMBERS),
+                *((name, ctypes.c_long * 3) for name in STRIDES)]
+
+
 class Compiled(NamedTuple):
     """What a kernel is compiled for.
 
@@ -43,4 +56,7 @@ def header(compiled: Compiled) -> str:
     lines = [f"  {POINTER_TYPES.get(name, 'void*')} {name};" for name in POINTERS]
     lines += [f"  long {name};" for name in NUMBERS] + ["  double scale;"] + [f"  long {name}[4];" for name in STRIDES]
     constants = f"constexpr int STORED = {compiled.stored};\nconstexpr bool PAIRED = {str(compiled.paired).lower()};\n"
-    return "#pragma once\nstruct Problem {\n" + "\n".join(lines) + "\n};\n" + constants
+    append = [f"  void* {name};" for name in Append.POINTERS] + [f"  long {name};" for name in Append.NUMBERS]
+    append += [f"  long {name}[3];" for name in Append.STRIDES]
+    structs = [f"struct {name} {{\n" + "\n".join(body) + "\n};\n" for name, body in (("Problem", lines), ("Append", append))]
+    return "#pragma once\n" + "".join(structs) + constants

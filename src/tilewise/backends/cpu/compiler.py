@@ -31,6 +31,7 @@ COMPILERS = "c++", "g++", "clang++"
 X86 = platform.machine().lower() in ("x86_64", "amd64", "i686")
 FLAGS = ("-std=c++17", "-O3", *(("-march=native", "-mprefer-vector-width=512") if X86 else ("-mcpu=native",)),
          "-ffp-contract=fast", "-fno-math-errno", "-w", "-shared", "-fPIC")
+OWN_FLAGS = {"append": ("-ffp-contract=off",)}     # of a kernel: what turns rounds as PyTorch does
 PLAIN = abi.Compiled()
 DIGEST = hashlib.sha256().digest_size
 
@@ -66,13 +67,13 @@ def library(kernel: str, program: str | None = None, dtypes: tuple[torch.dtype, 
     generated = {} if program is None else {
         "problem.h": abi.header(compiled),
         "functions.h": '#pragma once\n#include "elementary.h"\n' + emit_cpp.source(program, dtypes)}
-    name = hashlib.sha256(repr((kernel, generated, sources(), identity(), FLAGS)).encode()).hexdigest()[:32]
+    name = hashlib.sha256(repr((kernel, generated, sources(kernel), identity(), flags(kernel))).encode()).hexdigest()[:32]
     path = cache_directory() / f"{name}.so"
     if not whole(path):
         path = writable_directory() / path.name
         with locked(path.with_suffix(".lock")):
             if not whole(path):
-                build(kernel, sources() | generated, path)
+                build(kernel, sources(kernel) | generated, path)
     return ctypes.CDLL(str(path))
 
 
@@ -88,8 +89,14 @@ def writable_directory() -> Path:
 
 
 @functools.cache
-def sources() -> dict[str, str]:
-    return {path.name: path.read_text() for path in sorted(KERNELS.iterdir()) if path.suffix in (".h", ".cpp")}
+def sources(kernel: str) -> dict[str, str]:
+    """Its own file and all headers."""
+    return {path.name: path.read_text() for path in sorted(KERNELS.iterdir())
+            if path.suffix == ".h" or path.name == f"{kernel}.cpp"}
+
+
+def flags(kernel: str) -> tuple[str, ...]:
+    return *FLAGS, *OWN_FLAGS.get(kernel, ())
 
 
 @functools.cache
@@ -135,8 +142,8 @@ def build(kernel: str, files: dict[str, str], path: Path) -> None:
         for name, text in files.items():
             (Path(directory) / name).write_text(text)
         made = Path(directory) / "made.so"
-        done = subprocess.run([*compiler(), *FLAGS, f"{directory}/{kernel}.cpp", "-o", str(made), "-lm"], capture_output=True,
-                              text=True)
+        done = subprocess.run([*compiler(), *flags(kernel), f"{directory}/{kernel}.cpp", "-o", str(made), "-lm"],
+                              capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{shlex.join(compiler())} could not compile the {kernel} kernel (backend=\"tiled\" needs no "
                                f"compiler; CXX names another one):\n{done.stderr[-4000:]}")

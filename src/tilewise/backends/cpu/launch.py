@@ -104,7 +104,7 @@ class Launch:
         self.scratch = memory(ctypes.byref(told)) + ALIGNMENT + self.lse
         self.frames: list[Frame] = []
 
-    def __call__(self, x: Operands, **results: Tensor | None) -> None:
+    def __call__(self, x: Operands, order: Tensor | None = None, **results: Tensor | None) -> None:
         try:
             frame = self.frames.pop()
         except IndexError:
@@ -121,7 +121,8 @@ class Launch:
             captured = self.captured(*[t.data_ptr() for t in x.captured])
             told.captured = ctypes.addressof(captured)
         if x.k_rows is not None:
-            order = order_of(x.k_rows) if self.order is None else self.order
+            if order is None:
+                order = order_of(x.k_rows) if self.order is None else self.order
             told.order = order.data_ptr()
         if x.pages is not None:
             pages = x.pages.contiguous()
