@@ -61,7 +61,8 @@ def curves(drawn: Sequence[Curve], look: dict[str, Look], *, x: str, y: str, wor
            log_y: bool = True, lengths: bool = True) -> str:
     """Curves over a logarithmic x. words: of numbers on the y axis; lengths: x counts tokens."""
     with styled():
-        figure, axes = canvas(len(drawn) + len(guides))
+        refused = any(curve.crosses for curve in drawn)
+        figure, axes = canvas(len(drawn) + len(guides) + refused)
         values = [v for points in (*(c.points for c in drawn), *(g.points for g in guides)) for _, v in points]
         low, high = min(values) / 1.5, max(values) * (1.6 if log_y else 1.08)
         for depth, one in enumerate(reversed(drawn)):       # ours on top
@@ -72,6 +73,8 @@ def curves(drawn: Sequence[Curve], look: dict[str, Look], *, x: str, y: str, wor
                       linestyle="none", clip_on=False)
         for guide in guides:
             axes.plot(*zip(*guide.points, strict=True), color=GREY, linestyle=(0, (2, 2)), linewidth=1.4, label=guide.words)
+        if refused:
+            axes.plot([], [], color=GREY, marker="x", markersize=8, markeredgewidth=2.5, linestyle="none", label="refused")
         axes.set_xscale("log", base=2)
         if log_y:
             axes.set_yscale("log")

@@ -152,6 +152,21 @@ def roofline(seqlen_q: Queries = 4096, seqlen_k: Keys = 0, batch: Batch = 1, hea
     show(make, png, svg, out)
 
 
+@app.command("draw")
+def draw_file(file: Annotated[Path, typer.Argument(help="What one of these commands wrote with --out.", show_default=False)],
+              png: Png = None, svg: Svg = None) -> None:
+    """Draw a result again, without computing it.
+
+    Example: `tilewise traffic draw results/traffic_slopes.json --svg slopes.svg`
+    """
+    def make() -> dict[str, Any]:
+        from tilewise.bench import record
+
+        return dict(record.load(file))
+
+    show(make, png, svg, None)
+
+
 @app.command()
 def measure(seqlen_q: Queries = 4096, seqlen_k: Keys = 0, batch: Batch = 1, heads: Heads = 16, kv_heads: KvHeads = 0,
             head_dim: HeadDim = 128, dtype: Dtype = "float16", causal: Causal = False, mask: MaskText = "",

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from tilewise.pages.words import ratio, size
 from tilewise.report import names
-from tilewise.report.blocks import Block, Cell, Table, Text
+from tilewise.report.blocks import Block, Cell, Picture, Table, Text
 from tilewise.report.results import Entry, File, Row
 from tilewise.report.sections.shared import NOTHING, each_machine, everyone, grouped, head_dim, pictures, state
 
@@ -21,9 +21,12 @@ def build(files: Sequence[File]) -> list[Block]:
 
 def of_machine(rows: list[Row]) -> list[Block]:
     rows = [row for row in rows if any(e.bytes is not None for e in row.entries.values()) or row.error]
-    drawn = pictures(rows, key=lambda r: (names.mode(r), names.dtype(r), head_dim(r), names.mask(r), grouped(r)),
-                     value=positive, words=size, label="peak memory")
-    return [*drawn, table(rows)] if rows else []
+    return [*drawn(rows), table(rows)] if rows else []
+
+
+def drawn(rows: Sequence[Row]) -> list[Picture]:
+    return pictures(rows, key=lambda r: (names.mode(r), names.dtype(r), head_dim(r), names.mask(r), grouped(r)),
+                    value=positive, words=size, label="peak memory beside inputs and outputs")
 
 
 def positive(entry: Entry) -> float | None:
