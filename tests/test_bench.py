@@ -2,8 +2,6 @@
 import json
 import time
 from dataclasses import replace
-from pathlib import Path
-from types import ModuleType
 
 import pytest
 import torch
@@ -20,7 +18,6 @@ from tilewise.bench.timing import Timing
 from tilewise.cli import app
 
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[1]
 TINY = Shape(1, 64, 4, 2, 16, True, "float32")
 HERE = Wanted(CPU, quick=True)
 
@@ -246,12 +243,9 @@ def test_tables():
     assert head.split() == ["speed", "ours", "GFLOP/s", "flash"]
     assert line.split() == ["N", "8", "fp32", "fwd", "2", "ms", "500", "2.00"]
     assert why.strip() == "jax, x: absent: not here"
-    assert table.markdown([row]).splitlines()[-1] == \
-        "| N 8 float32 forward | 2 ms | 500 GFLOP/s | sdpa flash | 2.00 | 1.50-2.50 | >= 1.20 | yes |"
     late = {"state": "timed", "reason": "", "seconds": 4.0, "quartiles": [4.0, 4.0], "bar": 3.0}
     built = {**row, "contenders": {"tilewise": late}, "times_faster": {}}
     assert table.lines([built])[-1].strip() == "! N 8 fp32 fwd: 4 s, promised 3 s"
-    assert table.markdown([built]).splitlines()[-1].endswith("| <= 3 s | no |")
 
 
 def test_work_is_divided_without_loss():
@@ -282,7 +276,6 @@ def test_commands_share_their_options(trials, tmp_path):
         assert json.loads(out.read_text())["benchmark"] == name
     bench("serving", "--quick", "--device", "cpu", "--out", out)
     assert "a fwd" in bench("show", out).output
-    assert "| a forward | 1 s |" in bench("show", out, "--markdown").output
     done = bench("serving", "--quick", "--device", "cpu", "--out", out, "--resume")
     assert done.exit_code == 0, done.output
     done = bench("decode", "--quick", "--device", "cpu", "--out", out, "--resume")
@@ -316,23 +309,3 @@ def test_a_result_is_compared_with_an_earlier_one(trials, tmp_path, monkeypatch)
     done = bench("attention", "--device", "cpu", "--against", tmp_path / "old.json")
     assert done.exit_code == 0, done.output
     assert "none fails" in done.output
-
-
-def test_docs_show_results(tmp_path):
-    """The pages name files and parts; the tables between their marks are the files'."""
-    script = ROOT / "scripts" / "figures"
-    figures = ModuleType("figures")
-    figures.__file__ = str(script)
-    exec(compile(script.read_text(), script, "exec"), vars(figures))
-    assert any(figures.BLOCK.search(page.read_text()) for page in (ROOT / "docs").glob("*.md"))
-    entry = {"state": "timed", "reason": "", "seconds": 1.0, "quartiles": [1.0, 1.0]}
-    rows = [{"part": part, "case": f"{part} case", "setting": {}, "contenders": {"tilewise": entry}, "times_faster": {}}
-            for part in ("decode", "packed")]
-    record.write(tmp_path / "results" / "a.json", {**record.new("cpu", "cpu", False), "rows": rows})
-    text = "before\n<!-- results/a.json decode -->\nold\n<!-- /results -->\nafter"
-    found = figures.rewritten(text, tmp_path)
-    assert "| decode case | 1 s |" in found
-    assert "packed case" not in found
-    assert "old" not in found
-    assert found.startswith("before\n")
-    assert figures.rewritten(found, tmp_path) == found

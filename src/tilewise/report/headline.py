@@ -62,8 +62,8 @@ def speed(rows: Sequence[Row], against: Callable[[Row], tuple[str, Ratio] | None
     found = sorted((Comparison(row, *pair) for row in rows if (pair := against(row)) is not None), key=lambda c: c.found.median)
     if not found:
         return None
-    whom = fastest_of(dict.fromkeys(name for one in found for name in (*names.peers(one.row), one.other)
-                                    if names.kind(name) == names.kind(one.other)))
+    kind = names.kind(found[0].other)
+    whom = fastest_of(name for name in rivals([one.row for one in found]) if names.kind(name) == kind)
     middle = statistics.median(c.found.median for c in found)
     tone = "" if middle >= 1 else "bad"
     if len(found) == 1:
