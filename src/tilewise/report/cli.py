@@ -59,7 +59,7 @@ def everything(
     from tilewise import devices
     from tilewise.bench import record
     from tilewise.bench.suite import BENCHMARKS
-    from tilewise.traffic import paper
+    from tilewise.traffic import commands, paper
 
     with plain_errors(RuntimeError):
         left_out = {"cpu": chosen_device(device).type != "cpu", "instructions": quick}
@@ -69,8 +69,13 @@ def everything(
             console.print(f"[bold]{name}[/bold]")
             files.append(out / f"{name}.json")
             show(measure(name, out=files[-1], quick=quick, device=device, seconds=seconds, resume=resume))
-    files.append(out / "traffic.json")
-    record.write(files[-1], paper.table(devices.device("A100-40")))
+    at_most = devices.serving(chosen_device(device))
+    made = {"traffic": lambda: paper.table(devices.device("A100-40"))}
+    if at_most is not None:         # a GPU that the table of devices knows
+        made["roofline"] = lambda: commands.estimates_of(record.load(out / "attention.json")["rows"], at_most)
+    for name, make in made.items():
+        files.append(out / f"{name}.json")
+        record.write(files[-1], make())
     report(files, out)
 
 

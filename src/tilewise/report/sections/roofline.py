@@ -42,14 +42,14 @@ def of_device(device: str, rows: Sequence[Row], files: Sequence[File]) -> list[B
         seconds = entry.seconds if entry else None
         if entry and seconds:
             points[entry.name].append((setting["intensity"], setting["flops"] / seconds / 1e12))
-        lines.append([f"{names.title(row.case)}, {case(row)}", digits(setting["intensity"]), str(setting.get("bound", "")),
+        lines.append([f"{names.title(str(setting.get('algorithm', '')))}, {case(row)}", digits(setting["intensity"]), str(setting.get("bound", "")),
                       duration(least), duration(seconds) if seconds else "–", f"{least / seconds:.0%}" if seconds else "–"])
     first = rows[0].setting
     roof = Roof(f"{device}: {first['peak'] / 1e12:,.0f} TFLOP/s, {first['bandwidth'] / 1e9:,.0f} GB/s", first["peak"] / 1e12,
                 first["bandwidth"] / 1e9)
     words = f"{len(lines)} cases below the roof of {roof.words}"
-    table = Table(f"Roofline of {device}", ["case", "FLOP per byte", "bound by", "least time", "measured", "of the roof"],
-                  lines, "The numbers")
+    table = Table(f"Roofline of {device}", ["case", "FLOP per byte", "bound by", "least time", "measured", "of the least time"],
+                  lines, "The numbers", detail=True)
     draw = partial(charts.roofline, dict(points), [roof], charts.looks(list(points)))
     return [Heading(device), Picture("", words, draw, table)]
 
@@ -60,7 +60,7 @@ def measured(row: Row, device: str, files: Sequence[File]) -> Entry | None:
         if device in file.machine.split() or device == file.device == "cpu":
             for other in file.rows:
                 if other.part != PART and facts(other.setting) == facts(row.setting) and names.is_attention(other):
-                    entry = names.standard(other) if names.kind(row.case) == "standard" else other.ours
+                    entry = names.standard(other) if row.setting.get("algorithm") == "standard" else other.ours
                     if entry and entry.seconds:
                         return entry
     return None

@@ -14,8 +14,8 @@ from tilewise.report.sections import memory, speed
 from tilewise.report.sections.shared import NOTHING, machines, modes, origin
 
 INTRO = ("How many times faster than each other implementation, in the median of all attention cases that both were timed in "
-         "(in brackets the slowest and the fastest), and how much less memory beside inputs and outputs, at the longest sequence "
-         "that both could do.")
+         "(in brackets the slowest and the fastest), and how much less memory beside inputs and outputs, at the longest "
+         "sequence that both could do.")
 
 
 def build(files: Sequence[File]) -> list[Block]:
