@@ -1,7 +1,7 @@
 """Benchmarks: times are paired, what is wrong is not timed, a result names what it is and can be continued."""
 import json
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -295,12 +295,13 @@ def test_alone_it_is_quick_and_says_what_there_is(trials, monkeypatch):
 
 
 def test_all_of_them_write_a_file_each(trials, tmp_path, monkeypatch):
-    trials(trial("a", []))
+    trials(replace(trial("a", []), part="attention", setting=asdict(TINY)))
     done = bench("all", "--quick", "--device", "cpu", "--out", tmp_path)
     assert done.exit_code == 0, done.output
     names = [name for name in suite.BENCHMARKS if name != "instructions"]       # which take minutes
-    assert {path.stem for path in tmp_path.glob("*.json")} == {*names, "traffic"}
+    assert {path.stem for path in tmp_path.glob("*.json")} == {*names, "traffic", "roofline"}
     assert str(tmp_path / "index.html") in done.output.replace("\n", "")
+    assert 'id="roofline"' in (tmp_path / "index.html").read_text(encoding="utf-8")
 
 
 def test_a_result_is_compared_with_an_earlier_one(trials, tmp_path, monkeypatch):

@@ -69,13 +69,13 @@ def everything(
             console.print(f"[bold]{name}[/bold]")
             files.append(out / f"{name}.json")
             show(measure(name, out=files[-1], quick=quick, device=device, seconds=seconds, resume=resume))
-    at_most = devices.serving(chosen_device(device))
-    made = {"traffic": lambda: paper.table(devices.device("A100-40"))}
-    if at_most is not None:         # a GPU that the table of devices knows
-        made["roofline"] = lambda: commands.estimates_of(record.load(out / "attention.json")["rows"], at_most)
-    for name, make in made.items():
+    made = {"traffic": paper.table(devices.device("A100-40"))}
+    at_most, rows = devices.serving(chosen_device(device)), record.load(out / "attention.json")["rows"]
+    if at_most is not None and commands.passes(rows):       # a GPU that the table of devices knows, or a CPU
+        made["roofline"] = commands.estimates_of(rows, at_most)
+    for name, result in made.items():
         files.append(out / f"{name}.json")
-        record.write(files[-1], make())
+        record.write(files[-1], result)
     report(files, out)
 
 

@@ -89,10 +89,10 @@ def times(value: float) -> str:
 
 
 def rivals(rows: Sequence[Row]) -> list[str]:
-    """Others that have a number in these rows: peers in their order, standard attention last."""
+    """Others that have a number in these rows: standard attention, then peers in their order."""
     found = dict.fromkeys(name for row in rows for name, entry in row.entries.items() if entry.state == "timed"
                           and names.role(entry) in ("peer", "standard"))
-    return sorted(found, key=lambda name: names.kind(name) == "standard")
+    return sorted(found, key=lambda name: names.kind(name) != "standard")
 
 
 def faster(rows: Sequence[Row], name: str) -> list[float]:
@@ -119,8 +119,9 @@ def memory(files: Sequence[File]) -> Card | None:
     _, at_most = max(found, key=lambda pair: pair[0])
     share, row = min(at_most, key=lambda one: one[0])
     ours, other = row.ours, names.standard(row)
-    assert ours and ours.bytes and other and other.bytes
-    words = f"than standard attention: {size(ours.bytes)} instead of {size(other.bytes)} ({names.case(row)})."
+    assert ours is not None
+    assert other is not None
+    words = f"than standard attention: {size(ours.bytes or 0)} instead of {size(other.bytes or 0)} ({names.case(row)})."
     return Card(f"{ratio(share)} less memory", words) if share > 1 else Card(f"{ratio(1 / share)} more memory", words, "bad")
 
 
@@ -139,8 +140,9 @@ def longest(files: Sequence[File]) -> Card | None:
                 found += [(max(ours) / max(done), max(ours), max(done), *refused[0])] if refused else []
         if found:
             times_longer, ours_most, theirs_most, at, reason = min(found)
-            return Card(f"{ratio(times_longer)} longer", f"sequences than standard attention: {ours_most:,} tokens, the longest "
-                        f"that was tried, instead of {theirs_most:,}. At {at:,} it was refused: {without_class(reason)}.")
+            return Card(f"{ratio(times_longer)} longer", f"sequences than standard attention: {ours_most:,} tokens, the "
+                        f"longest that was tried, instead of {theirs_most:,}. At {at:,} it was refused: "
+                        f"{without_class(reason)}.")
     return None
 
 
@@ -158,8 +160,8 @@ def decoding(files: Sequence[File]) -> Card | None:
     if not rows:
         return None
     _, less, row = max(rows, key=lambda f: f[:2])
-    return Card(f"{-less:.0%} of a copy", "of memory, in bytes per second: how fast decoding reads its cache, at the longest "
-                f"context ({names.case(row)}).")
+    return Card(f"{-less:.0%} of a copy", "of memory is how fast decoding reads its cache, in bytes per second, at the "
+                f"longest context ({names.case(row)}).")
 
 
 def lost(files: Sequence[File]) -> Card:

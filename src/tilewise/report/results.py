@@ -40,8 +40,9 @@ class Promise(NamedTuple):
 @dataclass(frozen=True)
 class Entry:
     """One contender in one row. Seconds are medians; tflops in 10^12 FLOP/s; bytes beside inputs and outputs, at the peak;
-    share of the roofline, 0 to 1; errors by tensor [error, allowed]; rms by tensor, of the errors and of the truth; count: an exact number, such as bytes of traffic; bar:
-    seconds that are promised at most; yardstick: what the machine can do, no other implementation."""
+    share of the roofline, 0 to 1; errors by tensor [error, allowed]; rms by tensor, of the errors and of the truth; count: an
+    exact number, such as bytes of traffic; bar: seconds that are promised at most; yardstick: what the machine can do, no other
+    implementation."""
     name: str
     state: str
     reason: str = ""

@@ -61,19 +61,23 @@ def estimates_of(measured: Sequence[Row], device: devices.Device) -> dict[str, A
 
     Raises ValueError where there is none.
     """
-    rows, lines = [], [["ms at least", *devices.UNITS, "FLOP/byte", "bound by"]]
-    for case in measured:
-        setting = case["setting"]
-        if case["part"] == "attention" and setting.get("mode") in ("forward", "forward+backward"):
-            shape = Shape(setting["seqlen"], 0, setting["batch"], setting["heads"], setting["kv_heads"], setting["head_dim"],
-                          setting["dtype"], setting["causal"])
-            estimates, found = least_times(shape, device, setting["mode"] != "forward")
-            rows += found
-            lines += [[r["case"], *(f"{e.seconds[unit] * 1e3:.3f}" for unit in devices.UNITS), f"{e.intensity:.0f}", e.bound]
-                      for r, e in zip(found, estimates, strict=True)]
-    if not rows:
+    found = passes(measured)
+    if not found:
         raise ValueError("--of: expected a result of `tilewise bench attention`, got one without a case of attention")
+    rows, lines = [], [["ms at least", *devices.UNITS, "FLOP/byte", "bound by"]]
+    for shape, backward in found:
+        estimates, of_shape = least_times(shape, device, backward)
+        rows += of_shape
+        lines += [[row["case"], *(f"{e.seconds[unit] * 1e3:.3f}" for unit in devices.UNITS), f"{e.intensity:.0f}", e.bound]
+                  for row, e in zip(of_shape, estimates, strict=True)]
     return result(rows, [f"on {device.name} ({device.source})", *aligned(lines)])
+
+
+def passes(measured: Sequence[Row]) -> list[tuple[Shape, bool]]:
+    """Shapes of plain attention among rows, and whether with the backward pass."""
+    settings = [row["setting"] for row in measured if row["part"] == "attention"]
+    return [(Shape(s["seqlen"], 0, s["batch"], s["heads"], s["kv_heads"], s["head_dim"], s["dtype"], s["causal"]),
+             s["mode"] != "forward") for s in settings if s["mode"] in ("forward", "forward+backward")]
 
 
 def least_times(shape: Shape, device: devices.Device, backward: bool) -> tuple[list[roofline.Estimate], list[dict[str, Any]]]:

@@ -20,6 +20,7 @@ from tilewise.report.sections import (
     sparse,
     speed,
     summary,
+    traffic,
 )
 
 
@@ -43,8 +44,9 @@ KINDS = [
     Kind("cpu", "The CPU backend", comparisons.cpu, "tilewise bench cpu --out cpu.json"),
     Kind("promises", "Promised, and met or not", promises.build, "tilewise bench cpu --out cpu.json"),
     Kind("overhead", "Overhead of a call", numbers.overhead, "tilewise bench overhead --out overhead.json"),
-    Kind("traffic", "Memory traffic against theory", numbers.traffic, "tilewise traffic table --out traffic.json"),
-    Kind("roofline", "Roofline", roofline.build, "tilewise traffic roofline --of attention.json --device cpu --out roofline.json"),
+    Kind("traffic", "Memory traffic against theory", traffic.build, "tilewise traffic table --out traffic.json"),
+    Kind("roofline", "Roofline", roofline.build,
+         "tilewise traffic roofline --of attention.json --device cpu --out roofline.json"),
     Kind("instructions", "Instructions", numbers.instructions, "tilewise bench instructions --out instructions.json"),
     Kind("paper", "The papers' tables", paper.build, "tilewise bench paper --out paper.json"),
     Kind("numerics", "Errors against fp64", numerics.numerics, "tilewise bench numerics --out numerics.json"),

@@ -7,7 +7,7 @@ from tilewise.pages.words import ratio, size
 from tilewise.report import names
 from tilewise.report.blocks import Block, Cell, Picture, Table, Text
 from tilewise.report.results import Entry, File, Row
-from tilewise.report.sections.shared import NOTHING, each_machine, everyone, grouped, head_dim, pictures, state
+from tilewise.report.sections.shared import NOTHING, each_machine, everyone, grouped, head_dim, pictures, state, without_empty
 
 BENCHMARKS = ("memory",)
 INTRO = ("Peak memory beside inputs, outputs and gradients. Standard attention keeps a score for every pair of tokens, so "
@@ -43,4 +43,4 @@ def table(rows: Sequence[Row]) -> Table:
         theirs = other.bytes if other else None
         lines.append([row.case, *(state(row.entries.get(name), lambda e: e.bytes, size) for name in who),
                       ratio(theirs / max(ours, 1)) if ours is not None and theirs else NOTHING])
-    return Table("Peak memory", ["case", *map(names.title, who), "standard ÷ Tilewise"], lines)
+    return without_empty(Table("Peak memory", ["case", *map(names.title, who), "standard ÷ Tilewise"], lines))

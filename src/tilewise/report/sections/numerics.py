@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 
 from tilewise.report import names
@@ -111,7 +112,8 @@ def share(entry: Entry | None, tensor: str) -> float | None:
 
 def label(row: Row, rows: Sequence[Row]) -> str:
     """What tells a row from the others."""
-    facts = {"kind": str(row.setting.get("kind", "")), "seqlen_k": f"{names.length(row) or 0:,} keys", "dtype": names.dtype(row)}
+    facts = {"kind": str(row.setting.get("kind", "")), "seqlen_k": f"{names.length(row) or 0:,} keys",
+             "dtype": names.dtype(row)}
     return ", ".join(words for name, words in facts.items() if len({r.setting.get(name) for r in rows}) > 1) or row.case
 
 
@@ -119,6 +121,12 @@ def against_length(rows: Sequence[Row]) -> list[Block]:
     """A picture for each tensor and dtype of rows that differ in length alone."""
     if len({row.setting.get("kind") for row in rows}) > 1:
         return []
-    return [picture for tensor in TENSORS for picture in pictures(
-        rows, key=lambda r: (tensor, names.dtype(r)), value=lambda e: share(e, tensor), words=lambda v: f"{v:.0e}",
-        label="error relative to the truth", x_label="keys")]
+    found: list[Block] = []
+    for tensor in TENSORS:
+        found += pictures(rows, key=partial(name, tensor), value=partial(share, tensor=tensor), words=lambda v: f"{v:.0e}",
+                          label="error relative to the truth", x_label="keys")
+    return found
+
+
+def name(tensor: str, row: Row) -> tuple[str, str]:
+    return tensor, names.dtype(row)

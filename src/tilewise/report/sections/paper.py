@@ -10,7 +10,7 @@ from tilewise.report import names
 from tilewise.report.blocks import Block, Cell, Table, Text
 from tilewise.report.results import File, Published, Row
 from tilewise.report.sections.comparisons import order
-from tilewise.report.sections.shared import NOTHING, each_machine, everyone, state
+from tilewise.report.sections.shared import NOTHING, each_machine, everyone, state, without_empty
 
 INTRO = ("Columns in italics are the papers' own numbers, from other hardware: they show the shape of a result, and no "
          "ratio to them means anything.")
@@ -38,5 +38,6 @@ def table(rows: Sequence[Row], part: str) -> Table:
         lines.append([row.case, *(state(row.entries.get(name), value, words) for name in who),
                       *(Cell(words(v), "published") if key in published and (v := value(published[key])) else NOTHING
                         for key in printed)])
-    head = [*map(names.title, who), *(f"{who_} ({hardware}, published)" for who_, hardware in printed)]
-    return Table(part or "paper", ["case" + (", TFLOP/s" if unit.tflops else ""), *head], lines)
+    head = [*map(names.title, who), *(f"{name} ({'' if hardware in name else f'{hardware}, '}published)"
+                                      for name, hardware in printed)]
+    return without_empty(Table(part or "paper", ["case" + (", TFLOP/s" if unit.tflops else ""), *head], lines))

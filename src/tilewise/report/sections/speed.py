@@ -37,8 +37,8 @@ def of_machine(rows: list[Row]) -> list[Block]:
 
 def drawn(rows: Sequence[Row]) -> list[Picture]:
     """In FLOPs per second where the file says it of every contender that was timed."""
-    parts = {row.part for row in rows}          # plain attention may be measured in several
-    key = names.dtype, head_dim, names.mask, grouped, lambda row: row.part if len(parts) > 1 else ""
+    first = rows[0].part if rows else ""        # plain attention may be measured in several parts
+    key = names.dtype, head_dim, names.mask, grouped, lambda row: "" if row.part == first else row.part
     rates = all(e.tflops for row in rows for e in row.timed().values() if names.role(e) != "ruler")
     if rates:
         unit, value = flops(rows)

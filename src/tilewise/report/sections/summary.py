@@ -5,7 +5,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
-from tilewise.pages.words import length, ratio, size
+from tilewise.pages.words import length, ratio
 from tilewise.report import names
 from tilewise.report.blocks import Block, Cell, Heading, Table, Text
 from tilewise.report.headline import DENSE, faster, less, lost, rivals, times
@@ -66,10 +66,9 @@ def at_longest(rows: Sequence[Row], name: str) -> Cell | str:
     if not found:
         return NOTHING
     most = max(found)
-    share, row = min(found[most], key=lambda one: one[0])
-    words = f"{ratio(share)} less" if share >= 1 else f"{ratio(1 / share)} more"
-    sizes = [size(entry.bytes or 0) for entry in (row.entries[name], row.ours) if entry]
-    return Cell(f"{words} at {length(most)} tokens ({' → '.join(sizes)})", "" if share >= 1 else "bad")
+    share = min(times for times, _ in found[most])
+    return Cell(f"{ratio(share)} less at {length(most)} tokens" if share >= 1 else
+                f"{ratio(1 / share)} more at {length(most)} tokens", "" if share >= 1 else "bad")
 
 
 def cases(rows: Sequence[Row]) -> str:
