@@ -218,7 +218,8 @@ def test_tables_hold_the_numbers(outline):
     traffic = next(t for t in outline.tables if t[0][-1] == "counted ÷ closed form")
     assert {r[-1] for r in traffic[1:]} == {"1.025"}
     assert traffic[1][3] == "4.4 GB"
-    paper = next(t for t in outline.tables if "A100-40GB, published" in t[0][-1])
+    paper = next(t for t in outline.tables if "table 9 (published)" in t[0][-1])
+    assert "table 9, beside what was published of A100-40GB" in outline.sections["paper"]
     assert paper[1][-1] == "1.02 ms"
 
 
