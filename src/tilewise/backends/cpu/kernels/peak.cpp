@@ -2,13 +2,17 @@
 // steps of SUMS vectors.
 #include "vector.h"
 
+#if defined(__aarch64__)
+constexpr int SUMS = 24;  // up to four units, and 32 registers
+#else
 constexpr int SUMS = 12;
+#endif
 
 template <typename Step> static float repeated(long n, const Step& step) {
   vec sums[SUMS];
   for (int i = 0; i < SUMS; i++) sums[i] = splat(0.1f * i);
   for (; n > 0; n--) {
-#pragma GCC unroll 12
+#pragma GCC unroll 24
     for (int i = 0; i < SUMS; i++) sums[i] = step(sums[i]);
   }
   vec all = vec{};
