@@ -8,7 +8,7 @@ from support.backends import AVAILABLE
 
 import tilewise as tw
 from tilewise.bench import record, suite
-from tilewise.bench.numerics import causes, errors, inputs, methods, plot, study, table
+from tilewise.bench.numerics import causes, errors, inputs, methods, study
 from tilewise.bench.numerics.inputs import KINDS, QUICK, Setting, draw, settings
 from tilewise.bench.numerics.methods import Method
 from tilewise.bench.suite import Wanted
@@ -89,15 +89,9 @@ def test_end_to_end(monkeypatch, tmp_path):
             if entry["state"] == "right":
                 assert entry["errors"].keys() == entry["rms"].keys() >= {"out", "dq", "dk", "dv"}
                 assert all(0 < entry["rms"][name][0] <= entry["errors"][name][0] for name in entry["rms"])
-    rows = json.loads((tmp_path / "numerics.json").read_text())["rows"]
+    assert json.loads((tmp_path / "numerics.json").read_text())["rows"] == json.loads(json.dumps(result["rows"]))
     assert max(map(len, result["lines"])) <= 128
     assert any(line.startswith("hopper: absent") for line in result["lines"])
-    tables = [lines.splitlines() for lines in table.markdown(rows).split("\n\n")]
-    assert [lines[2].split(" | ")[0] for lines in tables] == ["| normal", "| normal", "| 80, bf16"]
-    assert len({line.count("|") for line in tables[0]}) == 1
-    pytest.importorskip("matplotlib")
-    plot.save(rows, tmp_path / "x.svg", "a CPU")
-    assert "long causal rows" in (tmp_path / "x.svg").read_text()
 
 
 def test_failures_are_kept_apart():
@@ -143,7 +137,7 @@ def test_what_one_rounding_costs():
 def test_the_results_in_the_repository():
     """Ours are right in all that was measured."""
     rows = record.load(ROOT / "results" / "numerics_cpu.json")["rows"]
-    assert {row["part"] for row in rows} == set(table.TABLES)
+    assert {row["part"] for row in rows} == {"inputs", "causes", "lengths", "interpreter"}
     ours = [row["contenders"][name]["state"] for row in rows for name in ("cpu", "tiled", "triton (interpreter)")
             if name in row["contenders"] and row["contenders"][name]["state"] != "absent"]
     assert set(ours) == {"right"}

@@ -1,7 +1,6 @@
-"""The examples of the docs run, from top to bottom of a page."""
+"""The examples of the docs run, from top to bottom of a page, and pages show what the code prints and `results/` holds."""
 import functools
 import importlib.util
-import os
 import re
 from importlib.machinery import SourceFileLoader
 from pathlib import Path
@@ -68,36 +67,17 @@ def load_script():
     return module
 
 
-def in_process(arguments, folder):
-    """The script's `run`, without a process for each command."""
-    from typer.testing import CliRunner
-
-    from tilewise.cli import app
-
-    before = Path.cwd()
-    os.chdir(folder)
-    try:
-        done = CliRunner().invoke(app, arguments)
-    finally:
-        os.chdir(before)
-    if done.exit_code:
-        raise SystemExit(done.stderr)
-    return "\n".join(line.rstrip() for line in done.stdout.rstrip().splitlines())
-
-
 @pytest.mark.skipif(GPU, reason="the pages show a machine without a GPU")
-def test_pages_show_what_the_code_prints(monkeypatch):
+def test_pages_show_what_the_code_prints():
     script = load_script()
-    monkeypatch.setattr(script, "run", in_process)
     for page in script.pages(DOCS.parent):
         old = page.read_text(encoding="utf-8")
         assert script.anywhere(script.rewritten(old, page.parent, look=True)) == script.anywhere(old), page.name
 
 
-def test_tables_and_pictures_of_results_are_written_again(tmp_path, monkeypatch):
+def test_tables_and_pictures_of_results_are_written_again(tmp_path):
     pytest.importorskip("matplotlib")
     script = load_script()
-    monkeypatch.setattr(script, "run", in_process)
     results.write(tmp_path, "memory")
     page = """Before.
 

@@ -18,6 +18,7 @@ from tilewise.cli import app
 from tilewise.pages.svg import log_ticks
 from tilewise.pages.words import duration, length, ratio, size
 from tilewise.report import headline, markdown, names, page, sections
+from tilewise.report.blocks import Picture, Table
 from tilewise.report.results import Problem, read
 
 
@@ -104,12 +105,13 @@ def test_headlines_are_the_medians_and_name_both_ends(paths):
     middle = sorted(law)[2] / 2 + sorted(law)[3] / 2
     assert best.number == f"{ratio(1 / middle)} slower"
     assert best.tone == "bad"
-    worst, at_best = best.words.split("At worst")[1].split("at best")
-    assert worst.startswith(f" {ratio(min(law))}, ")
-    assert at_best.startswith(f" {ratio(max(law))}, ")
-    assert "B 32 N 512 " in worst
-    assert "B 1 N 16384 " in at_best
-    assert "SDPA cudnn" in best.words
+    worst, at_best = best.words.split("from ")[1].split(" to ")
+    assert worst.startswith(f"{ratio(min(law))} (")
+    assert at_best.startswith(f"{ratio(max(law))} (")
+    assert "512 tokens" in worst
+    assert "16,384 tokens" in at_best
+    assert "against SDPA cudnn" in at_best
+    assert best.words.startswith("than the fastest of SDPA flash, SDPA cudnn, SDPA efficient and FlexAttention, in")
     assert "60 cases" in standard.words             # of 72, in which it was refused at the longest length
     assert standard.number.endswith("faster")
     assert memory.number == f"{ratio(2 * 16 * 16384**2 * 3 / (16384 * 16 * 4 * 130))} less memory"
@@ -118,6 +120,38 @@ def test_headlines_are_the_medians_and_name_both_ends(paths):
     assert "16,384" in longer.words
     assert "out of memory" in longer.words
     assert copy.number == f"{2800 / 3400:.0%} of a copy"
+
+
+def test_the_summary_is_a_table_of_passes_and_peers(paths):
+    """By the same laws: of each pass the median over lengths; memory at the longest sequence of both, where it is least."""
+    section, = sections.build([file for file in read(paths) if file.device == "cuda"], ["summary"])
+    table = next(block for block in section.blocks if isinstance(block, Table))
+    others = table.head[1:]
+    assert list(others) == ["standard attention", "SDPA flash", "SDPA cudnn", "SDPA efficient", "FlexAttention"]
+    assert [row[0] for row in table.rows] == ["forward, 24 cases", "backward, 24 cases", "forward + backward, 24 cases",
+                                              "memory, forward", "memory, forward + backward"]
+    law = sorted(500 * n / (n + 1500) / (330 * n / (n + 700)) for n in results.LENGTHS)
+    assert table.rows[0][2].text == f"{ratio((law[2] + law[3]) / 2)} faster ({ratio(law[0])} to {ratio(law[-1])})"
+    assert [cell if isinstance(cell, str) else cell.text for cell in table.rows[3][1:3]] == [
+        "8,192× less at 16k tokens", "2.0× less at 64k tokens"]
+    assert {block.title for block in section.blocks if isinstance(block, Picture)} == {
+        "Speed: forward + backward, bf16, head dim 64, causal", "Memory: forward + backward, bf16, head dim 128, causal"}
+
+
+def test_memory_that_is_computed_is_no_headline(tmp_path):
+    """Only what was measured on the machine counts."""
+    data = results.memory() | {"benchmark": "traffic"}
+    assert headline.memory(read([write(tmp_path, data)])) is None
+    assert headline.memory(read([write(tmp_path, results.memory())])).number == "189× less memory"
+
+
+def test_errors_relative_to_the_truth(paths, tmp_path):
+    numerics = next(path for path in paths if path.stem == "numerics")
+    done = tilewise(numerics, "--markdown", "--section", "rounding", "--part", "lengths", "--pictures", tmp_path)
+    assert done.exit_code == 0
+    assert "| error of out | Tilewise | standard attention | SDPA flash |" in done.stdout
+    assert "| 2,048 keys, bf16 | 3.9e-03 | 7.8e-03 | 1.6e-02 |" in done.stdout       # dq, of SDPA growing with length
+    assert len(list(tmp_path.glob("*.svg"))) == 4
 
 
 def test_losses_are_all_in_plain_sight(paths, outline):
@@ -184,7 +218,8 @@ def test_tables_hold_the_numbers(outline):
     traffic = next(t for t in outline.tables if t[0][-1] == "counted ÷ closed form")
     assert {r[-1] for r in traffic[1:]} == {"1.025"}
     assert traffic[1][3] == "4.4 GB"
-    paper = next(t for t in outline.tables if "A100-40GB, published" in t[0][-1])
+    paper = next(t for t in outline.tables if "table 9 (published)" in t[0][-1])
+    assert "table 9, beside what was published of A100-40GB" in outline.sections["paper"]
     assert paper[1][-1] == "1.02 ms"
 
 
@@ -356,14 +391,16 @@ def test_markdown_with_pictures(paths, tmp_path, monkeypatch):
     for picture in (tmp_path / "figures" / "here").iterdir():
         root = ElementTree.parse(picture).getroot()
         assert root.tag == "{http://www.w3.org/2000/svg}svg"
-        assert "peak memory against sequence length" in root.get("aria-label")
+        assert "peak memory beside inputs and outputs against sequence length" in root.get("aria-label")
         assert "prefers-color-scheme" in picture.read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("arguments, message", [
     (["--pictures", "x"], "--pictures: expected only with --section"),
+    (["--part", "dense"], "--part: expected only with --section"),
+    (["--markdown", "--section", "cpu", "--part", "x"], "--part: expected one of compiling, dense, got 'x'"),
     (["--section", "speed"], "--section: expected only with --markdown"),
-    (["--markdown", "--section", "magic"], "--section: expected one of headline, slower"),
+    (["--markdown", "--section", "magic"], "--section: expected one of headline, summary"),
     (["--markdown", "--section", "decode"], "--section: decode: these files hold nothing for it"),
     (["--out", __file__], "File exists"),
 ])

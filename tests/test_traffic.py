@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+from support import results
 from typer.testing import CliRunner
 
 import tilewise as tw
@@ -175,7 +176,12 @@ def test_devices_have_sources_and_rates():
 def test_this_cpu_is_measured(one_thread):
     found = devices.this_cpu()
     assert found.products["fp32"] > found.arithmetic / 4 > 0
+    assert found.products["half"] > 0.8 * found.products["fp32"]
     assert min(found.bandwidth, found.exponentials) > 0
+    x = torch.randn(512, 512)
+    assert 2 * 512**3 / devices.seconds(lambda: x @ x) < 1.25 * found.products["fp32"]       # nothing is above the roof
+    scores = torch.randn(1 << 14)
+    assert len(scores) / devices.seconds(scores.exp) < 1.25 * found.exponentials
 
 
 def test_rooflines_say_what_bounds():
@@ -196,6 +202,30 @@ def test_rooflines_say_what_bounds():
     assert narrow.bound == "exponentials"
     causal = estimate(Shape(8192, heads=16, head_dim=128, causal=True))[1]
     assert 0.5 < causal.time / ours.time < 0.52
+
+
+def test_rooflines_of_what_was_measured(tmp_path):
+    """A row for each algorithm, shape and pass that a roofline is for; on a CPU the backward has 2.5 times the products."""
+    data = results.attention("cpu")
+    for row in data["rows"]:
+        row["setting"]["causal"] = row["setting"]["mask"] == "causal"
+    data["rows"] = [row for row in data["rows"] if row["setting"]["seqlen"] == 2048]
+    (tmp_path / "a.json").write_text(json.dumps(data))
+    done = CliRunner().invoke(app, ["traffic", "roofline", "--of", str(tmp_path / "a.json"), "--device", "cpu", "--out",
+                                    str(tmp_path / "r.json"), "--svg", str(tmp_path / "r.svg")])
+    assert done.exit_code == 0, done.output
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert len({row["case"] for row in rows}) == len(rows) == 8
+    flops = {(s["algorithm"], s["mode"], s.get("causal", False)): s["flops"] for s in (row["setting"] for row in rows)}
+    for causal in (False, True):
+        assert flops["Tilewise", "forward+backward", causal] == pytest.approx(3.5 * flops["Tilewise", "forward", causal])
+    assert flops["Tilewise", "forward", True] < 0.6 * flops["Tilewise", "forward", False]
+    found = CliRunner().invoke(app, ["report", str(tmp_path / "a.json"), str(tmp_path / "r.json"), "--markdown", "--section",
+                                     "roofline"])
+    assert found.exit_code == 0, found.output
+    (tmp_path / "a.json").write_text(json.dumps(results.memory()))
+    done = CliRunner().invoke(app, ["traffic", "roofline", "--of", str(tmp_path / "a.json")])
+    assert "--of: expected a result of `tilewise bench attention`" in done.output
 
 
 def test_exponents_of_a_law_come_out():

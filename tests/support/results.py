@@ -129,7 +129,7 @@ def traffic():
         flops = 4 * 16384 * n * 2048
         setting = {"batch": 16384 // n, "seqlen_q": n, "seqlen_k": n, "heads": 32, "kv_heads": 32, "head_dim": 64,
                    "mode": "forward", "dtype": "bfloat16", "device": "GPU", "peak": 1e15, "bandwidth": 4e12, "flops": flops,
-                   "intensity": n / 4, "bound": "products"}
+                   "intensity": n / 4, "bound": "products", "algorithm": "Tilewise"}
         least = {"state": "timed", "reason": "", "seconds": max(flops / 1e15, flops / (n / 4) / 4e12)}
         rows.append(row("roofline", f"tilewise {n}", setting, {"roofline": least}))
     return result("traffic", rows)
@@ -148,7 +148,15 @@ def numerics():
     errors = {name: {"state": "right", "reason": "", "errors": {"out": [e, 2e-3], "dq": [2 * e, 6e-3]}}
               for name, e in (("tilewise", 4e-4), ("standard", 1e-3), ("sdpa flash", 3e-3))}
     errors["flex"] = {"state": "wrong", "reason": "out: NaN", "errors": {"out": [float("nan"), 2e-3]}}
-    return result("numerics", [row("numerics", "normal inputs, bfloat16", {"dtype": "bfloat16"}, errors)])
+    rows = [row("numerics", "normal inputs, bfloat16", {"dtype": "bfloat16"}, errors)]
+    for dtype, eps in (("bfloat16", 2**-8), ("float16", 2**-11)):        # relative errors: eps, 2 eps and, with length, more
+        for keys in (512, 2048):
+            rms = {"tilewise": {"out": [4 * eps, 4.0], "dq": [eps, 1.0]},
+                   "standard": {"out": [2 * eps, 1.0], "dq": [2 * eps, 1.0]},
+                   "sdpa flash": {"out": [eps, 1.0], "dq": [eps * keys / 512, 1.0]}}
+            rows.append(row("lengths", f"normal {dtype} N 32 x {keys}", {"dtype": dtype, "kind": "normal", "seqlen_k": keys},
+                            {name: {"state": "right", "reason": "", "rms": found} for name, found in rms.items()}))
+    return result("numerics", rows)
 
 
 def overhead():

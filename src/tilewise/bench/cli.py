@@ -111,13 +111,15 @@ for each, help_of_it in HELP.items():
 @app.command("show")
 def show_file(
     file: Annotated[Path, typer.Argument(help="A result of `tilewise bench ... --out`.", show_default=False)],
-    markdown: Annotated[bool, typer.Option("--markdown", help="As a table in Markdown.")] = False, against: Against = None,
+    against: Against = None,
 ) -> None:
     """Print the table of a result, or with --against what became of an earlier one.
 
-    Examples: `tilewise bench show cpu.json --markdown`, `tilewise bench show new.json --against old.json`
+    As Markdown or a page: `tilewise report`.
+
+    Examples: `tilewise bench show cpu.json`, `tilewise bench show new.json --against old.json`
     """
-    from tilewise.bench import record, table
+    from tilewise.bench import record
 
     with plain_errors(OSError, ValueError):
         result = record.load(file)
@@ -125,8 +127,7 @@ def show_file(
     if old is not None:
         judge(old, result)
         return
-    for line in table.markdown(result["rows"]).splitlines() if markdown else result["lines"]:
-        console.print(line, markup=False, soft_wrap=True)
+    show(result)
 
 
 def run(name: str, against: Path | None, **options: Any) -> None:

@@ -61,13 +61,13 @@ def cases() -> list[Case]:
     thirds = (torch.arange(S)[:, None] - torch.arange(S)) % 3 == 0
     chosen = tw.mask_mod(lambda b, h, q_idx, kv_idx: (q_idx - kv_idx) % 3 == 0)
     return [
-        forward("forward", there, lambda: tw.attention(q, k, v)),
+        forward("plain", there, lambda: tw.attention(q, k, v)),
         forward("causal", there, lambda: tw.attention(q, k, v, causal=True), is_causal=True),
         forward("window", there, lambda: tw.attention(q, k, v, mask=tw.window(3, 3)), attn_mask=close),
         forward("mask function", there, lambda: tw.attention(q, k, v, mask=chosen), attn_mask=thirds),
         forward("boolean mask", there, lambda: tw.attention(q, k, v, mask=close), attn_mask=close),
-        recorded("forward, recorded", q, k, v, there, backward=False),
-        recorded("forward and backward", q, k, v, there, backward=True),
+        recorded("recorded", q, k, v, there, backward=False),
+        recorded("differentiated", q, k, v, there, backward=True),
         packed(q[0], k[0], v[0]),
         decode("decoding step"),
         decode("decoding step, GQA", heads=4 * H),

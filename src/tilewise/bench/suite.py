@@ -1,6 +1,6 @@
 """Runs a benchmark: case after case, written as each is done, continued where it was left.
 
-A benchmark is a module with `trials(wanted)`, and with `lines(rows, wanted)` and `markdown(rows)` if it has tables of its own.
+A benchmark is a module with `trials(wanted)`, and with `lines(rows, wanted)` if it has a table of its own.
 """
 from __future__ import annotations
 

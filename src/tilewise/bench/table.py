@@ -1,9 +1,8 @@
-"""Results as lines of plain text, and as a table in Markdown."""
+"""Results as lines of plain text."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
-from typing import NamedTuple
 
 from tilewise.bench.record import Entry, Faster, Row
 
@@ -34,56 +33,11 @@ def lines(rows: Sequence[Row]) -> list[str]:
     return [line[:WIDTH].rstrip() for line in found]
 
 
-def markdown(rows: Sequence[Row]) -> str:
-    """One table: a line for each case and rival; what is promised, and whether it is kept."""
-    found = [Line("", "ours", "rate", "times faster than", "median", "quartiles", "promised", "kept"), Line(*["---"] * 8)]
-    for part, group in groupby(rows, key=lambda row: row["part"]):
-        found.append(Line(f"**{part}**", *[""] * 7))
-        of_part = list(group)
-        for row in of_part:
-            found += markdown_of(row, unit_of(of_part))
-    return "\n".join(f"| {' | '.join(line)} |" for line in found)
-
-
-class Line(NamedTuple):
-    case: str
-    ours: str
-    rate: str
-    rival: str
-    median: str
-    quartiles: str
-    promised: str
-    kept: str
-
-
-def markdown_of(row: Row, unit: str) -> Iterator[Line]:
-    entry = ours(row)
-    bar = entry.get("bar")
-    promised = "" if bar is None else f"<= {duration({**entry, 'seconds': bar})}"
-    kept = "" if bar is None or "seconds" not in entry else yes(entry["seconds"] <= bar)
-    rate = f"{rate_of(entry, unit)} {unit}" if rate_of(entry, unit) else ""
-    head = Line(row["case"], duration(entry) or entry["state"], rate, "", "", "", promised, kept)
-    for name, ratio in row["times_faster"].items():
-        low, high = map(number, ratio["quartiles"])
-        bar = ratio.get("bar")
-        yield head._replace(rival=name, median=number(ratio["median"]), quartiles=f"{low}-{high}",
-                            promised=promised if bar is None else f">= {number(bar)}",
-                            kept=kept if bar is None else yes(ratio["median"] >= bar))
-        head = Line(*[""] * 8)
-        promised = kept = ""
-    if head.case:
-        yield head
-
-
 def short(case: str) -> str:
     """A case's name where there is little room."""
     for long, brief in SHORT.items():
         case = case.replace(long, brief)
     return case
-
-
-def yes(kept: bool) -> str:
-    return "yes" if kept else "no"
 
 
 def ours(row: Row) -> Entry:

@@ -24,6 +24,7 @@ SERIES = (BLUE, ORANGE, "#009e73", "#cc79a7", "#a87400", "#56b4e9", "#7a5195", "
 # What each colour is called in style.css, where it has another value on dark screens.
 NAMES = {INK: "ink", GREY: "soft", GRID: "line", DARK_BLUE: "blue", DARK_ORANGE: "bad",
          **{colour: f"series-{i}" for i, colour in enumerate(SERIES)}}
+SHOWN, TITLE = 400, 20          # width of a picture in a file of its own, in pixels; height of its title, in points
 STYLE: Any = {
     "font.family": "sans-serif", "font.sans-serif": ["Helvetica", "Arial", "DejaVu Sans"], "font.size": 11,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GREY, "xtick.color": INK, "ytick.color": INK,
@@ -80,12 +81,20 @@ def inline(svg: str, name: str, words: str) -> str:
     return f'<svg viewBox="{view}" role="img" aria-label="{escape(words)}">{body}</svg>'
 
 
-def alone(svg: str, words: str) -> str:
-    """An SVG as a file, whose colours follow light and dark screens too."""
+def alone(svg: str, words: str, title: str = "") -> str:
+    """An SVG as a file, whose colours follow light and dark screens too; on ground of its own, since a page around it may not.
+    title: stands above it."""
     view, body = _parts(svg, "p")
-    style = f"{COLOURS}* {{ stroke-linejoin: round; stroke-linecap: butt; }}"
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{view}" role="img" aria-label="{escape(words)}">'
-            f"<style>{style}</style>{body}</svg>\n")
+    left, top, width, height = map(float, view.split())
+    if title:
+        top, height = top - TITLE, height + TITLE
+        body = f'<text x="{left + 8:g}" y="{top + 15:g}" class="title">{escape(title)}</text>{body}'
+    style = (f"{COLOURS}* {{ stroke-linejoin: round; stroke-linecap: butt; }}"
+             " .title { font: 600 11px Helvetica, Arial, sans-serif; fill: var(--ink); } .ground { fill: var(--paper); }")
+    place = f'x="{left:g}" y="{top:g}" width="{width:g}" height="{height:g}"'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="{left:g} {top:g} {width:g} {height:g}" '
+            f'width="{SHOWN}" height="{SHOWN * height / width:.0f}" role="img" aria-label="{escape(words)}">'
+            f'<style>{style}</style><rect {place} rx="6" class="ground"/>{body}</svg>\n')
 
 
 def _parts(svg: str, name: str) -> tuple[str, str]:

@@ -16,16 +16,18 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Text:
-    """A paragraph. `code` in backquotes."""
+    """A paragraph. `code` in backquotes. detail: the page alone has it."""
     words: str
     tone: str = ""
+    detail: bool = False
 
 
 @dataclass(frozen=True)
 class Heading:
-    """level: 3 for a machine, 4 below it."""
+    """level: 3 for a machine, 4 below it. note: what else a table of its own, without the page, has to say."""
     words: str
     level: int = 3
+    note: str = ""
 
 
 @dataclass(frozen=True)

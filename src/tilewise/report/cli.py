@@ -18,6 +18,8 @@ def report(
     markdown: Annotated[bool, typer.Option("--markdown", help="Print Markdown instead; write nothing.")] = False,
     section: Annotated[list[str] | None, typer.Option(help="With --markdown: only this section; may be given again.",
                                                       show_default=False)] = None,
+    part: Annotated[list[str] | None, typer.Option(help="With --section: only cases of this part; may be given again.",
+                                                   show_default=False)] = None,
     pictures: Annotated[str | None, typer.Option(metavar="FOLDER", help="With --section: also write its pictures there as SVG, "
                                                  "and show them.", show_default=False)] = None,
 ) -> None:
@@ -33,10 +35,11 @@ def report(
     with plain_errors(OSError, ValueError, ImportError):
         if section and not markdown:
             raise ValueError("--section: expected only with --markdown, the page has all sections")
-        if pictures and not section:
-            raise ValueError("--pictures: expected only with --section, the page has all pictures")
+        for name, given in (("pictures", pictures), ("part", part)):
+            if given and not section:
+                raise ValueError(f"--{name}: expected only with --section, the page has all of them")
         if markdown:
-            typer.echo(as_markdown(files, section or [], pictures), nl=False)
+            typer.echo(as_markdown(files, section or [], part or [], pictures), nl=False)
         else:
             from tilewise.report.page import write
 
@@ -56,7 +59,7 @@ def everything(
     from tilewise import devices
     from tilewise.bench import record
     from tilewise.bench.suite import BENCHMARKS
-    from tilewise.traffic import paper
+    from tilewise.traffic import commands, paper
 
     with plain_errors(RuntimeError):
         left_out = {"cpu": chosen_device(device).type != "cpu", "instructions": quick}
@@ -66,13 +69,18 @@ def everything(
             console.print(f"[bold]{name}[/bold]")
             files.append(out / f"{name}.json")
             show(measure(name, out=files[-1], quick=quick, device=device, seconds=seconds, resume=resume))
-    files.append(out / "traffic.json")
-    record.write(files[-1], paper.table(devices.device("A100-40")))
+    made = {"traffic": paper.table(devices.device("A100-40"))}
+    at_most, rows = devices.serving(chosen_device(device)), record.load(out / "attention.json")["rows"]
+    if at_most is not None and commands.passes(rows):       # a GPU that the table of devices knows, or a CPU
+        made["roofline"] = commands.estimates_of(rows, at_most)
+    for name, result in made.items():
+        files.append(out / f"{name}.json")
+        record.write(files[-1], result)
     report(files, out)
 
 
-def as_markdown(files: list[Path], wanted: list[str], pictures: str | None) -> str:
-    """All of it, or the sections of these names without their titles."""
+def as_markdown(files: list[Path], wanted: list[str], parts: list[str], pictures: str | None) -> str:
+    """All of it, or the sections of these names without their titles, and of these parts alone."""
     from tilewise.report import markdown, results, sections
 
     known = ["headline", *sections.SLUGS]
@@ -82,11 +90,13 @@ def as_markdown(files: list[Path], wanted: list[str], pictures: str | None) -> s
     found = results.read(files)
     if not wanted:
         return markdown.whole(found, sections.build(found))
-    parts = [markdown.headlines(found)] if "headline" in wanted else []
+    if parts:
+        found = results.only(found, parts)
+    texts = [markdown.headlines(found)] if "headline" in wanted else []
     made = {one.slug: one for one in sections.build(found, [name for name in wanted if name != "headline"] or ["none"])}
     for name in wanted:
         if name != "headline" and name not in made:
             raise ValueError(f"--section: {name}: these files hold nothing for it")
-    parts += [markdown.blocks(made[name].blocks, markdown.Pictures(pictures, name) if pictures else None)
+    texts += [markdown.blocks(made[name].blocks, markdown.Pictures(pictures, name) if pictures else None)
               for name in wanted if name in made]
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(texts) + "\n"

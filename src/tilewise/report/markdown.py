@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 
 from tilewise.pages.svg import alone
@@ -38,26 +39,33 @@ class Pictures:
         """The Markdown that shows it."""
         name = re.sub(r"\W+", "-", f"{self.section} {self.under} {one.title}".lower()).strip("-") + ".svg"
         Path(self.folder).mkdir(parents=True, exist_ok=True)
-        (Path(self.folder) / name).write_text(alone(one.draw(), one.words), encoding="utf-8")
+        (Path(self.folder) / name).write_text(alone(one.draw(), one.words, one.title), encoding="utf-8")
         return f"![{line(one.title or one.words)}]({self.folder.rstrip('/')}/{name})"
 
 
 def blocks(found: Sequence[Block], pictures: Pictures | None = None) -> str:
-    return "\n\n".join(part for one in found for part in block(one, pictures))
+    """Blocks one below the other, pictures that follow one another side by side where there is room."""
+    parts: list[str] = []
+    for are_pictures, group in groupby(found, key=lambda one: isinstance(one, Picture)):
+        of = list(group)
+        if pictures and are_pictures:
+            parts.append("\n".join(pictures.write(one) for one in of if isinstance(one, Picture)))
+        for one in of:
+            if pictures and isinstance(one, Heading):
+                pictures.under = one.words
+            parts += block(one)
+    return "\n\n".join(parts)
 
 
-def block(one: Block, pictures: Pictures | None = None) -> Iterator[str]:
+def block(one: Block) -> Iterator[str]:
     if isinstance(one, Text):
-        yield line(one.words)
+        if not one.detail:
+            yield line(one.words)
     elif isinstance(one, Heading):
-        if pictures:
-            pictures.under = one.words
-        yield f"**{line(one.words)}**"
+        yield f"**{line(one.words)}**" + (f", {line(one.note)}" if one.note else "")
     elif isinstance(one, Facts):
         yield table(Table("", [one.title, ""], [list(pair) for pair in one.pairs]))
     else:
-        if pictures and isinstance(one, Picture):
-            yield pictures.write(one)
         found = one.table if isinstance(one, Picture) else one
         if not found.detail:
             yield table(found)

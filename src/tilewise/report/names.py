@@ -72,6 +72,14 @@ def is_attention(row: Row) -> bool:
     return bool(mode(row) and length(row)) and row.part not in APART
 
 
+def case(row: Row) -> str:
+    """What a row is about, in words."""
+    tokens, dim = length(row), row.setting.get("head_dim")
+    found = [mode(row), f"{tokens:,} tokens" if tokens else "", f"head dim {dim}" if dim else "", dtype(row),
+             mask(row) if "mask" in row.setting or "causal" in row.setting else ""]
+    return ", ".join(filter(None, found)) or row.case
+
+
 def mode(row: Row) -> str:
     """"forward", "backward", "forward + backward", or as the file says; nothing if it does not."""
     found = str(row.setting.get("mode", ""))

@@ -7,12 +7,11 @@ from pathlib import Path
 from string import Template
 
 from tilewise.pages import STYLE
-from tilewise.pages.words import ratio
-from tilewise.report import headline, html, markdown, names, sections
+from tilewise.report import headline, html, markdown, sections
 from tilewise.report.blocks import Section
 from tilewise.report.headline import Card
 from tilewise.report.results import File, read
-from tilewise.report.sections.shared import machines
+from tilewise.report.sections.shared import machines, origin
 
 FOLDER = Path(__file__).parent
 TEMPLATE = Template((FOLDER / "page.html").read_text(encoding="utf-8"))
@@ -59,24 +58,10 @@ def headlines(files: Sequence[File]) -> str:
     for machine, of in machines(files).items():
         cards = headline.cards(of)
         if cards:
-            items = "".join(card(one) for one in [*cards, lost(of)])
-            found.append(f'<h2 class="machine">On {escape(machine)}</h2>\n<ul class="cards">\n{items}</ul>\n')
+            items = "".join(card(one) for one in [*cards, headline.lost(of)])
+            found.append(f'<h2 class="machine">On {escape(machine)}</h2>\n<p class="soft">{escape(origin(of))}</p>\n'
+                         f'<ul class="cards">\n{items}</ul>\n')
     return "".join(found) + f'<p class="soft">{escape(headline.RULE)}</p>\n' if found else ""
-
-
-def lost(files: Sequence[File]) -> Card:
-    """In how many comparisons ours is slower, the worst of them, and what is promised but not met."""
-    every = headline.duels(files)
-    found, compared = [loss for duel in every for loss in duel.losses], sum(duel.compared for duel in every)
-    words = "comparisons with others, in all benchmarks, are lost."
-    if found:
-        worst = min(found, key=headline.severity)
-        how = f"{ratio(worst.found.median)} of the speed" if worst.found else "Tilewise does not run"
-        words += f" At worst {how}, against {names.title(worst.other)}: {worst.row.case}. All of them below."
-    missed, promised = len(headline.unmet(files)), sum(len(row.promises()) for file in files for row in file.rows)
-    if promised:
-        words += f" Of {promised} promises {missed or 'none'} {'is' if missed == 1 else 'are'} not met."
-    return Card(f"{len(found)} of {compared}", words, "bad" if found or missed else "")
 
 
 def card(one: Card) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +40,9 @@ class Promise(NamedTuple):
 @dataclass(frozen=True)
 class Entry:
     """One contender in one row. Seconds are medians; tflops in 10^12 FLOP/s; bytes beside inputs and outputs, at the peak;
-    share of the roofline, 0 to 1; errors by tensor [error, allowed]; count: an exact number, such as bytes of traffic; bar:
-    seconds that are promised at most; yardstick: what the machine can do, no other implementation."""
+    share of the roofline, 0 to 1; errors by tensor [error, allowed]; rms by tensor, of the errors and of the truth; count: an
+    exact number, such as bytes of traffic; bar: seconds that are promised at most; yardstick: what the machine can do, no other
+    implementation."""
     name: str
     state: str
     reason: str = ""
@@ -55,6 +56,7 @@ class Entry:
     bar: float | None = None
     yardstick: bool = False
     errors: Mapping[str, tuple[float, float]] = field(default_factory=dict)
+    rms: Mapping[str, tuple[float, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -253,11 +255,12 @@ class Reader:
                       else self.number(data[key], f"{where}: {key}")
                       for key in QUANTITIES if key in data and (data[key] is not None or key == "seconds")} \
             if state in DONE else {}
-        errors = {tensor: self.pair(pair, f"{where}: errors: {tensor}", finite=False)
-                  for tensor, pair in self.mapping(data.get("errors") or {}, f"{where}: errors").items()}
+        errors, rms = ({tensor: self.pair(pair, f"{where}: {key}: {tensor}", finite=False)
+                        for tensor, pair in self.mapping(data.get(key) or {}, f"{where}: {key}").items()}
+                       for key in ("errors", "rms"))
         if state == "timed" and not quantities and not errors:
             raise self.refuse(where, f"seconds or another of {', '.join(QUANTITIES[1:])}, errors", "none of them")
-        return Entry(name, state, str(data.get("reason") or ""), yardstick=bool(data.get("yardstick")), errors=errors,
+        return Entry(name, state, str(data.get("reason") or ""), yardstick=bool(data.get("yardstick")), errors=errors, rms=rms,
                      **quantities)
 
     def ratio(self, value: Any, where: str) -> Ratio:
@@ -277,3 +280,12 @@ class Reader:
 def pairs(files: Sequence[File], *benchmarks: str) -> Iterator[tuple[File, Row]]:
     """Every row of these benchmarks (all without) with its file."""
     return ((file, row) for file in files if not benchmarks or file.benchmark in benchmarks for row in file.rows)
+
+
+def only(files: Sequence[File], parts: Sequence[str]) -> list[File]:
+    """The files with their rows of these parts alone, and without those that have none."""
+    there = {row.part for file in files for row in file.rows}
+    for part in parts:
+        if part not in there:
+            raise Problem(f"--part: expected one of {', '.join(sorted(there))}, got {part!r}")
+    return [replace(file, rows=rows) for file in files if (rows := [row for row in file.rows if row.part in parts])]

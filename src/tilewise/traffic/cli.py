@@ -29,6 +29,8 @@ Dtype = Annotated[str, typer.Option(help="float16, bfloat16 or float32.")]
 Causal = Annotated[bool, typer.Option("--causal", help="Causal, the last query on the last key.")]
 MaskText = Annotated[str, typer.Option("--mask", help="A mask as in `tilewise mask`.", show_default=False)]
 Splits = Annotated[int, typer.Option(min=1, help="Shares of the keys, merged afterwards (Flash-Decoding).")]
+OfFile = Annotated[Path | None, typer.Option("--of", help="Instead, each case of this result of `tilewise bench attention`.",
+                                             show_default=False)]
 Backward = Annotated[bool, typer.Option("--backward", help="With the backward pass.")]
 
 
@@ -136,20 +138,41 @@ def count(seqlen_q: Queries = 128, seqlen_k: Keys = 0, batch: Batch = 1, heads: 
 @app.command()
 def roofline(seqlen_q: Queries = 4096, seqlen_k: Keys = 0, batch: Batch = 1, heads: Heads = 16, kv_heads: KvHeads = 0,
              head_dim: HeadDim = 128, dtype: Dtype = "float16", causal: Causal = False, mask: MaskText = "", splits: Splits = 1,
-             backward: Backward = False, device: OnDevice = "H200", png: Png = None, svg: Svg = None, out: Out = None) -> None:
+             backward: Backward = False, device: OnDevice = "H200", of: OfFile = None, png: Png = None, svg: Svg = None,
+             out: Out = None) -> None:
     """The least time of a problem on a device, and what bounds it: products, exponentials, other arithmetic, slow memory.
 
     With --device cpu also each cache as a fast memory of its own.
+
+    Examples: `tilewise traffic roofline --seqlen-q 8192`, `tilewise traffic roofline --of attention.json --device cpu`
     """
     def make() -> dict[str, Any]:
         from tilewise import devices
+        from tilewise.bench import record
         from tilewise.traffic import commands
         from tilewise.traffic.shapes import Shape
 
+        if of is not None:
+            return commands.estimates_of(record.load(of)["rows"], devices.device(device))
         shape = Shape(seqlen_q, seqlen_k, batch, heads, kv_heads, head_dim, dtype, causal, mask, splits)
         return commands.estimate(shape, devices.device(device), backward)
 
     show(make, png, svg, out)
+
+
+@app.command("draw")
+def draw_file(file: Annotated[Path, typer.Argument(help="What one of these commands wrote with --out.", show_default=False)],
+              png: Png = None, svg: Svg = None) -> None:
+    """Draw a result again, without computing it.
+
+    Example: `tilewise traffic draw results/traffic_slopes.json --svg slopes.svg`
+    """
+    def make() -> dict[str, Any]:
+        from tilewise.bench import record
+
+        return dict(record.load(file))
+
+    show(make, png, svg, None)
 
 
 @app.command()

@@ -1,10 +1,12 @@
 """What `tilewise traffic count`, `roofline`, `slopes` and `measure` do: results, without a terminal."""
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from tilewise import costs, devices
+from tilewise.bench.record import Row
 from tilewise.costs import Blocks, Sizes, dense_walk
 from tilewise.traffic import ncu, roofline, slopes
 from tilewise.traffic.apart import apart
@@ -39,25 +41,60 @@ def count(shape: Shape, tiles: Blocks, backward: bool) -> dict[str, Any]:
 
 def estimate(shape: Shape, device: devices.Device, backward: bool) -> dict[str, Any]:
     """The least time of standard attention and of Tilewise on a device, and what bounds it."""
-    problem, x = shape.described()
-    estimates = [roofline.standard(problem, device, backward),
-                 roofline.tilewise(problem, x, device, backward, shape.splits)]
-    mode, width = "forward and backward" if backward else "forward", devices.width_of(problem.dtype, problem.precision)
-    rows, lines = [], [["ms at least", *devices.UNITS, "GB once", "GB asked for", "FLOP/byte", "bound by"]]
+    estimates, rows = least_times(shape, device, backward)
+    lines = [["ms at least", *devices.UNITS, "GB once", "GB asked for", "FLOP/byte", "bound by"]]
     for e in estimates:
         lines.append([e.name, *(f"{e.seconds[unit] * 1e3:.3f}" for unit in devices.UNITS), giga(e.least), giga(e.most),
                       f"{e.intensity:.0f}", e.bound])
-        rows.append(row("roofline", e.name, shape.setting | {
-            "mode": mode.replace(" and ", "+"), "device": device.name, "peak": device.rate(width),
-            "bandwidth": device.bandwidth, "flops": e.flops, "intensity": e.intensity, "bound": e.bound,
-            "unit_seconds": e.seconds, "bytes_least": e.least},
-            {"roofline": {"seconds": e.time, "count": e.most}}))
     ratio = estimates[0].time / estimates[1].time
-    text = [f"{shape}, {mode}, on {device.name} ({device.source})", *aligned(lines), "",
+    text = [f"{shape}, {words(backward)}, on {device.name} ({device.source})", *aligned(lines), "",
             f"standard attention takes at least {ratio:.1f} times as long"]
     if device.name == "cpu":
+        problem, _ = shape.described()
+        width = devices.width_of(problem.dtype, problem.precision)
         text += ["", "each cache as fast memory of M bytes, before what is beyond it", *level_lines(shape, device.rate(width))]
     return result(rows, text)
+
+
+def estimates_of(measured: Sequence[Row], device: devices.Device) -> dict[str, Any]:
+    """The same for each case of plain attention that was measured, forward passes and both passes.
+
+    Raises ValueError where there is none.
+    """
+    found = passes(measured)
+    if not found:
+        raise ValueError("--of: expected a result of `tilewise bench attention`, got one without a case of attention")
+    rows, lines = [], [["ms at least", *devices.UNITS, "FLOP/byte", "bound by"]]
+    for shape, backward in found:
+        estimates, of_shape = least_times(shape, device, backward)
+        rows += of_shape
+        lines += [[row["case"], *(f"{e.seconds[unit] * 1e3:.3f}" for unit in devices.UNITS), f"{e.intensity:.0f}", e.bound]
+                  for row, e in zip(of_shape, estimates, strict=True)]
+    return result(rows, [f"on {device.name} ({device.source})", *aligned(lines)])
+
+
+def passes(measured: Sequence[Row]) -> list[tuple[Shape, bool]]:
+    """Shapes of plain attention among rows, and whether with the backward pass."""
+    settings = [row["setting"] for row in measured if row["part"] == "attention"]
+    return [(Shape(s["seqlen"], 0, s["batch"], s["heads"], s["kv_heads"], s["head_dim"], s["dtype"], s["causal"]),
+             s["mode"] != "forward") for s in settings if s["mode"] in ("forward", "forward+backward")]
+
+
+def least_times(shape: Shape, device: devices.Device, backward: bool) -> tuple[list[roofline.Estimate], list[dict[str, Any]]]:
+    """Estimates of standard attention and of Tilewise, and their rows."""
+    problem, x = shape.described()
+    estimates = [roofline.standard(problem, device, backward),
+                 roofline.tilewise(problem, x, device, backward, shape.splits)]
+    mode, width = words(backward), devices.width_of(problem.dtype, problem.precision)
+    return estimates, [row("roofline", f"{e.name}, {shape}, {mode}", shape.setting | {
+        "algorithm": e.name, "mode": mode.replace(" and ", "+"), "device": device.name, "peak": device.rate(width),
+        "bandwidth": device.bandwidth, "flops": e.flops, "intensity": e.intensity, "bound": e.bound,
+        "unit_seconds": e.seconds, "bytes_least": e.least},
+        {"roofline": {"seconds": e.time, "count": e.most}}) for e in estimates]
+
+
+def words(backward: bool) -> str:
+    return "forward and backward" if backward else "forward"
 
 
 def level_lines(shape: Shape, peak: float) -> list[str]:

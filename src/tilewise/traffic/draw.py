@@ -131,11 +131,13 @@ def of_roofs(axes: Axes, rows: list[Mapping[str, Any]]) -> None:
     marked = [row["setting"]["intensity"] for row in rows]
     low, high = min([*marked, peak / bandwidth]) / 4, max([*marked, peak / bandwidth]) * 4
     axes.loglog([low, peak / bandwidth, high], [low * bandwidth / 1e12, peak / 1e12, peak / 1e12], "-", color=INK)
-    for row, marker, colour in zip(rows, ("s", "o", "^"), (ORANGE, BLUE, GREEN), strict=False):
-        setting = row["setting"]
-        speed = setting["flops"] / row["contenders"]["roofline"]["seconds"] / 1e12
-        label = f"{row['case']}: {setting['bound']}"
-        axes.loglog([setting["intensity"]], [speed], marker, color=colour, markersize=8, label=label)
+    algorithms = dict.fromkeys(row["setting"]["algorithm"] for row in rows)
+    for algorithm, marker, colour in zip(algorithms, ("s", "o"), (ORANGE, BLUE), strict=True):
+        of = [row for row in rows if row["setting"]["algorithm"] == algorithm]
+        bounds = ", ".join(dict.fromkeys(row["setting"]["bound"] for row in of))
+        speeds = [row["setting"]["flops"] / row["contenders"]["roofline"]["seconds"] / 1e12 for row in of]
+        axes.loglog([row["setting"]["intensity"] for row in of], speeds, marker, color=colour, markersize=8,
+                    label=f"{algorithm}: {bounds}")
     axes.set_xlabel("FLOP per byte of slow memory")
     axes.set_ylabel("TFLOP/s")
     axes.legend(fontsize=8)

@@ -7,6 +7,7 @@ values fit into half of the last cache, the higher one elsewhere.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tilewise import costs
@@ -14,7 +15,7 @@ from tilewise.backends import cpu
 from tilewise.costs import Blocks
 from tilewise.devices import UNITS, Device, width_of
 from tilewise.problem import Operands, Problem
-from tilewise.traffic.kernels import predicted, shipped, sizes
+from tilewise.traffic.kernels import Kernel, predicted, shipped, sizes
 
 
 @dataclass(frozen=True)
@@ -63,10 +64,14 @@ def tilewise(problem: Problem, x: Operands, device: Device, backward: bool, spli
     Raises ValueError where none is shipped, NotImplementedError for what has no closed form.
     """
     if device.name == "cpu":
-        found = predicted(problem, x, Blocks(*cpu.tile_sizes(problem)), backward, splits)
+        tiles = Blocks(*cpu.tile_sizes(problem))
+        found = predicted(problem, x, tiles, backward, splits)
+        work = work_of(predicted(problem, x, tiles, False, splits))
+        if backward:        # one kernel, with five products of each tile, where the two for GPUs have seven
+            work += costs.Work(5 * work.products // 2, work.exponentials, work_of(found).arithmetic - work.arithmetic)
     else:
         found = shipped(problem, x, device.arch, backward, splits)
-    work = tuple(sum(getattr(kernel, unit) or 0 for kernel in found) for unit in UNITS[:3])
+        work = work_of(found)
     s = sizes(problem)
     most = sum(kernel.bytes for kernel in found)
     parts = sum(n for kernel in found for table in (kernel.read, kernel.written) for name, n in table.items()
@@ -74,5 +79,8 @@ def tilewise(problem: Problem, x: Operands, device: Device, backward: bool, spli
     least = costs.least_forward(s) + (costs.least_backward(s) if backward else 0) + parts
     cached = (s.k + s.v) // max(1, s.batch * s.kv_heads) <= device.l2 // 2
     least = min(least, most)
-    return timed(device, width_of(problem.dtype, problem.precision), "Tilewise", (work[0], work[1], work[2]), least, most,
-                 least if cached else most)
+    return timed(device, width_of(problem.dtype, problem.precision), "Tilewise", work, least, most, least if cached else most)
+
+
+def work_of(kernels: Sequence[Kernel]) -> costs.Work:
+    return costs.Work(*(sum(getattr(kernel, unit) or 0 for kernel in kernels) for unit in UNITS[:3]))

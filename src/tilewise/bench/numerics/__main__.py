@@ -1,4 +1,4 @@
-"""python -m tilewise.bench.numerics [--quick] [--out FILE] [--plot FILE]"""
+"""python -m tilewise.bench.numerics [--quick] [--out FILE]"""
 from __future__ import annotations
 
 import argparse
@@ -8,20 +8,16 @@ from pathlib import Path
 import torch
 
 from tilewise.bench.__main__ import say
-from tilewise.bench.numerics import plot
 from tilewise.bench.suite import Wanted, run
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tilewise.bench.numerics", description="Errors against fp64.")
     parser.add_argument("--out", type=Path, help="write the result as JSON")
-    parser.add_argument("--plot", type=Path, help="draw it, such as numerics.svg (extra `plots`)")
     parser.add_argument("--quick", action="store_true", help="short sequences")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     options = parser.parse_args(arguments)
     result = run("numerics", Wanted(torch.device(options.device), options.quick), out=options.out, progress=say)
-    if options.plot:
-        plot.save(result["rows"], options.plot, result["machine"]["GPU" if result["device"] == "cuda" else "CPU"])
     print("\n".join(result["lines"]))
 
 

@@ -11,6 +11,7 @@ from tilewise.report.sections import (
     decode,
     memory,
     numbers,
+    numerics,
     origin,
     paper,
     promises,
@@ -18,6 +19,8 @@ from tilewise.report.sections import (
     slower,
     sparse,
     speed,
+    summary,
+    traffic,
 )
 
 
@@ -30,6 +33,7 @@ class Kind(NamedTuple):
 
 
 KINDS = [
+    Kind("summary", "In short", summary.build),
     Kind("slower", "Where Tilewise is slower", slower.build),
     Kind("speed", "Speed", speed.build, "tilewise bench attention --out attention.json"),
     Kind("memory", "Memory", memory.build, "tilewise bench memory --out memory.json"),
@@ -40,11 +44,13 @@ KINDS = [
     Kind("cpu", "The CPU backend", comparisons.cpu, "tilewise bench cpu --out cpu.json"),
     Kind("promises", "Promised, and met or not", promises.build, "tilewise bench cpu --out cpu.json"),
     Kind("overhead", "Overhead of a call", numbers.overhead, "tilewise bench overhead --out overhead.json"),
-    Kind("traffic", "Memory traffic against theory", numbers.traffic, "tilewise traffic table --out traffic.json"),
-    Kind("roofline", "Roofline", roofline.build, "tilewise traffic roofline --device H200 --out roofline.json"),
+    Kind("traffic", "Memory traffic against theory", traffic.build, "tilewise traffic table --out traffic.json"),
+    Kind("roofline", "Roofline", roofline.build,
+         "tilewise traffic roofline --of attention.json --device cpu --out roofline.json"),
     Kind("instructions", "Instructions", numbers.instructions, "tilewise bench instructions --out instructions.json"),
     Kind("paper", "The papers' tables", paper.build, "tilewise bench paper --out paper.json"),
-    Kind("numerics", "Errors against fp64", numbers.numerics, "tilewise bench numerics --out numerics.json"),
+    Kind("numerics", "Errors against fp64", numerics.numerics, "tilewise bench numerics --out numerics.json"),
+    Kind("rounding", "Where errors come from", numerics.rounding),
     Kind("others", "Other results", comparisons.unknown),
     Kind("refused", "Who was not timed, and why", origin.refused),
     Kind("origin", "Where these numbers come from", origin.build),

@@ -26,10 +26,16 @@ def cpu(files: Sequence[File]) -> list[Block]:
 
 
 def tables(rows: list[Row]) -> list[Block]:
+    """Of what is compared; times that are only promised have a section of their own."""
+    rows = [row for row in rows if len(row.entries) > 1 or not row.promises()]
     found: list[Block] = []
     for part, group in groupby(sorted(rows, key=order(rows)), key=lambda row: row.part):
         of = list(group)
-        found += [contest(of, part), all_times(of, f"{part}: median times")]
+        found.append(Heading(part[:1].upper() + part[1:], 4))
+        if any(names.best_peer(row) or names.best_standard(row) for row in of):
+            found += [contest(of, ""), all_times(of, f"{part}: median times")]
+        else:           # ways to do it with Tilewise
+            found.append(all_times(of, "", folded=""))
     return found
 
 

@@ -24,7 +24,9 @@ from tilewise.report.sections.shared import (
 BENCHMARKS = ("decode",)
 INTRO = ("One new token for each sequence, attending to a cache of keys and values; one layer. Tokens per second are "
          "sequences over that layer's time: a model has many layers, and more than attention. Nothing can read the cache "
-         "faster than memory is read; a copy of memory, measured in the same rounds, says how fast that is here.")
+         "faster than memory is read; a copy of memory, measured in the same rounds, says how fast that is here. A case is "
+         "called batch, context, query heads / key heads / head dim, dtype; attend is attention alone, step appends the "
+         "token first.")
 
 
 def build(files: Sequence[File]) -> list[Block]:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 from tilewise.pages.words import ratio, size
 from tilewise.report import names
-from tilewise.report.blocks import Block, Cell, Table, Text
+from tilewise.report.blocks import Block, Cell, Picture, Table, Text
 from tilewise.report.results import Entry, File, Row
-from tilewise.report.sections.shared import NOTHING, each_machine, everyone, grouped, head_dim, pictures, state
+from tilewise.report.sections.shared import NOTHING, each_machine, everyone, grouped, head_dim, pictures, state, without_empty
 
 BENCHMARKS = ("memory",)
 INTRO = ("Peak memory beside inputs, outputs and gradients. Standard attention keeps a score for every pair of tokens, so "
@@ -21,9 +21,12 @@ def build(files: Sequence[File]) -> list[Block]:
 
 def of_machine(rows: list[Row]) -> list[Block]:
     rows = [row for row in rows if any(e.bytes is not None for e in row.entries.values()) or row.error]
-    drawn = pictures(rows, key=lambda r: (names.mode(r), names.dtype(r), head_dim(r), names.mask(r), grouped(r)),
-                     value=positive, words=size, label="peak memory")
-    return [*drawn, table(rows)] if rows else []
+    return [*drawn(rows), table(rows)] if rows else []
+
+
+def drawn(rows: Sequence[Row]) -> list[Picture]:
+    return pictures(rows, key=lambda r: (names.mode(r), names.dtype(r), head_dim(r), names.mask(r), grouped(r)),
+                    value=positive, words=size, label="peak memory beside inputs and outputs")
 
 
 def positive(entry: Entry) -> float | None:
@@ -40,4 +43,4 @@ def table(rows: Sequence[Row]) -> Table:
         theirs = other.bytes if other else None
         lines.append([row.case, *(state(row.entries.get(name), lambda e: e.bytes, size) for name in who),
                       ratio(theirs / max(ours, 1)) if ours is not None and theirs else NOTHING])
-    return Table("Peak memory", ["case", *map(names.title, who), "standard ÷ Tilewise"], lines)
+    return without_empty(Table("Peak memory", ["case", *map(names.title, who), "standard ÷ Tilewise"], lines))

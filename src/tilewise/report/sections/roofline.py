@@ -13,10 +13,11 @@ from tilewise.report.charts import Roof
 from tilewise.report.results import Entry, File, Row
 
 PART, MODEL = "roofline", "least time, by the model"
+DEVICES = {"cpu": "This CPU"}
 NEEDED = ("peak", "bandwidth", "intensity", "flops")
 INTRO = ("The sloped line is what memory allows, the level one what the arithmetic units allow (Williams, Waterman and "
-         "Patterson 2009). The least time of a case is a model's; how far below it a measured point lies is what is left "
-         "to gain.")
+         "Patterson 2009). FLOPs are those that an algorithm really makes, bytes those that it has to move; how far below the "
+         "roof a point lies is what is left to gain.")
 
 
 def build(files: Sequence[File]) -> list[Block]:
@@ -31,27 +32,38 @@ def build(files: Sequence[File]) -> list[Block]:
 
 
 def of_device(device: str, rows: Sequence[Row], files: Sequence[File]) -> list[Block]:
+    modelled: list[tuple[float, float]] = []
     points: dict[str, list[tuple[float, float]]] = defaultdict(list)
     lines: list[list[Cell | str]] = []
     for row in rows:
         setting, least = row.setting, row.ours.seconds if row.ours else None
         if not least:
             continue
-        points[MODEL].append((setting["intensity"], setting["flops"] / least / 1e12))
+        modelled.append((setting["intensity"], setting["flops"] / least))
         entry = measured(row, device, files)
         seconds = entry.seconds if entry else None
         if entry and seconds:
-            points[entry.name].append((setting["intensity"], setting["flops"] / seconds / 1e12))
-        lines.append([f"{names.title(row.case)}, {case(row)}", digits(setting["intensity"]), str(setting.get("bound", "")),
-                      duration(least), duration(seconds) if seconds else "–", f"{least / seconds:.0%}" if seconds else "–"])
+            points[entry.name].append((setting["intensity"], setting["flops"] / seconds))
+        lines.append([f"{setting.get('algorithm', '')}, {case(row)}", digits(setting["intensity"]),
+                      str(setting.get("bound", "")), duration(least), duration(seconds) if seconds else "–",
+                      f"{least / seconds:.0%}" if seconds else "–"])
+    if not lines:
+        return []
     first = rows[0].setting
-    roof = Roof(f"{device}: {first['peak'] / 1e12:,.0f} TFLOP/s, {first['bandwidth'] / 1e9:,.0f} GB/s", first["peak"] / 1e12,
-                first["bandwidth"] / 1e9)
-    words = f"{len(lines)} cases below the roof of {roof.words}"
-    table = Table(f"Roofline of {device}", ["case", "FLOP per byte", "bound by", "least time", "measured", "of the roof"],
-                  lines, "The numbers")
-    draw = partial(charts.roofline, dict(points), [roof], charts.looks(list(points)))
-    return [Heading(device), Picture("", words, draw, table)]
+    roof = Roof(f"roof: {flops(first['peak'])}, {first['bandwidth'] / 1e9:,.0f} GB/s", first["peak"], first["bandwidth"])
+    drawn = dict(points) or {MODEL: modelled}
+    table = Table(f"Roofline of {device}", ["case", "FLOP per byte", "bound by", "least time", "measured", "least ÷ measured"],
+                  lines, "The numbers", detail=True)
+    words = f"{len(lines)} cases below the {roof.words} of {device}"
+    above = sum(y > roof.flops for of in points.values() for _, y in of)
+    return [Heading(DEVICES.get(device, device)),
+            Picture("", words, partial(charts.roofline, drawn, roof, charts.looks(list(drawn))), table),
+            *[Text(f"{above} points lie above the roof, which cannot be: the machine was slower when its roof was measured.",
+                   "bad")] * bool(above)]
+
+
+def flops(peak: float) -> str:
+    return f"{peak / 1e12:,.0f} TFLOP/s" if peak >= 1e12 else f"{peak / 1e9:,.0f} GFLOP/s"
 
 
 def measured(row: Row, device: str, files: Sequence[File]) -> Entry | None:
@@ -60,7 +72,7 @@ def measured(row: Row, device: str, files: Sequence[File]) -> Entry | None:
         if device in file.machine.split() or device == file.device == "cpu":
             for other in file.rows:
                 if other.part != PART and facts(other.setting) == facts(row.setting) and names.is_attention(other):
-                    entry = names.standard(other) if names.kind(row.case) == "standard" else other.ours
+                    entry = names.standard(other) if row.setting.get("algorithm") == "standard" else other.ours
                     if entry and entry.seconds:
                         return entry
     return None

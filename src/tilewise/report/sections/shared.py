@@ -2,11 +2,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from tilewise.pages.words import duration, length, ratio
+from tilewise.pages.words import digits, duration, length, ratio
 from tilewise.report import charts, names
 from tilewise.report.blocks import Block, Cell, Heading, Picture, Table
 from tilewise.report.charts import Curve, Guide, Words
@@ -31,8 +31,23 @@ def each_machine(files: Sequence[File], benchmarks: Sequence[str], build: Callab
         rows = [row for file in of if file.benchmark in benchmarks for row in file.rows]
         blocks = [block for block in build(rows) if not isinstance(block, Table) or block.rows] if rows else []
         if blocks:
-            found += [Heading(machine), *blocks]
+            found += [Heading(machine, note=origin([file for file in of if file.benchmark in benchmarks])), *blocks]
     return found
+
+
+def origin(files: Sequence[File]) -> str:
+    """Versions, threads, commits and days of files of one machine."""
+    environments = [of for file in files if isinstance(of := file.others.get("environment"), Mapping)]
+    found = (each("torch {}", [file.facts.get("torch", "").split(",")[0] for file in files]),
+             each("threads: {}", [of.get("threads") for of in environments]),
+             each("commit {}", [(file.commit or "")[:12] for file in files]), each("{}", [file.date[:10] for file in files]))
+    return "; ".join(filter(None, found))
+
+
+def each(words: str, values: Iterable[object]) -> str:
+    """Different values within some words; nothing without values."""
+    there = dict.fromkeys(str(value) for value in values if value)
+    return words.format(", ".join(there)) if there else ""
 
 
 def everyone(rows: Iterable[Row]) -> list[str]:
@@ -66,18 +81,21 @@ def state(entry: Entry | None, value: Value, words: Words) -> Cell | str:
 def contest(rows: Sequence[Row], caption: str, folded: str = "") -> Table:
     """Each case: our time, the fastest other implementation, standard attention."""
     lines: list[list[Cell | str]] = []
+    unit, rate = flops(rows)
     for row in rows:
         best, standard = names.best_peer(row), names.best_standard(row)
-        lines.append([row.case, state(row.ours, lambda e: e.seconds, duration), *rate(row),
+        lines.append([row.case, state(row.ours, lambda e: e.seconds, duration), state(row.ours, rate, digits),
                       Cell(f"{names.title(best[0])}, {duration(row.entries[best[0]].seconds or 0)}") if best else NOTHING,
                       ratio_cell(best[1] if best else None), spread(best[1] if best else None),
                       ratio_cell(standard[1] if standard else None)])
-    head = ["case", "Tilewise", "TFLOP/s", "fastest other", "times faster", "quartiles", "than standard"]
+    head = ["case", "Tilewise", unit, "fastest other", "times faster", "quartiles", "than standard"]
     return without_empty(Table(caption, head, lines, folded))
 
 
-def rate(row: Row) -> list[str]:
-    return [f"{row.ours.tflops:.3g}" if row.ours and row.ours.tflops else NOTHING]
+def flops(rows: Sequence[Row]) -> tuple[str, Value]:
+    """A unit that suits everyone's FLOPs per second, and how many of it."""
+    most = max((e.tflops for row in rows for e in row.entries.values() if e.tflops), default=0.0)
+    return ("TFLOP/s", lambda e: e.tflops) if most >= 1 else ("GFLOP/s", lambda e: e.tflops and 1000 * e.tflops)
 
 
 def without_empty(table: Table) -> Table:
@@ -100,14 +118,14 @@ def all_times(rows: Sequence[Row], caption: str, value: Value = lambda e: e.seco
 
 def pictures(rows: Sequence[Row], *, key: Callable[[Row], tuple[str, ...]], value: Value, words: Words, label: str,
              x: Callable[[Row], Any] = names.length, x_label: str = "sequence length, tokens", lengths: bool = True,
-             log_y: bool = True, guides: Callable[[list[Row]], Sequence[Guide]] = lambda rows: ()) -> list[Block]:
+             log_y: bool = True, guides: Callable[[list[Row]], Sequence[Guide]] = lambda rows: ()) -> list[Picture]:
     """A picture for each group of rows with two lengths or more, all contenders in it. key: a group's name, in parts."""
     look = charts.looks([name for row in rows for name in row.entries])
     groups: dict[tuple[str, ...], list[Row]] = defaultdict(list)
     for row in rows:
         if x(row):
             groups[key(row)].append(row)
-    found: list[Block] = []
+    found: list[Picture] = []
     for parts, of in apart(groups, x).items():
         of = sorted(of, key=x)
         drawn = [Curve(name, [(x(r), v) for r in of if name in r.entries and (v := value(r.entries[name])) is not None],

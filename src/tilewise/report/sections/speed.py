@@ -4,10 +4,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tilewise.pages.words import digits, duration
-from tilewise.report import headline, names
-from tilewise.report.blocks import Block, Heading, Text
+from tilewise.report import names
+from tilewise.report.blocks import Block, Heading, Picture, Text
 from tilewise.report.results import File, Row
-from tilewise.report.sections.shared import all_times, contest, each_machine, grouped, head_dim, modes, pictures
+from tilewise.report.sections.shared import all_times, contest, each_machine, flops, grouped, head_dim, modes, pictures
 
 BENCHMARKS = ("attention",)
 INTRO = ("One attention layer at growing sequence lengths. A cross at the top edge is a length that a contender was "
@@ -30,24 +30,17 @@ def of_machine(rows: list[Row]) -> list[Block]:
         of = [row for row in rows if names.mode(row) == mode]
         title, pictures = mode[0].upper() + mode[1:], drawn(of)
         folded = f"All {len(of)} cases: {mode}" if pictures and len(of) > FEW else ""
-        found += [Heading(title, 4), *summary(of), *pictures, contest(of, f"{title}: every case", folded),
+        found += [Heading(title, 4), *pictures, contest(of, f"{title}: every case", folded),
                   all_times(of, f"{title}: median times")]
     return found
 
 
-def summary(rows: Sequence[Row]) -> list[Block]:
-    """One sentence against each kind of other."""
-    found = [headline.speed(rows, "the fastest other implementation", names.best_peer),
-             headline.speed(rows, "standard attention", names.best_standard)]
-    return [Text(f"{card.number} {card.words}", card.tone) for card in found if card]
-
-
-def drawn(rows: Sequence[Row]) -> list[Block]:
-    """In TFLOP/s where the file says it of every contender that was timed."""
-    parts = {row.part for row in rows}          # plain attention may be measured in several
-    key = names.dtype, head_dim, names.mask, grouped, lambda row: row.part if len(parts) > 1 else ""
+def drawn(rows: Sequence[Row]) -> list[Picture]:
+    """In FLOPs per second where the file says it of every contender that was timed."""
+    first = rows[0].part if rows else ""        # plain attention may be measured in several parts
+    key = names.dtype, head_dim, names.mask, grouped, lambda row: "" if row.part == first else row.part
     rates = all(e.tflops for row in rows for e in row.timed().values() if names.role(e) != "ruler")
     if rates:
-        return pictures(rows, key=lambda r: tuple(f(r) for f in key), value=lambda e: e.tflops, words=digits, label="TFLOP/s",
-                        log_y=False)
+        unit, value = flops(rows)
+        return pictures(rows, key=lambda r: tuple(f(r) for f in key), value=value, words=digits, label=unit, log_y=False)
     return pictures(rows, key=lambda r: tuple(f(r) for f in key), value=lambda e: e.seconds, words=duration, label="time")
