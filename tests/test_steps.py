@@ -547,12 +547,12 @@ def test_steps_until_memory_ends(dtype):
     pages = tw.PagedKVCache(12, 8, 2, 40, max_sequences=3, max_pages_per_sequence=4, dtype=dtype)
     slots = tw.KVCache.wrap(*(x.view(3, 32, 2, 40) for x in (k, v)), padding * 0, slots=torch.tensor([2, 0, 1]))
     rotary = tw.Rotary.of(30, 32)
-    for cache, which, steps in ((tw.KVCache(3, 32, 2, 40, dtype=dtype, left_padding=padding), None, 7), (slots, None, 12),
+    for cache, which, count in ((tw.KVCache(3, 32, 2, 40, dtype=dtype, left_padding=padding), None, 7), (slots, None, 12),
                                 (pages, [pages.new() for _ in range(3)], 12),
                                 (tw.PagedKVCache.wrap(k.clone(), v.clone(), table, padding * 0), None, 12)):
         name = "sequences" if isinstance(cache, tw.PagedKVCache) else "cache_batch_idx"
         cache.append(*torch.randn(2, 3, 20, 2, 40).to(dtype), **{name: which})
-        for _ in range(steps):
+        for _ in range(count):
             q, k_new, v_new = (torch.randn(3, 1, heads, 40).to(dtype) for heads in (4, 2, 2))
             out = tw.attention_with_kv_cache(q, cache, k_new, v_new, cache_batch_idx=which, rotary=rotary)
             q = rotary.rotate(q.transpose(1, 2), cache.lengths[:3, None, None] - 1).transpose(1, 2)

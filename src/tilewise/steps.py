@@ -22,6 +22,7 @@ from tilewise.paged_cache import PagedKVCache
 from tilewise.problem import DENSE, Operands, fp32_products
 from tilewise.rotary import Rotary
 
+PREPARING = "auto", "cpu"               # as a caller names the backend that has `prepared_append`
 STEPS = 64                              # a cache's longest sequence is told in multiples of so many keys
 
 
@@ -69,7 +70,9 @@ def asked(q: Any, cache: Any, k_new: Any, v_new: Any, which: Any, rotary: Any, e
     """The step; None if it is none that is remembered: what autograd, autocast or a mode follows, what draws numbers, has a
     column or a statistic for each key, or is stored in fp8."""
     paged = type(cache) is PagedKVCache
-    if not (paged or type(cache) is KVCache) or cache.k_scale is not None or (extended and not paged):
+    if not (paged or type(cache) is KVCache) or backend not in PREPARING or cache.k.device.type != "cpu":
+        return None
+    if cache.k_scale is not None or (extended and not paged):
         return None
     if options.bias is not None or options.rng is not None or options.return_stats or torch._C._is_any_autocast_enabled():
         return None

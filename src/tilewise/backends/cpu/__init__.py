@@ -21,8 +21,8 @@ from tilewise.problem import Operands, Problem
 from tilewise.statistics import Statistics
 
 __all__ = ["backward", "backward_tangent", "forward", "forward_with_statistics", "layout_reader", "precision", "prepared",
-           "prepared_append", "prepared_backward", "repeatable", "splits", "supports", "supports_tangents", "tangent", "tile_sizes",
-           "volunteers", "workspace", "write"]
+           "prepared_append", "prepared_backward", "repeatable", "splits", "supports", "supports_tangents", "tangent",
+           "tile_sizes", "volunteers", "workspace", "write"]
 
 
 def supports(problem: Problem) -> str | None:
