@@ -57,7 +57,7 @@ def one_thread():
 @pytest.fixture
 def forgetful():
     """No call is known from before, nor afterwards, as where tile sizes are others meanwhile."""
-    from tilewise import calls
-    calls.forget()
+    from tilewise import known
+    known.forget()
     yield
-    calls.forget()
+    known.forget()

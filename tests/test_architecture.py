@@ -26,6 +26,7 @@ LAYERS = [
     ["reference", "baselines"],
     ["plan", "derivatives"],
     ["ops"],
+    ["known", "found"],
     ["calls"],
     ["steps"],
     ["api"],

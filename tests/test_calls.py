@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tilewise as tw
-from tilewise import calls
+from tilewise import calls, known
 from tilewise.backends import load
 from tilewise.bench import instructions, overhead, suite
 from tilewise.bench.suite import Wanted
@@ -161,7 +161,7 @@ def test_what_has_no_hash_is_not_remembered():
 def test_settings_of_pytorch_decide(setting):
     q, k, v = inputs()
     tw.attention(q, k, v)
-    (before,) = calls._known
+    (before,) = known.calls
     was = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
     try:
         if setting == "threads":
@@ -171,7 +171,7 @@ def test_settings_of_pytorch_decide(setting):
         else:
             torch.set_float32_matmul_precision("high" if was[2] != "high" else "highest")
         close(tw.attention(q, k, v), reference(q, k, v))
-        assert set(calls._known) > {before}
+        assert set(known.calls) > {before}
     finally:
         torch.set_num_threads(was[0])
         torch.use_deterministic_algorithms(was[1])
@@ -227,7 +227,7 @@ def test_a_growing_cache_is_one_problem_for_many_steps():
     with torch.no_grad():
         for _ in range(70):
             tw.attention_with_kv_cache(torch.randn(2, 1, 2, 8), cache, *(torch.randn(2, 1, 2, 8) for _ in range(2)))
-    found = {id(found) for found in calls._known.values() if isinstance(found, calls.Found)}
+    found = {id(found) for found in known.calls.values() if isinstance(found, calls.Found)}
     assert len(found) == 2              # up to 64 keys and up to 128
 
 
@@ -333,20 +333,20 @@ def test_nothing_is_kept_alive():
     mod = tw.score_mod(functools.partial(shifted_by, table))
     tw.attention(q, k, v, score_mod=mod)
     tw.attention(q, k, v, mask=visible)
-    assert len(calls._known) == 2
+    assert len(known.calls) == 2
     gone = [weakref.ref(x) for x in (q, table, visible)]
     del q, k, v, table, visible, mod
     gc.collect()
-    assert not calls._known
+    assert not known.calls
     assert [ref() for ref in gone] == [None] * 3
 
 
 def test_it_is_bounded(monkeypatch):
-    monkeypatch.setattr(calls, "KEPT", 4)
+    monkeypatch.setattr(known, "KEPT", 4)
     for rows in range(1, 9):
         given = inputs(rows)
         close(tw.attention(*given), reference(*given))
-    assert len(calls._known) == 4
+    assert len(known.calls) == 4
 
 
 def test_threads_share_it():
@@ -369,6 +369,6 @@ def test_a_forked_child_starts_anew():
     tw.attention(*given)
     child = os.fork()
     if child == 0:
-        os._exit(len(calls._known))
+        os._exit(len(known.calls))
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert len(calls._known) == 1
+    assert len(known.calls) == 1

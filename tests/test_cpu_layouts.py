@@ -4,10 +4,10 @@ import torch
 from support.backends import AVAILABLE
 
 import tilewise as tw
-from tilewise import calls
+from tilewise import calls, known
 from tilewise.backends.cpu import compiler, layouts
 
-READ = layouts.reader(calls.ALIGNED) if "cpu" in AVAILABLE else None
+READ = layouts.reader(known.ALIGNED) if "cpu" in AVAILABLE else None
 pytestmark = pytest.mark.skipif(READ is None, reason="needs a C++ compiler and PyTorch >= 2.10")
 
 MEMORY = torch.zeros(4096)
@@ -59,7 +59,7 @@ def test_without_it_python_reads(missing, monkeypatch):
         def broken(*_):
             raise RuntimeError("c++ could not compile")
         monkeypatch.setattr(compiler, "library", broken)
-    assert layouts.reader(calls.ALIGNED) is None
+    assert layouts.reader(known.ALIGNED) is None
 
 
 @pytest.mark.parametrize("sparse", range(3))

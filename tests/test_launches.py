@@ -19,7 +19,7 @@ if GPU or os.environ.get("TRITON_INTERPRET") == "1":
 from support import stub_driver
 
 import tilewise as tw
-from tilewise import calls
+from tilewise import known
 from tilewise.backends import Needs, load
 from tilewise.backends.gpu_math import launches, splits
 from tilewise.bench.cases import CASES, draw
@@ -192,7 +192,7 @@ def test_nothing_is_kept_alive(made):
     made.clear()
     del given, out, lse, dout, gradients
     gc.collect()
-    assert len(calls._known) == 1
+    assert len(known.calls) == 1
     assert [ref() for ref in gone] == [None] * len(gone)
 
 

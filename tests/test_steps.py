@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tilewise as tw
-from tilewise import calls, steps
+from tilewise import known, steps
 from tilewise.backends import load
 from tilewise.backends.cpu.append import Append
 
@@ -22,9 +22,9 @@ BATCH, HEADS, KV_HEADS, DIM, PAGE = 3, 4, 2, 8, 16
 
 @pytest.fixture
 def forgetful():
-    calls.forget()
+    known.forget()
     yield
-    calls.forget()
+    known.forget()
 
 
 @pytest.fixture
@@ -532,10 +532,10 @@ def test_what_goes_with_its_mask():
     mask = tw.mask_mod(lambda b, h, q_idx, kv_idx: q_idx - kv_idx < 20)
     for _ in range(2):
         attend(cache, which, *tokens(), mask=mask)
-    assert len(calls._known) == 3       # the call, the tokens' places, and both
+    assert len(known.calls) == 3       # the call, the tokens' places, and both
     del mask
     gc.collect()
-    assert len(calls._known) == 1
+    assert len(known.calls) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

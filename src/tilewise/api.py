@@ -9,7 +9,8 @@ from torch import Tensor
 from torch._C._dynamo import eval_frame as frames
 
 from tilewise import backends, calls, ops, steps
-from tilewise.calls import Found, Options
+from tilewise.calls import Options
+from tilewise.found import Found
 from tilewise.kv_cache import KVCache, Stored, check_tensor
 from tilewise.masks import Mask
 from tilewise.packing import from_nested, to_nested

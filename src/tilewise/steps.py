@@ -15,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tilewise import backends, calls
-from tilewise.calls import Found, Options, layout
+from tilewise import backends, calls, known
+from tilewise.calls import Options
+from tilewise.found import Found
+from tilewise.known import layout
 from tilewise.kv_cache import INTEGERS, KVCache
 from tilewise.paged_cache import PagedKVCache
 from tilewise.problem import DENSE, Operands, fp32_products
@@ -101,7 +103,7 @@ def asked(q: Any, cache: Any, k_new: Any, v_new: Any, which: Any, rotary: Any, e
 def again(step: Step, with_lse: bool) -> tuple[Tensor, Tensor | None] | None:
     """out and lse; None: there was no step like this, or a value is not right, and nothing has been written."""
     q, cache, k_new, v_new, which, rotary, extended, options, _ = step
-    append = calls.remembered(step.places())
+    append = known.remembered(step.places())
     if append is None:
         return None
     index, of_book = numbers(cache, which)
@@ -112,7 +114,7 @@ def again(step: Step, with_lse: bool) -> tuple[Tensor, Tensor | None] | None:
     held = () if mask is None and mods is None else calls.named(mask, mods, DENSE)
     found = captured = None
     if held is not None and looked.shortest >= q.shape[1]:
-        found = calls.remembered(step.kernel(append, bound(looked.longest, append.capacity), held))
+        found = known.remembered(step.kernel(append, bound(looked.longest, append.capacity), held))
         captured = None if found is None else found.unchanged(held) if found.held else ()
     if found is None or captured is None:
         append.leave(looked)
@@ -155,12 +157,12 @@ def remember(step: Step, found: Found, turned: Tensor) -> None:
         own = torch.empty_like(step.q)
         if steps_of(own) != steps_of(turned):
             return
-    append = calls.remembered(key)
+    append = known.remembered(key)
     if append is None:
         append = prepare(step.cache, index, step.k_new, step.v_new, step.q, own, step.rotary)
         if append is None:
             return
-        calls.remember(key, append)
+        known.remember(key, append)
     found.keep_also(step.kernel(append, found.problem.seqlen_k, held))
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tilewise import backends, calls, plan
+from tilewise import backends, calls, found, plan
 from tilewise.backends import Needs
 from tilewise.compat.flash_calls import integer, rows_contiguous
 from tilewise.compat.flash_options import options
@@ -105,7 +105,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, given: dict[str, Any], where: Layo
     if return_softmax:
         raise NotImplementedError("return_softmax: expected False: return_attn_probs of flash_attn_func gives S_dmask")
     problem, x, backend = _described((q, k, v), given, where, None)
-    out, lse, _ = calls.through_ops(problem, x, backend)
+    out, lse, _ = found.through_ops(problem, x, backend)
     state = torch.zeros(3, dtype=torch.int64, device=q.device) if x.rng is None else x.rng
     return out, torch.where(lse == -torch.inf, torch.inf, lse), q.new_empty(0), state
 
@@ -130,8 +130,8 @@ def _backward(tensors: Three, given: dict[str, Any], where: Layout, of_forward: 
     if not hasattr(module, "backward"):
         raise NotImplementedError(f"backend={backend!r} has no backward of its own: autograd derives it from its forward")
     lse = torch.where(lse == torch.inf, -torch.inf, lse)
-    gradients = module.backward(problem, x, calls.heads_first(out, "bshd"), lse[None] if packed else lse,
-                                calls.heads_first(dout, "bshd"), None, Needs(False, False))
+    gradients = module.backward(problem, x, found.heads_first(out, "bshd"), lse[None] if packed else lse,
+                                found.heads_first(dout, "bshd"), None, Needs(False, False))
     for buffer, gradient in zip(into, gradients, strict=False):
-        buffer.copy_(calls.given_order(gradient, "bshd", packed))
+        buffer.copy_(found.given_order(gradient, "bshd", packed))
     return (dout.float() * out.float()).sum(-1).movedim(-1, -2).contiguous()
