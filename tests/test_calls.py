@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from support.settings import SETTINGS, another
 
 import tilewise as tw
 from tilewise import calls, known
@@ -157,25 +158,14 @@ def test_what_has_no_hash_is_not_remembered():
         close(found.max_score, wanted.max_score)
 
 
-@pytest.mark.parametrize("setting", ["threads", "deterministic", "precision"])
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_settings_of_pytorch_decide(setting):
     q, k, v = inputs()
     tw.attention(q, k, v)
     (before,) = known.calls
-    was = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
-    try:
-        if setting == "threads":
-            torch.set_num_threads(was[0] + 1)
-        elif setting == "deterministic":
-            torch.use_deterministic_algorithms(not was[1])
-        else:
-            torch.set_float32_matmul_precision("high" if was[2] != "high" else "highest")
+    with another(setting):
         close(tw.attention(q, k, v), reference(q, k, v))
         assert set(known.calls) > {before}
-    finally:
-        torch.set_num_threads(was[0])
-        torch.use_deterministic_algorithms(was[1])
-        torch.set_float32_matmul_precision(was[2])
 
 
 def test_a_table_written_to_is_read_again():

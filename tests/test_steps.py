@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from support.settings import SETTINGS, another
 
 import tilewise as tw
 from tilewise import known, steps
@@ -337,23 +338,12 @@ def steady(kind):
     return step
 
 
-@pytest.mark.parametrize("setting", ["threads", "deterministic", "precision"])
+@pytest.mark.parametrize("setting", SETTINGS)
 def test_settings_of_pytorch_decide(setting, served):
     step = steady("contiguous")
     truth = step()
-    was = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
-    try:
-        if setting == "threads":
-            torch.set_num_threads(was[0] + 1)
-        elif setting == "deterministic":
-            torch.use_deterministic_algorithms(not was[1])
-        else:
-            torch.set_float32_matmul_precision("high" if was[2] != "high" else "highest")
+    with another(setting):
         torch.testing.assert_close(step(), truth)
-    finally:
-        torch.set_num_threads(was[0])
-        torch.use_deterministic_algorithms(was[1])
-        torch.set_float32_matmul_precision(was[2])
     assert served == [False, True, True, False]
 
 
