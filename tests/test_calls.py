@@ -140,6 +140,7 @@ def test_what_decides_is_told_apart(change):
 
 @pytest.mark.parametrize("wrong, right", [(dict(causal=1), dict(causal=True)), (dict(scale=True), dict(scale=1.0)),
                                           (dict(dropout_p=False), dict(dropout_p=0.0)), (dict(rng=7), {}),
+                                          (dict(deterministic=1), dict(deterministic=True)), (dict(batch_invariant=0), {}),
                                           (dict(layout=["bshd"]), {}), (dict(score_mod=3), {})])
 def test_equal_to_python_is_not_right(wrong, right):
     q, k, v = inputs()

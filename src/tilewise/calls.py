@@ -116,8 +116,8 @@ def find(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, where:
             # types: 1 is True to a dictionary
             key = (layouts(q, k, v), bias if bias is None else layout(bias), sinks if sinks is None else layout(sinks),
                    causal, type(causal), scale, type(scale), dropout, type(dropout), splits, type(splits), deterministic,
-                   invariant, statistics, order, backend, fp32_products(), deterministic_algorithms(), threads(),
-                   dense or placed(where), held and tuple(map(id, held)))
+                   type(deterministic), invariant, type(invariant), statistics, order, backend, fp32_products(),
+                   deterministic_algorithms(), threads(), dense or placed(where), held and tuple(map(id, held)))
             found = known.calls.get(key)
         except (TypeError, BufferError, RuntimeError):      # what is no option, or no tensor with strides: `make` will say so
             held = None

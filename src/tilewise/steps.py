@@ -62,8 +62,8 @@ class Step(NamedTuple):
         """The second key."""
         o = self.options
         return (append, longest, layout(self.q), None if o.sinks is None else layout(o.sinks), o.causal, type(o.causal),
-                o.scale, type(o.scale), o.dropout_p, type(o.dropout_p), o.batch_invariant, o.return_stats, o.num_splits,
-                type(o.num_splits), self.backend, torch.is_grad_enabled(), fp32_products(),
+                o.scale, type(o.scale), o.dropout_p, type(o.dropout_p), o.batch_invariant, type(o.batch_invariant),
+                o.return_stats, o.num_splits, type(o.num_splits), self.backend, torch.is_grad_enabled(), fp32_products(),
                 torch.are_deterministic_algorithms_enabled(), torch.get_num_threads(), *map(id, held))
 
 
