@@ -18,9 +18,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from tilewise import backends, known
+from tilewise.derivatives import transformed
 from tilewise.found import Found, heads_first, through_ops
 from tilewise.known import ALIGNED, layout
 from tilewise.masks import Mask
@@ -82,8 +82,7 @@ def find_any(q: Tensor, k: Tensor, v: Tensor, options: Options, backend: str, wh
 
 def plain(*tensors: Any) -> bool:
     """Whether these are tensors of no subclass, or None, and nothing but autograd follows what is done with them."""
-    if (torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0):
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or transformed():
         return False
     for x in tensors:  # noqa: SIM110  every call comes here; a generator takes three times as long
         if x is not None and type(x) not in PLAIN:
