@@ -50,10 +50,11 @@ class Found:
         if any(x.is_inference() for x in (*given, *captured)):
             return                      # no one is told when these are written to
         keys = self.keys = [key]
+        entries = known.calls           # when Python ends, modules may go before what is held
 
         def forget(_: Any) -> None:
             for key in keys:
-                known.calls.pop(key, None)
+                entries.pop(key, None)
 
         def weakly(x: Tensor) -> tuple[Callable[[], Tensor | None], tuple | None]:
             """A tensor that someone else keeps; one made of the mask given shares its memory, and goes and changes with it."""
